@@ -1,0 +1,67 @@
+# make quickstart   set up and watch a small model learn a skill (a few minutes)
+# make test         set up and run every check
+#
+# PYTHON=python3.12 picks another Python (3.11 or later); VENV=elsewhere another place for the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test lint format clean
+MAKEFLAGS += --no-print-directory
+
+help:
+	@echo "make quickstart   set up and watch a small model learn a skill (a few minutes)"
+	@echo "make test         set up and run every check: style, types, tests"
+	@echo "make lint         style and types alone"
+	@echo "make format       bring the code into the common style"
+	@echo "make clean        remove the environment and everything built"
+
+quickstart: $(VENV)/.runtime
+	@$(BIN)/fettle quickstart
+
+test: lint
+	@echo "Running the tests ..."
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -rs
+
+lint: $(VENV)/.dev
+	@echo "Checking style and types ..."
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy --no-error-summary
+
+format: $(VENV)/.dev
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+clean:
+	@rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment. Each step leaves a stamp, and is done again when what it was made from changes.
+
+$(VENV)/pyvenv.cfg:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: install Python 3.11 or later, or name another one with PYTHON=..."; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fettle needs Python 3.11 or later, and $(PYTHON) is $$($(PYTHON) -V 2>&1 | cut -d" " -f2): name a newer one with PYTHON=python3.12 or the like."; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make environments: install its venv package first (sudo apt install python3-venv)."; exit 2; }
+	@echo "Making the environment in $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
+
+# torch goes first and alone, by its exact version, so that nothing after it picks another copy.
+$(VENV)/.runtime: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo "Installing PyTorch (the largest part) ..."
+	@$(PIP) "$(TORCH)"
+	@echo "Installing fettle and what it needs ..."
+	@$(PIP) --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "Installing the tools for checks and tests ..."
+	@$(PIP) --constraint constraints.txt --editable ".[dev]"
+	@touch $@
