@@ -1,0 +1,164 @@
+"""Files that are there whole or not at all.
+
+A run that is interrupted must leave nothing half-written, and a run that cannot end well must say so before
+it starts. Everything fettle writes therefore goes to a temporary name beside its target and is renamed onto
+it as the last step (a rename inside one folder is atomic), and every job first asks whether its output
+folder is free and the disk is large enough.
+
+Sizes are decimal, as disks and model pages count them: 1 GB is 10^9 bytes.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fettle.errors import UserError
+
+# What a folder holds, told by the first of these names found in it.
+_SIGNS = (
+    ("run.yaml", "another run"),
+    ("checkpoint-*", "a training run"),
+    ("adapter_config.json", "an adapter"),
+    ("*.safetensors", "a model's weights"),
+    ("config.json", "a model"),
+)
+
+
+@contextmanager
+def write_aside(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` to write to; rename it onto `path` when the block succeeds.
+
+    The caller makes a file or a folder at the yielded path. On any failure, Ctrl-C included, it is removed.
+    What a killed process left behind for the same target is removed first.
+
+    With `replace`, an existing file is replaced; without, `path` must be absent or an empty folder.
+    Raises UserError before the block runs where `path` cannot be written.
+    """
+    path = Path(path)
+    _require_replaceable(path, replace)
+    _make_parent(path)
+    _remove_abandoned(path)
+    aside = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    _remove(aside)
+    try:
+        yield aside
+        _require_replaceable(path, replace)  # again: it may have appeared while the block ran
+        os.replace(aside, path)
+    finally:
+        _remove(aside)
+
+
+def require_new_folder(path: Path, what: str) -> None:
+    """Raise UserError unless `path`, where `what` is to go, is absent or an empty folder."""
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(
+            f"{path} already holds {describe_folder(path)}, and {what} needs a new or empty folder: "
+            f"name another one, or move {path} away."
+        )
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"{path} is a file, and {what} needs a folder: name another one.")
+    _require_writable(path)
+
+
+def describe_folder(path: Path) -> str:
+    """Say in a few words what a non-empty folder holds."""
+    for pattern, meaning in _SIGNS:
+        if found := sorted(path.glob(pattern)):
+            return f"{meaning} ({found[0].name})"
+    names = sorted(entry.name for entry in path.iterdir())
+    return f"{names[0]!r} and {len(names) - 1} more" if len(names) > 1 else repr(names[0])
+
+
+def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
+    """Raise UserError where the disk that is to hold `path` has less than `needed_bytes` free for `what`."""
+    place = _nearest_folder(Path(path))
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < needed_bytes:
+        raise UserError(
+            f"{what} needs {human_bytes(needed_bytes)} of disk, but only {human_bytes(free_bytes)} is free "
+            f"at {place.absolute()}: free some space there, or choose a folder on another disk."
+        )
+
+
+def human_bytes(count: int | float) -> str:
+    """Write a number of bytes with a unit and three or four figures: 512 B, 1.5 kB, 7.64 GB."""
+    if abs(count) < 1000:
+        return f"{count:.0f} B"
+    power = 1
+    while abs(count) >= 999.95 * 1000**power and power < 4:
+        power += 1
+    count, unit = count / 1000**power, ("kB", "MB", "GB", "TB")[power - 1]
+    return f"{count:.2f} {unit}" if abs(count) < 9.995 else f"{count:.1f} {unit}"
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """Return the SHA-256, in hex, of the contents of `files` in the order given; their names do not count."""
+    total = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            # Hashing each file by itself keeps ["ab", "c"] apart from ["a", "bc"].
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def _require_replaceable(path: Path, replace: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    if path.is_dir() and not path.is_symlink():
+        if any(path.iterdir()):
+            raise UserError(
+                f"{path} already holds {describe_folder(path)}: name another folder, or move it away."
+            )
+    elif not replace:
+        raise UserError(f"{path} is already there: name another file, or move it away.")
+
+
+def _make_parent(path: Path) -> None:
+    _require_writable(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _require_writable(path: Path) -> None:
+    place = _nearest_folder(path)
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{path} cannot be written: {place.absolute()} is read-only for this user.")
+
+
+def _nearest_folder(path: Path) -> Path:
+    """Return `path` or the closest folder above it that exists; a file on the way raises UserError."""
+    for place in (path, *path.parents):
+        if place.is_dir():
+            return place
+        if place != path and os.path.lexists(place):
+            raise UserError(f"{path} cannot be written: {place} is a file, not a folder.")
+    return Path(path.anchor or ".")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what a process that no longer runs (kill -9, power cut) left beside `path` for `path`."""
+    pattern = re.compile(rf"\.partial-(\d+)-{re.escape(path.name)}")
+    for entry in path.parent.iterdir():
+        match = pattern.fullmatch(entry.name)
+        if match and not _is_running(int(match[1])):
+            _remove(entry)
+
+
+def _is_running(process_id: int) -> bool:
+    with suppress(PermissionError):  # it runs, under another user
+        try:
+            os.kill(process_id, 0)
+        except (ProcessLookupError, OverflowError):
+            return False
+    return True

@@ -1,0 +1,191 @@
+"""Files that are there whole or not at all, and the checks before a job starts."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fettle.errors import UserError
+from fettle.files import human_bytes, require_free_space, require_new_folder, sha256_of, write_aside
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "report.html"
+    with write_aside(target) as aside:
+        aside.write_text("half")
+        assert not target.exists()
+        assert aside.parent == target.parent  # or the rename would be a copy
+    assert target.read_text() == "half"
+    assert names(target.parent) == ["report.html"]
+
+
+def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    target.mkdir()  # an empty folder is as good as none
+    with write_aside(target) as aside:
+        aside.mkdir()
+        (aside / "config.json").write_text("{}")
+        assert names(target) == []
+    assert names(tmp_path) == ["model"]
+    assert names(target) == ["config.json"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_failure_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    def write() -> None:
+        with write_aside(tmp_path / "model") as aside:
+            aside.mkdir()
+            (aside / "part").write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert names(tmp_path) == []
+
+
+def test_what_is_there_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x").write_text("old")
+    for name, replace in (("file", False), ("folder", False), ("folder", True)):
+        with (
+            pytest.raises(UserError, match=f"{name} .*already"),
+            write_aside(tmp_path / name, replace=replace),
+        ):
+            pytest.fail("the block must not run")
+    assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "x").read_text() == "old"
+
+
+def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    def write() -> None:
+        with write_aside(tmp_path / "file") as aside:
+            aside.write_text("mine")
+            (tmp_path / "file").write_text("another's")
+
+    with pytest.raises(UserError, match="already there"):
+        write()
+    assert names(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "another's"
+
+
+def test_replacing_a_file_keeps_the_old_one_until_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "state.json"
+    target.write_text("old")
+
+    def fail() -> None:
+        with write_aside(target, replace=True) as aside:
+            aside.write_text("half")
+            raise OSError
+
+    with pytest.raises(OSError):
+        fail()
+    assert target.read_text() == "old"
+    with write_aside(target, replace=True) as aside:
+        aside.write_text("new")
+    assert target.read_text() == "new"
+    assert names(tmp_path) == ["state.json"]
+
+
+def test_the_leavings_of_a_killed_process_are_removed_and_a_living_ones_kept(tmp_path: Path) -> None:
+    script = (
+        "import os, pathlib, signal\nfrom fettle.files import write_aside\n"
+        f"with write_aside(pathlib.Path({str(tmp_path / 'model')!r})) as aside:\n"
+        "    aside.mkdir()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=False)
+    assert len(names(tmp_path)) == 1, "the kill should have left the partial folder"
+    living = tmp_path / f".partial-{os.getppid()}-model"
+    other = tmp_path / ".partial-999999999-a-model"
+    living.mkdir()
+    other.mkdir()
+    with write_aside(tmp_path / "model") as aside:
+        aside.mkdir()
+    assert names(tmp_path) == sorted(["model", living.name, other.name])
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    with (
+        pytest.raises(UserError, match="runs is a file, not a folder"),
+        write_aside(tmp_path / "runs" / "a" / "b"),
+    ):
+        pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ("run.yaml", "another run .run.yaml"),
+        ("checkpoint-40", "training run .checkpoint-40"),
+        ("adapter_config.json", "an adapter"),
+        ("model.safetensors", "a model"),
+        ("notes.txt", "'notes.txt'"),
+    ],
+)
+def test_a_used_output_folder_is_refused_with_what_it_holds(tmp_path: Path, held: str, said: str) -> None:
+    require_new_folder(tmp_path, "the run")  # empty
+    require_new_folder(tmp_path / "a" / "b", "the run")  # absent
+    assert names(tmp_path) == []  # the check itself makes nothing
+    (tmp_path / held).touch()
+    with pytest.raises(UserError, match=f"{tmp_path.name} already holds .*{said}.*the run needs"):
+        require_new_folder(tmp_path, "the run")
+    with pytest.raises(UserError, match="is a file"):
+        require_new_folder(tmp_path / held, "the run")
+
+
+def test_a_read_only_place_is_found_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)  # root may write everywhere
+    for check in (
+        lambda path: require_new_folder(path, "the run"),
+        lambda path: write_aside(path).__enter__(),
+    ):
+        with pytest.raises(UserError, match=f"run cannot be written: {tmp_path} is read-only"):
+            check(tmp_path / "not" / "run")
+    assert names(tmp_path) == []
+
+
+def test_too_little_disk_is_said_in_human_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    require_free_space(tmp_path / "not" / "there", 1, "saving the model")
+    with pytest.raises(UserError, match=r"saving the model needs [\d.]+ [A-Z]B .*" + str(tmp_path)):
+        require_free_space(tmp_path / "not" / "there", free * 2, "saving the model")
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 3_400_000_000)
+    )
+    with pytest.raises(UserError, match=r"needs 7\.64 GB of disk, but only 3\.40 GB is free"):
+        require_free_space(tmp_path, 7_642_000_000, "saving the model")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (9_994_000, "9.99 MB"),
+        (9_996_000, "10.0 MB"),
+        (999_940_000, "999.9 MB"),
+        (999_960_000, "1.00 GB"),
+        (16e9, "16.0 GB"),
+        (2.5e15, "2500.0 TB"),
+    ],
+)
+def test_human_bytes(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+def test_sha256_counts_contents_and_order_but_not_names(tmp_path: Path) -> None:
+    def file(name: str, text: str) -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    ab, c, a, bc, same = file("1", "ab"), file("2", "c"), file("3", "a"), file("4", "bc"), file("5", "ab")
+    assert sha256_of([ab, c]) == sha256_of([same, c])
+    assert len({sha256_of(files) for files in ([ab, c], [c, ab], [a, bc], [ab], [])}) == 5
