@@ -1,0 +1,447 @@
+"""The decoder, top to bottom: norm, attention, MLP, layer, model, head. One for every family.
+
+It reproduces stock transformers in fp32 (tests/models/test_parity.py) and is a `PreTrainedModel`, so official
+checkpoints load and save through transformers' own code. What it adds is control: packed rows are an
+input (`position_ids` that restart), never a dense mask, and never leak from one document to the next.
+
+Shapes: B batch, N tokens a row, H heads, K key-value heads, D channels a head, E hidden size.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+
+from fettle.models.families import FAMILIES, Family
+from fettle.models.rope import DecoderRotaryEmbedding
+from fettle.ops import (
+    Documents,
+    apply_rotary,
+    gated_activation,
+    packed_attention,
+    rms_norm,
+    softcap_attention,
+)
+
+
+class DecoderRMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, offset: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(size) if offset else torch.ones(size))
+        self.eps = eps
+        self.offset = offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps, offset=self.offset)
+
+
+def written_out_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """The `eager` attention of transformers' interface. query: (B, H, N, D); result: (B, N, H, D)."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    if attention_mask is None and query.shape[2] == 1:  # a single new token sees everything before it
+        attention_mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
+    out = softcap_attention(
+        query, key, value, attention_mask, scale=scaling, softcap=softcap, dropout=dropout
+    )
+    return out.transpose(1, 2), None
+
+
+class DecoderAttention(nn.Module):
+    def __init__(self, config: PreTrainedConfig, family: Family, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.heads: int = config.num_attention_heads
+        self.key_value_heads: int = config.num_key_value_heads
+        self.head_dim = head_dim_of(config)
+        self.num_key_value_groups = self.heads // self.key_value_heads  # read by transformers' sdpa
+        self.is_causal = True
+        self.scaling: float = getattr(config, "query_pre_attn_scalar", self.head_dim) ** -0.5
+        self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
+        self.sliding_window = sliding_window_of(config, layer_idx)
+        self.is_fused = family.has_fused_projections
+
+        query_size, key_size = self.heads * self.head_dim, self.key_value_heads * self.head_dim
+        bias = bool(getattr(config, "attention_bias", False)) and not self.is_fused
+        qkv_bias = bias or family.has_qkv_bias
+        if self.is_fused:
+            self.qkv_proj = nn.Linear(config.hidden_size, query_size + 2 * key_size, bias=False)
+        else:
+            self.q_proj = nn.Linear(config.hidden_size, query_size, bias=qkv_bias)
+            self.k_proj = nn.Linear(config.hidden_size, key_size, bias=qkv_bias)
+            self.v_proj = nn.Linear(config.hidden_size, key_size, bias=qkv_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
+        if family.has_qk_norm:
+            self.q_norm = DecoderRMSNorm(self.head_dim, config.rms_norm_eps, family.has_norm_offset)
+            self.k_norm = DecoderRMSNorm(self.head_dim, config.rms_norm_eps, family.has_norm_offset)
+        self.has_qk_norm = family.has_qk_norm
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x: (B, N, E) -> query (B, H, N, D), key and value (B, K, N, D), before the rotation."""
+        if self.is_fused:
+            query_size, key_size = self.heads * self.head_dim, self.key_value_heads * self.head_dim
+            query, key, value = self.qkv_proj(x).split((query_size, key_size, key_size), dim=-1)
+        else:
+            query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        query, key, value = (t.view(*t.shape[:-1], -1, self.head_dim) for t in (query, key, value))
+        if self.has_qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos_sin: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        documents: Documents | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        query, key, value = self.project(x)
+        query, key = apply_rotary(query, *cos_sin), apply_rotary(key, *cos_sin)
+        dropout: float = self.config.attention_dropout if self.training else 0.0
+        if documents is not None:
+            query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+            out = packed_attention(
+                query,
+                key,
+                value,
+                documents,
+                scale=self.scaling,
+                window=self.sliding_window,
+                softcap=self.softcap,
+                dropout=dropout,
+            )
+        else:
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+            attend: Callable[..., tuple[torch.Tensor, Any]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, written_out_attention
+            )
+            if self.softcap is not None:  # passed only where it is: the sdpa interface refuses the argument
+                kwargs["softcap"] = self.softcap
+            out, _ = attend(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=self.scaling,
+                sliding_window=self.sliding_window,
+                **kwargs,
+            )
+        return self.o_proj(out.reshape(*x.shape[:-1], -1))
+
+
+class DecoderMLP(nn.Module):
+    def __init__(self, config: PreTrainedConfig, family: Family) -> None:
+        super().__init__()
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        bias = bool(getattr(config, "mlp_bias", False))
+        self.is_fused = family.has_fused_projections
+        if self.is_fused:
+            self.gate_up_proj = nn.Linear(hidden, 2 * intermediate, bias=False)
+        else:
+            self.gate_proj = nn.Linear(hidden, intermediate, bias=bias)
+            self.up_proj = nn.Linear(hidden, intermediate, bias=bias)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=bias)
+        self.activation = ACT2FN[getattr(config, "hidden_activation", None) or config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = (
+            self.gate_up_proj(x).chunk(2, -1) if self.is_fused else (self.gate_proj(x), self.up_proj(x))
+        )
+        return self.down_proj(gated_activation(gate, up, self.activation))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: PreTrainedConfig, family: Family, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = DecoderAttention(config, family, layer_idx)
+        self.mlp = DecoderMLP(config, family)
+        self.has_sandwich_norms = family.has_sandwich_norms
+        names = ["input_layernorm", "post_attention_layernorm"]
+        if self.has_sandwich_norms:
+            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        for name in names:
+            setattr(
+                self, name, DecoderRMSNorm(config.hidden_size, config.rms_norm_eps, family.has_norm_offset)
+            )
+        self.residual_dropout = nn.Dropout(getattr(config, "resid_pdrop", 0.0))
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attended = self.self_attn(self.input_layernorm(x), **kwargs)
+        if self.has_sandwich_norms:
+            x = x + self.residual_dropout(self.post_attention_layernorm(attended))
+            return x + self.residual_dropout(
+                self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+            )
+        x = x + self.residual_dropout(attended)
+        return x + self.residual_dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class DecoderPreTrainedModel(PreTrainedModel):
+    """What transformers asks of a model class; the family's own facts are set by `causal_lm_class`."""
+
+    family: Family
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012  # checkpoints of 2023
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DecoderRMSNorm) and module.offset:
+            init.zeros_(module.weight)
+
+
+class Decoder(DecoderPreTrainedModel):
+    """Embedding, layers and the last norm."""
+
+    def __init__(self, config: PreTrainedConfig, family: Family) -> None:
+        self.family = family
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DecoderLayer(config, family, i) for i in range(config.num_hidden_layers))
+        self.is_sliding = [sliding_window_of(config, i) is not None for i in range(len(self.layers))]
+        self.norm = DecoderRMSNorm(config.hidden_size, config.rms_norm_eps, family.has_norm_offset)
+        self.rotary_emb = DecoderRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """input_ids: (B, N). `position_ids` (B, N) that restart within a row mark packed documents."""
+        x = self.embed(input_ids, inputs_embeds)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        documents = None
+        if position_ids is None:
+            position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
+        elif seen == 0:
+            documents = find_documents(position_ids.expand(x.shape[0], -1), attention_mask)
+        if documents is not None and past_key_values is not None:
+            raise ValueError(
+                "packed rows (position_ids that restart) cannot fill a cache; pass use_cache=False"
+            )
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and documents is None and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+
+        masks = self.masks(x, attention_mask, position_ids, past_key_values) if documents is None else {}
+        lengths = None if documents is None else documents.lengths.view(x.shape[:2])
+        cos_sin = self.rotary_emb(x, position_ids, lengths)
+        every_state = [x] if output_hidden_states else []
+        for layer, is_sliding in zip(self.layers, self.is_sliding, strict=True):
+            x = layer(
+                x,
+                cos_sin=cos_sin,
+                attention_mask=masks.get(is_sliding),
+                documents=documents,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            if output_hidden_states:
+                every_state.append(x)
+        x = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*every_state[:-1], x) if output_hidden_states else None,
+        )
+
+    def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.family.has_scaled_embedding and inputs_embeds is None:
+            # the factor is rounded to the weights' dtype first, as Gemma was trained
+            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        return x
+
+    def masks(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None,
+    ) -> dict[bool, torch.Tensor | None]:
+        """The mask of layers without (False) and with (True) a sliding window, None where none is needed."""
+        if isinstance(attention_mask, dict):  # made by `generate`
+            return {
+                False: attention_mask.get("full_attention"),
+                True: attention_mask.get("sliding_attention"),
+            }
+        inputs = {
+            "config": self.config,
+            "inputs_embeds": x,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        make = {False: create_causal_mask, True: create_sliding_window_causal_mask}
+        return {is_sliding: make[is_sliding](**inputs) for is_sliding in set(self.is_sliding)}
+
+
+class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
+    """The decoder with its head; instantiate a family's class from `causal_lm_class`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.model = Decoder(config, self.family)
+        self.vocab_size: int = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def set_context(self, tokens: int | None) -> None:
+        """Fix LongRoPE's factors for a context of `tokens`; None lets each document decide (see rope.py)."""
+        self.model.rotary_emb.context_tokens = tokens
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return `forward`'s inputs for the next token. A cache made with LongRoPE's short factors, which the
+        text has just outgrown, is left out, and so made again."""
+        if past_key_values is not None and self.model.rotary_emb.changes_factors(
+            past_key_values.get_seq_length(), input_ids.shape[1]
+        ):
+            past_key_values = kwargs["next_sequence_length"] = None
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, **kwargs
+        )
+        return inputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits (B, N, vocabulary) and, with labels (B, N; -100 = ignored), the mean loss."""
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Channels of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def sliding_window_of(config: PreTrainedConfig, layer_idx: int) -> int | None:
+    """How many tokens back layer `layer_idx` sees; None: all of them."""
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and layer_types[layer_idx] != "sliding_attention":
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def find_documents(
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | dict[str, torch.Tensor] | None
+) -> Documents | None:
+    """Return the documents of packed rows, or None where no row restarts its positions.
+
+    position_ids: (B, N). A document starts wherever a position follows neither the one before it nor, in rows
+    with padding (zeros in a (B, N) mask), that of the real token before it. Padding itself may have any.
+    """
+    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() != 2):
+        return None
+    if attention_mask is not None:
+        is_real = attention_mask.bool()[:, -position_ids.shape[1] :]
+        steps = torch.arange(is_real.shape[1], device=is_real.device)
+        before = torch.where(is_real, steps, -1).cummax(dim=1).values[:, :-1]  # the last real token so far
+        follows = position_ids[:, 1:] == position_ids.gather(1, before.clamp(min=0)) + 1
+        breaks = breaks & is_real[:, 1:] & (before >= 0) & ~follows
+        if not breaks.any():
+            return None
+        breaks = breaks | (is_real[:, 1:] != is_real[:, :-1])
+    elif not breaks.any():
+        return None
+    is_start = torch.cat((torch.ones_like(breaks[:, :1]), breaks), dim=1)
+    return Documents.from_starts(is_start.flatten())
+
+
+def _make_class(family: Family) -> type[DecoderForCausalLM]:
+    facts = {
+        "__module__": __name__,  # transformers reads this module's source to see which attention it may set
+        "__doc__": f"fettle's decoder as {family.architecture}.",
+        "config_class": family.config,
+        "family": family,
+        "_supports_sdpa": not family.has_softcap,
+    }
+    return type(family.architecture, (DecoderForCausalLM,), facts)
+
+
+_CLASSES = {model_type: _make_class(family) for model_type, family in FAMILIES.items()}
+
+
+def causal_lm_class(model_type: str) -> type[DecoderForCausalLM]:
+    """The model class of a family, named as its official architecture so that saved configs say so."""
+    return _CLASSES[model_type]

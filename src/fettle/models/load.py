@@ -1,0 +1,143 @@
+"""From a checkpoint folder to a model: every fault is found before a weight is read.
+
+Official safetensors load unchanged, in the dtype they are stored in, through transformers' own loader.
+Code that a checkpoint ships is never run.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from fettle.errors import UserError
+from fettle.models.checkpoint import Checkpoint, inspect, require_tokenizer
+from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
+from fettle.models.families import family_of
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""The type to hold weights in; `auto` is the checkpoint's own."""
+
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def load_model(
+    folder: Path, *, name: str | None = None, dtype: Dtype = "auto", device: str | torch.device = "cpu"
+) -> DecoderForCausalLM:
+    """Load a full checkpoint. `name` is what its user and adapters call it (default: the folder).
+
+    Raises UserError for whatever is wrong with the folder: see `fettle.models.checkpoint`.
+    """
+    checkpoint = inspect(folder)
+    config = read_config(checkpoint)
+    require_complete(checkpoint, config)
+    model = causal_lm_class(config.model_type).from_pretrained(
+        str(folder),
+        config=config,
+        dtype=stored_dtype(checkpoint) if dtype == "auto" else getattr(torch, dtype),
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    model.name_or_path = model.config._name_or_path = name or str(folder)
+    return model.to(torch.device(device))
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the folder's tokenizer; a missing padding token becomes the end-of-text token."""
+    require_tokenizer(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the library raises whatever its parsers do
+        raise UserError(
+            f"{folder}: the tokenizer cannot be read ({_first_line(error)}); expected the tokenizer.json and "
+            "tokenizer_config.json of the original checkpoint."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_config(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]  # a family's own config class
+    """Return the family's config object for a checkpoint, without what only remote code would need."""
+    where = f"{checkpoint.folder}/config.json"
+    family = family_of(checkpoint.config["model_type"], where)
+    if checkpoint.config.get("quantization_config"):
+        raise UserError(
+            f"{where}: the checkpoint is already quantised; "
+            "fettle needs the original one in bf16, fp16 or fp32."
+        )
+    try:
+        config = family.config.from_dict({k: v for k, v in checkpoint.config.items() if k != "auto_map"})
+    except Exception as error:
+        raise UserError(
+            f"{where}: not a valid {checkpoint.config['model_type']} config: {_first_line(error)}"
+        ) from error
+    config.architectures = [family.architecture]
+    return config
+
+
+def require_complete(checkpoint: Checkpoint, config) -> None:  # type: ignore[no-untyped-def]
+    """Compare the files' tensors with the model's: names and shapes, before anything is read."""
+    expected = _expected_shapes(checkpoint, config)
+    stored = {name: shape for name, (_, shape) in checkpoint.tensors.items()}
+    optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    # Llama checkpoints of 2023 still carry the rotary frequencies
+    extra = {name for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")}
+    missing = [name for name in expected if name not in stored and name not in optional]
+    wrong = [name for name in expected if name in stored and tuple(stored[name]) != expected[name]]
+    where = f"{checkpoint.folder}"
+    if missing:
+        raise UserError(
+            f"{where}: {len(missing)} of {len(expected)} tensors are missing, '{missing[0]}' the first; "
+            "the checkpoint is incomplete or its config.json is another model's."
+        )
+    if wrong:
+        raise UserError(
+            f"{where}: tensor '{wrong[0]}' has shape {tuple(stored[wrong[0]])}, and config.json asks for "
+            f"{expected[wrong[0]]}; the weights and config.json are of different models."
+        )
+    if extra:
+        raise UserError(
+            f"{where}: {len(extra)} tensors have no place in a {config.model_type} model, "
+            f"'{min(extra)}' the first; config.json is another model's."
+        )
+
+
+def _expected_shapes(checkpoint: Checkpoint, config) -> dict[str, tuple[int, ...]]:  # type: ignore[no-untyped-def]
+    """The names and shapes of the model's own tensors, without their memory."""
+    try:
+        with torch.device("meta"):
+            model = causal_lm_class(config.model_type)(config)
+    except Exception as error:  # a value that passed as valid and yet makes no model
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(
+            f"{checkpoint.folder}/config.json: no model can be made of it: {kind}{_first_line(error)}"
+        ) from error
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating-point type most of the checkpoint's weights are stored in."""
+    counts = Counter(kind for kind, _ in checkpoint.tensors.values())
+    kind = counts.most_common(1)[0][0]
+    if kind not in _STORED:
+        raise UserError(
+            f"{checkpoint.folder}: weights of type {kind} are not supported; expected F32, BF16 or F16."
+        )
+    return _STORED[kind]
+
+
+def generation_config_of(folder: Path) -> GenerationConfig | None:
+    """The folder's generation_config.json, where it has one."""
+    return (
+        GenerationConfig.from_pretrained(str(folder))
+        if (folder / "generation_config.json").exists()
+        else None
+    )
+
+
+def _first_line(error: Exception) -> str:
+    """The error's first line; the second too where the first only announces it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])

@@ -1,0 +1,91 @@
+"""Rotary angles for every scaling the families use, and LongRoPE's choice between two sets of factors.
+
+LongRoPE (Ding et al., 2024, arXiv 2402.13753) ships short factors for texts up to the original context
+(4,096 tokens for Phi-3.5) and long factors beyond it. Stock transformers decides by the longest position
+of the whole forward pass, so a short document changes when a long one shares its batch. Here:
+
+- `context_tokens` set (a training run, a served context): one choice for every document;
+- `context_tokens` None: each packed document decides by its own length, exactly as if it were alone; an
+  unpacked batch decides by its longest position, as transformers does.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from fettle.errors import UserError
+
+
+class DecoderRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary angles.
+
+    The frequencies are no buffers: they follow from the config and are made at first use on a device, so
+    a model built on the meta device cannot be left with uninitialised ones.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope_type: str = config.rope_parameters["rope_type"]
+        if self.rope_type == "dynamic" or self.rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
+            raise UserError(
+                f"rope type '{self.rope_type}' is not supported; "
+                "expected default, linear, llama3, yarn or longrope."
+            )
+        self.context_tokens: int | None = None
+        self._frequencies: dict[tuple[torch.device, bool], tuple[torch.Tensor, float]] = {}
+
+    @torch.no_grad()
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor, document_lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin, (batch, tokens, rotary_dim), in x's dtype.
+
+        position_ids: (batch, tokens). document_lengths: (batch, tokens), each token's own document's length.
+        """
+        frequencies, scaling = self._frequencies_for(x.device, position_ids, document_lengths)
+        angles = position_ids[..., None].float() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
+
+    def changes_factors(self, seen_tokens: int, tokens: int) -> bool:
+        """Say whether a text of `seen_tokens` gets other factors once it has grown to `tokens`."""
+        if self.rope_type != "longrope" or self.context_tokens is not None:
+            return False
+        original: int = self.config.rope_parameters["original_max_position_embeddings"]
+        return 0 < seen_tokens <= original < tokens
+
+    def _frequencies_for(
+        self, device: torch.device, position_ids: torch.Tensor, document_lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, float]:
+        short, scaling = self._table(device, is_long=False)
+        if self.rope_type != "longrope":
+            return short, scaling
+        long, _ = self._table(device, is_long=True)
+        original = self.config.rope_parameters["original_max_position_embeddings"]
+        if self.context_tokens is not None:
+            return (long if self.context_tokens > original else short), scaling
+        tokens = position_ids.max() + 1 if document_lengths is None else document_lengths[..., None]
+        return torch.where(tokens > original, long, short), scaling
+
+    def _table(self, device: torch.device, *, is_long: bool) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies (rotary_dim / 2,) in fp32 and the factor on cos and sin."""
+        key = (device, is_long)
+        if key not in self._frequencies:
+            self._frequencies[key] = self._compute(device, is_long)
+        return self._frequencies[key]
+
+    def _compute(self, device: torch.device, is_long: bool) -> tuple[torch.Tensor, float]:
+        parameters = self.config.rope_parameters
+        if self.rope_type == "default":
+            head_dim = getattr(self.config, "head_dim", None)
+            head_dim = head_dim or self.config.hidden_size // self.config.num_attention_heads
+            rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+            exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float) / rotary_dim
+            return (1.0 / parameters["rope_theta"] ** exponents).to(device), 1.0
+        tokens = parameters["original_max_position_embeddings"] + 1 if is_long else None
+        frequencies, scaling = ROPE_INIT_FUNCTIONS[self.rope_type](
+            self.config, torch.device("cpu"), seq_len=tokens
+        )
+        return frequencies.float().to(device), scaling

@@ -1,0 +1,31 @@
+"""Back to a checkpoint folder that stock transformers, and its tokenizer, open by themselves."""
+
+import json
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PORTABLE_CLASS = "PreTrainedTokenizerFast"
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write weights, config, generation config and tokenizer into `folder`, made if need be.
+
+    The names and shapes are the official ones, the dtype is the model's.
+    """
+    model.save_pretrained(str(folder))
+    save_tokenizer(tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer so that the folder tokenises alone, the same in every library version.
+
+    tokenizer_config.json may name a class (LlamaTokenizer) that rebuilds its own rules over those of
+    tokenizer.json, depending on the config.json beside it. Naming the neutral class makes tokenizer.json,
+    which holds the whole tokenizer, the only authority.
+    """
+    tokenizer.save_pretrained(str(folder))
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = PORTABLE_CLASS
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
