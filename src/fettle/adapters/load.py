@@ -1,0 +1,87 @@
+"""Whatever `--model` names, ready to use: a full checkpoint, or an adapter on the base it finds by itself."""
+
+import json
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fettle.adapters.lora import attach
+from fettle.errors import UserError
+from fettle.models.checkpoint import fingerprint, is_adapter, locate, read_adapter_config
+from fettle.models.load import Dtype, load_model, load_tokenizer
+
+FACTS = "fettle.json"
+"""What fettle notes beside an adapter: the fingerprint of the base weights it was trained on."""
+
+
+def load(
+    name: str | Path, *, dtype: Dtype = "auto", device: str | torch.device | None = None
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer.
+
+    name: a checkpoint folder, an output folder of `fettle train` or any PEFT LoRA adapter, a hub name, or
+    "fettle-tiny", the embedded model. device: None takes a CUDA device where there is one.
+    Raises UserError for whatever the user can mend.
+    """
+    folder = locate(str(name))
+    where = torch.device(device) if device is not None else default_device()
+    if not is_adapter(folder):
+        return load_model(folder, name=remembered_name(str(name)), dtype=dtype, device=where), load_tokenizer(
+            folder
+        )
+    base_name, base_folder = base_of(folder)
+    require_trained_on(folder, base_folder)
+    base = load_model(base_folder, name=base_name, dtype=dtype, device=where)
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    return attach(base, folder).eval(), load_tokenizer(folder if has_tokenizer else base_folder)
+
+
+def default_device() -> torch.device:
+    """The first CUDA device, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def base_of(adapter_folder: Path) -> tuple[str, Path]:
+    """Return the name and the folder of the model an adapter belongs to."""
+    name: str = read_adapter_config(adapter_folder)["base_model_name_or_path"]
+    try:
+        return name, locate(name)
+    except UserError as error:
+        raise UserError(
+            f"{adapter_folder} is an adapter for '{name}', which cannot be opened: {error} If the model has "
+            f"moved, correct base_model_name_or_path in {adapter_folder / 'adapter_config.json'}."
+        ) from error
+
+
+def write_facts(adapter_folder: Path, base_folder: Path) -> None:
+    """Note beside an adapter which weights it was trained on."""
+    facts = {"base_fingerprint": fingerprint(base_folder)}
+    (adapter_folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def require_trained_on(adapter_folder: Path, base_folder: Path) -> None:
+    """Raise UserError where the base's weights are not those the adapter was trained on, if that is noted."""
+    file = adapter_folder / FACTS
+    if not file.exists():
+        return
+    try:
+        noted = json.loads(file.read_text(encoding="utf-8"))["base_fingerprint"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{file} is not as fettle wrote it, so whether the base's weights are the right ones is unknown; "
+            "fetch it again, or delete it to do without that check."
+        ) from error
+    if noted != fingerprint(base_folder):
+        raise UserError(
+            f"{adapter_folder}: the adapter was trained on other weights than those now in {base_folder}; "
+            "put the original base model back, or correct base_model_name_or_path in "
+            f"{adapter_folder / 'adapter_config.json'}."
+        )
+
+
+def remembered_name(name: str) -> str:
+    """How an adapter is to name its base: a hub name as it is, a folder by its absolute path."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.is_dir() else name

@@ -1,0 +1,123 @@
+"""LoRA through PEFT's own hook: PEFT owns the format, the names and the file; fettle the arithmetic.
+
+`LoraConfig._register_custom_module` makes PEFT wrap every targeted `nn.Linear` in `LoraLinear`, a subclass
+of PEFT's own layer. What is saved is therefore a plain PEFT adapter, and whatever the fast path does not
+cover (several adapters at once, dropout, DoRA, a merged layer) falls back to PEFT's forward.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from torch import nn
+from transformers import PreTrainedModel
+
+from fettle.errors import UserError
+from fettle.models.checkpoint import ADAPTER_WEIGHTS, read_adapter_config
+from fettle.models.safetensors_header import read_places
+from fettle.ops import lora_linear
+
+
+class LoraLinear(PeftLoraLinear):
+    """PEFT's LoRA layer with `fettle.ops.lora_linear` in the common case."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        name = self._fast_adapter(args, kwargs)
+        if name is None:
+            return super().forward(x, *args, **kwargs)
+        base = self.get_base_layer()
+        lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
+        return lora_linear(x, base.weight, base.bias, lora_a, lora_b, self.scaling[name])
+
+    def _fast_adapter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """The name of the one adapter the fast path can serve, or None where PEFT's forward must."""
+        if args or kwargs or self.disable_adapters or self.merged or len(self.active_adapters) != 1:
+            return None
+        name = self.active_adapters[0]
+        if name not in self.lora_A or name in self.lora_variant or self.lora_B[name].bias is not None:
+            return None
+        has_dropout = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
+        weight = self.get_base_layer().weight
+        is_plain = type(self.get_base_layer()) is nn.Linear and not weight.requires_grad
+        # Under autocast forward and backward would run in different types; on the meta device a product
+        # with a weight that holds nothing returns garbage instead of failing.
+        is_awkward = torch.is_autocast_enabled(weight.device.type) or weight.is_meta
+        return name if is_plain and not has_dropout and not is_awkward else None
+
+
+def adapt(
+    model: PreTrainedModel,
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    target_modules: str | list[str] = "all-linear",
+    use_rslora: bool = False,
+) -> PeftModel:
+    """Freeze the model and give it a trainable LoRA adapter; return PEFT's own model object.
+
+    alpha: the update is scaled by alpha / rank; None means alpha = rank, a scale of one. The adapter's
+    weights are fp32 whatever the model's dtype, as small steps on bf16 weights would be lost by rounding.
+    Raises UserError where target_modules names no linear layer of the model.
+    """
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        use_rslora=use_rslora,
+    )
+    _use_our_layer(config)
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"target_modules {target_modules!r}: {str(error).splitlines()[0]}") from error
+    return adapted
+
+
+def attach(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
+    """Load a PEFT adapter folder, written here or by PEFT, onto its base model.
+
+    Raises UserError where the adapter was made for another model: a layer the model does not have, or of
+    another shape.
+    """
+    read_adapter_config(folder)
+    shapes = {name: place.header.shape for name, place in read_places(folder / ADAPTER_WEIGHTS).items()}
+    _require_fit(model, shapes, folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise UserError(
+            f"{folder}: the adapter's type is {config.peft_type}; "
+            "fettle runs LoRA adapters, and PEFT itself the others."
+        )
+    _use_our_layer(config)
+    return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+
+
+def _use_our_layer(config: LoraConfig) -> None:
+    config._register_custom_module({nn.Linear: LoraLinear})
+
+
+def _require_fit(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Compare every lora_A and lora_B matrix with the linear layer it is meant for."""
+    modules = dict(model.named_modules())
+    for name, shape in shapes.items():
+        target, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if not part.startswith(("A.weight", "B.weight")):
+            continue
+        layer = modules.get(target)
+        if not isinstance(layer, nn.Linear):
+            raise UserError(
+                f"{folder}: the adapter belongs to another model: it adapts '{target}', and "
+                f"{model.name_or_path} has no such linear layer."
+            )
+        found, expected = (shape[1], layer.in_features) if part[0] == "A" else (shape[0], layer.out_features)
+        if found != expected:
+            side = "inputs" if part[0] == "A" else "outputs"
+            raise UserError(
+                f"{folder}: the adapter belongs to another model: it expects {found} {side} at '{target}', "
+                f"and {model.name_or_path} has {expected}."
+            )
