@@ -1,0 +1,46 @@
+"""Data: files in any common form -> rows -> tokens with labels -> packs.
+
+rows = read_rows("chats.jsonl")
+train, held_out = split_held_out(rows, fraction=0.1, seed=0)
+tokenized = tokenize_rows(train, tokenizer, max_length=2048)
+tokenized.summary.lines()  # what was understood, for a person to check
+batch = collator(tokenizer)([pack(tokenized.examples, max_length=2048)[0]])
+"""
+
+from fettle.data.chat import (
+    DEFAULT_CHAT_TEMPLATE,
+    Segment,
+    end_of_turn,
+    ensure_chat_template,
+    generation_prompt,
+    has_own_chat_template,
+    render,
+)
+from fettle.data.formats import Message, Row
+from fettle.data.pack import collator, pack, unpacked
+from fettle.data.read import fingerprint, read_rows
+from fettle.data.split import split_held_out
+from fettle.data.summary import Summary
+from fettle.data.tokenize import Example, Tokenized, tokenize_rows
+
+__all__ = [
+    "DEFAULT_CHAT_TEMPLATE",
+    "Example",
+    "Message",
+    "Row",
+    "Segment",
+    "Summary",
+    "Tokenized",
+    "collator",
+    "end_of_turn",
+    "ensure_chat_template",
+    "fingerprint",
+    "generation_prompt",
+    "has_own_chat_template",
+    "pack",
+    "read_rows",
+    "render",
+    "split_held_out",
+    "tokenize_rows",
+    "unpacked",
+]

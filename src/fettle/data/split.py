@@ -1,0 +1,35 @@
+"""Hold a part of the rows out of training, to measure on what the model has not seen."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+
+from fettle.data.formats import Row
+
+_MIN_ROWS = 10  # fewer rows are all needed for training
+_ROWS_FOR_ONE = 20  # from here on at least one row is held out
+
+
+def split_held_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Return (training rows, held-out rows), each in the order of the input.
+
+    The same rows, fraction and seed give the same split.  Identical rows stay on one side: a row seen in
+    training says nothing about what was learned.  Under 10 rows none is held out, from 20 at least one, as
+    far as identical rows allow.
+    """
+    wanted = round(fraction * len(rows)) if len(rows) >= _MIN_ROWS else 0
+    if fraction > 0 and len(rows) >= _ROWS_FOR_ONE:
+        wanted = max(wanted, 1)
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        groups[repr((row.messages, row.prompt, row.completion, row.text))].append(index)
+    shuffled = list(groups.values())
+    random.Random(seed).shuffle(shuffled)
+    held_out: set[int] = set()
+    for group in shuffled:
+        if len(held_out) + len(group) <= wanted:
+            held_out.update(group)
+    train = [row for index, row in enumerate(rows) if index not in held_out]
+    return train, [row for index, row in enumerate(rows) if index in held_out]

@@ -1,0 +1,95 @@
+"""What the data was understood to be, told before training starts.
+
+A wrong mask or a wrong template does not fail, it teaches the wrong thing; the cheapest guard is to show one
+example with its trained part marked, beside the counts of what was cut, split, folded and dropped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from fettle.data.chat import Segment
+
+TRAINED_MARKS = ("⟦", "⟧")
+_SHOWN_CHARACTERS = 600  # of each segment of the example
+_SHOWN_DROPPED = 5
+
+
+@dataclass(slots=True)
+class Summary:
+    """Counts over one data set.
+
+    rows: rows read; forms: how many of each form. examples: what they became (a long text becomes several).
+    tokens / trained_tokens: in all examples / of them with a loss. cut: rows shortened to `max_length`.
+    split: texts divided into windows. folded_system: chats whose system text moved into the user turn.
+    dropped: (where, reason) of rows with nothing to train on. example: the first example's segments.
+    end_of_turn: the token that ends an answer; None without chats, or where the template has no such token.
+    """
+
+    max_length: int
+    rows: int = 0
+    examples: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    cut: int = 0
+    split: int = 0
+    folded_system: int = 0
+    end_of_turn: str | None = None
+    has_chats: bool = False
+    forms: Counter[str] = field(default_factory=Counter)
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    example: list[Segment] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Return the summary as plain lines, the example last with its trained part between ⟦ and ⟧."""
+        forms = ", ".join(f"{count:,} {form}" for form, count in self.forms.most_common())
+        share = self.trained_tokens / max(self.tokens, 1)
+        lines = [
+            f"{_count(self.rows, 'row')} ({forms}) became {_count(self.examples, 'example')}",
+            f"{_count(self.tokens, 'token')}, {self.trained_tokens:,} of them trained on ({share:.0%})",
+        ]
+        lines += self._changes()
+        if self.example:
+            marked = (_marked(segment) for segment in self.example)
+            lines += ["the first example, its trained part between ⟦ and ⟧:", *"".join(marked).splitlines()]
+        return lines
+
+    def _changes(self) -> list[str]:
+        lines = []
+        if self.has_chats and self.end_of_turn is None:
+            lines.append(
+                "the chat template ends an answer with no token of its own: the model may not learn to stop"
+            )
+        if self.cut:
+            lines.append(f"{_count(self.cut, 'row')} cut to {self.max_length:,} tokens")
+        if self.split:
+            lines.append(f"{_count(self.split, 'text')} split into windows of {self.max_length:,} tokens")
+        if self.folded_system:
+            chats = _count(self.folded_system, "chat")
+            lines.append(
+                f"{chats}: system text moved into the user turn, for the template has no place for it"
+            )
+        if self.dropped:
+            lines.append(f"{_count(len(self.dropped), 'row')} dropped: {self.reasons()}")
+            lines += [f"  {where}: {reason}" for where, reason in self.dropped[:_SHOWN_DROPPED]]
+        if len(self.dropped) > _SHOWN_DROPPED:
+            lines.append(f"  and {len(self.dropped) - _SHOWN_DROPPED:,} more")
+        return lines
+
+    def reasons(self) -> str:
+        """Return the reasons for which rows were dropped, with how often each, the commonest first."""
+        counts = Counter(reason for _, reason in self.dropped)
+        return "; ".join(f"{count:,} because {reason}" for reason, count in counts.most_common())
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _marked(segment: Segment) -> str:
+    text = segment.text
+    if len(text) > _SHOWN_CHARACTERS:
+        half = _SHOWN_CHARACTERS // 2
+        text = f"{text[:half]} [...] {text[-half:]}"
+    return f"{TRAINED_MARKS[0]}{text}{TRAINED_MARKS[1]}" if segment.is_trained else text
