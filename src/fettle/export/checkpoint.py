@@ -1,0 +1,43 @@
+"""Export a model, its adapter merged in, as a Hugging Face folder for transformers, vLLM and the like."""
+
+from pathlib import Path
+
+from peft import PeftModel
+
+from fettle.adapters.load import base_of, load
+from fettle.export.merge import merge
+from fettle.files import require_free_space, require_new_folder, write_aside
+from fettle.models.checkpoint import inspect, is_adapter, locate
+from fettle.models.load import Dtype
+from fettle.models.save import save_model
+
+_BYTES_A_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def export_safetensors(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> Path:
+    """Write the full model that `name` stands for into the new folder `to` and return it.
+
+    An adapter is merged into its base first and the merge checks itself. The folder is complete (weights,
+    config, generation config, tokenizer, chat template) or not there.
+    """
+    to = Path(to)
+    require_new_folder(to, "the exported model")
+    folder = locate(str(name))
+    stored = inspect(base_of(folder)[1] if is_adapter(folder) else folder)
+    needed = stored.weight_bytes
+    if dtype != "auto":
+        weights = sum(_product(header.shape) for header in stored.tensors.values())
+        needed = weights * _BYTES_A_WEIGHT[dtype]
+    require_free_space(to, needed + 20 * 10**6, "the exported model")
+    model, tokenizer = load(name, dtype=dtype)
+    full = merge(model, tokenizer) if isinstance(model, PeftModel) else model
+    with write_aside(to) as aside:
+        save_model(full, tokenizer, aside)
+    return to
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

@@ -1,0 +1,66 @@
+"""A conversation in the terminal: each turn is rendered with the model's own template, answers stream."""
+
+import sys
+
+from transformers import PreTrainedTokenizerBase
+
+from fettle.data import generation_prompt
+from fettle.errors import UserError
+from fettle.generation.decode import Model, Sampling, stream
+
+HELP = "Type a message; /new starts over, /exit or Ctrl-D leaves."
+
+
+def chat(
+    model: Model, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, *, system: str | None = None
+) -> None:
+    """Read turns from standard input and answer them on standard output until the user leaves.
+
+    The earliest exchanges are forgotten where the conversation outgrows the model's context.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{model.name_or_path} has no chat template, so it cannot chat; use `fettle generate` to have a text "
+            "continued, or train it on chats first."
+        )
+    first = [{"role": "system", "content": system}] if system else []
+    turns: list[dict[str, str]] = []
+    print(HELP, file=sys.stderr)
+    while (words := _read()) is not None:
+        if words == "/new":
+            turns = []
+        elif words:
+            turns.append({"role": "user", "content": words})
+            text, turns = _fitting(model, tokenizer, sampling, first, turns)
+            answer = ""
+            for piece in stream(model, tokenizer, text, sampling, is_rendered=True):
+                print(piece, end="", flush=True)
+                answer += piece
+            print()
+            turns.append({"role": "assistant", "content": answer})
+
+
+def _read() -> str | None:
+    """One line from the user; None at the end."""
+    try:
+        words = input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    return None if words in ("/exit", "/quit") else words
+
+
+def _fitting(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    first: list[dict[str, str]],
+    turns: list[dict[str, str]],
+) -> tuple[str, list[dict[str, str]]]:
+    """The rendered conversation and its turns, without the oldest exchanges if they do not fit."""
+    room = model.config.max_position_embeddings - sampling.max_new_tokens
+    while True:
+        text = generation_prompt(tokenizer, [*first, *turns])
+        tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if tokens <= room or len(turns) == 1:
+            return text, turns
+        turns = turns[2:]

@@ -1,0 +1,193 @@
+"""From a prompt to the model's words, through transformers' `generate`.
+
+A prompt to a model with a chat template becomes a user turn; one to a model without, or with `raw`, is
+continued as it is. Generation ends at the end-of-turn token of the template as well as at the tokens that
+generation_config.json names: some checkpoints forget theirs.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any, TypeAlias
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+
+from fettle.data import end_of_turn, generation_prompt
+from fettle.errors import UserError
+
+Model: TypeAlias = PreTrainedModel | PeftModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen. temperature 0: the likeliest one, always the same."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens is {self.max_new_tokens}; expected 1 or more.")
+        if self.temperature < 0:
+            raise UserError(
+                f"--temperature is {self.temperature}; expected 0 (always the likeliest token) or more."
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p is {self.top_p}; expected a number above 0, at most 1.")
+
+
+def generate(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    raw: bool = False,
+    system: str | None = None,
+    sampling: Sampling = Sampling(),  # frozen
+) -> str:
+    """Return the completion of one prompt, without the prompt."""
+    text = prompt_text(tokenizer, prompt, raw=raw, system=system)
+    return complete(model, tokenizer, [text], sampling, is_rendered=is_chat(tokenizer, raw))[0]
+
+
+def is_chat(tokenizer: PreTrainedTokenizerBase, raw: bool) -> bool:
+    """Whether a prompt becomes a user turn."""
+    return bool(tokenizer.chat_template) and not raw
+
+
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool = False, system: str | None = None
+) -> str:
+    """The text the model is to continue: the prompt as a user turn in the model's template, or as it is."""
+    if not is_chat(tokenizer, raw):
+        if system is not None:
+            raise UserError("--system needs a model with a chat template, and no --raw.")
+        return prompt
+    messages = [{"role": "system", "content": system}] if system else []
+    return generation_prompt(tokenizer, [*messages, {"role": "user", "content": prompt}])
+
+
+@torch.inference_mode()
+def complete(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    sampling: Sampling,
+    *,
+    is_rendered: bool,
+    batch_size: int = 64,
+) -> list[str]:
+    """Return the continuation of each text, in order.
+
+    is_rendered: the texts come from a chat template, which has put its special tokens in already.
+    """
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths: little padding
+    answers = [""] * len(texts)
+    with _evaluating(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            inputs = _encode(model, tokenizer, [texts[i] for i in chosen], sampling, is_rendered)
+            output = model.generate(**inputs, **_arguments(model, tokenizer, sampling))
+            for i, prompt_ids, ids in zip(chosen, inputs["input_ids"], output, strict=True):
+                answers[i] = _new_words(tokenizer, prompt_ids, ids)
+    return answers
+
+
+def stream(
+    model: Model, tokenizer: PreTrainedTokenizerBase, text: str, sampling: Sampling, *, is_rendered: bool
+) -> Iterator[str]:
+    """Yield the continuation of one text piece by piece, as it is made."""
+    inputs = _encode(model, tokenizer, [text], sampling, is_rendered)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.inference_mode(), _evaluating(model):
+                model.generate(**inputs, **_arguments(model, tokenizer, sampling), streamer=streamer)
+        except BaseException as error:
+            failures.append(error)
+            streamer.end()
+
+    worker = Thread(target=work, daemon=True)
+    worker.start()
+    yield from streamer
+    worker.join()
+    if failures:
+        raise failures[0]
+
+
+def _encode(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    sampling: Sampling,
+    is_rendered: bool,
+) -> dict[str, torch.Tensor]:
+    batch = tokenizer(
+        texts,
+        add_special_tokens=not is_rendered,
+        padding=len(texts) > 1,
+        padding_side="left",
+        return_tensors="pt",
+        return_token_type_ids=False,
+    )
+    tokens = batch["input_ids"].shape[1]
+    if tokens == 0:
+        raise UserError("The prompt is empty; give at least one word to continue.")
+    context: int = model.config.max_position_embeddings
+    if tokens + sampling.max_new_tokens > context:
+        raise UserError(
+            f"The prompt's {tokens} tokens and --max-new-tokens {sampling.max_new_tokens} are more than the model's "
+            f"context of {context} tokens; shorten one of them."
+        )
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def _arguments(model: Model, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> dict[str, Any]:
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    arguments: dict[str, Any] = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "do_sample": sampling.temperature > 0,
+        "eos_token_id": stop_ids(model, tokenizer),
+        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        "use_cache": True,
+    }
+    if sampling.temperature > 0:
+        arguments |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    return arguments
+
+
+def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens at which the model has finished: its generation config's, and the template's end of turn."""
+    named = model.generation_config.eos_token_id
+    stops = [] if named is None else [named] if isinstance(named, int) else list(named)
+    ends = [tokenizer.eos_token, end_of_turn(tokenizer) if tokenizer.chat_template else None]
+    stops += [tokenizer.convert_tokens_to_ids(token) for token in ends if token is not None]
+    return list(dict.fromkeys(stops))
+
+
+def _new_words(tokenizer: PreTrainedTokenizerBase, prompt_ids: torch.Tensor, ids: torch.Tensor) -> str:
+    """Decode with the prompt in front: some tokenizers drop the space before the first word of a text."""
+    keep = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    prompt = tokenizer.decode(prompt_ids, **keep)
+    whole = tokenizer.decode(ids, **keep)
+    return (
+        whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(ids[len(prompt_ids) :], **keep)
+    )
+
+
+@contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
