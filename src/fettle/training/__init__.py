@@ -1,0 +1,1 @@
+"""Training: from options to a result with its proof."""

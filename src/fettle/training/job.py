@@ -1,0 +1,136 @@
+"""The part every kind of training shares: measured, trained, measured, saved, reported."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fettle.files import require_free_space
+from fettle.options import write
+from fettle.training import resume
+from fettle.training.measure import Measurement, measure
+from fettle.training.options import PretrainOptions, TrainOptions
+from fettle.training.outcome import REPORT, Outcome, describe, show
+from fettle.training.progress import peak_memory_bytes
+from fettle.training.report import write_report
+from fettle.training.rows import Material
+from fettle.training.trainer import Run, build
+
+OVERHEAD_BYTES = 50 * 10**6
+"""Room for logs, tokenizer files and the report."""
+
+
+class Interrupted(Exception):
+    """The run was stopped by Ctrl-C after saving a checkpoint; the message says how to go on."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """A run with everything chosen. `options` are complete; `facts` what is known from before a resume;
+    `save` writes the result into a folder, `last_file` is the file whose presence makes it a result."""
+
+    options: TrainOptions | PretrainOptions
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    material: Material
+    model_name: str
+    method: str
+    command: str
+    facts: dict[str, Any]
+    save: Callable[[Path], None]
+    last_file: str
+    next_commands: list[str]
+    console: Console
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def output(self) -> Path:
+        """The run's folder."""
+        return Path(self.options.output)
+
+
+def run(job: Job) -> Outcome:
+    """Do the job; raise Interrupted after Ctrl-C."""
+    _require_disk(job)
+    job.output.mkdir(parents=True, exist_ok=True)
+    write(job.options, job.output / resume.RUN_FILE, f"fettle {job.command} --config {resume.RUN_FILE}")
+    trainer = build(
+        job.model,
+        job.tokenizer,
+        job.material.train,
+        job.material.held_out,
+        job.options,
+        job.output,
+        job.console,
+    )
+    before = _before(job, trainer)
+    job.console.print(f"\n[bold]training[/bold] {job.options.max_steps} steps: {job.method}", highlight=False)
+    if not trainer.train():
+        raise Interrupted(f"fettle {job.command} --resume --output {job.output}")
+    after = _measure(job, trainer)
+    _save(job)
+    outcome = _report(job, trainer, before, after)
+    show(outcome, job.console)
+    return outcome
+
+
+def is_finished(output: Path) -> bool:
+    """Whether the run in `output` came to its end: the report is written last."""
+    return (output / REPORT).exists()
+
+
+def _require_disk(job: Job) -> None:
+    """Two checkpoints are kept while a third is written, each with two moments of AdamW, then the result."""
+    trained = sum(p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad)
+    require_free_space(job.output, 10 * trained + OVERHEAD_BYTES, "this run, with its checkpoints,")
+
+
+def _before(job: Job, trainer: Run) -> Measurement:
+    """The scores before training, taken once: a resumed run finds them noted."""
+    if "before" not in job.facts:
+        job.facts["before"] = _measure(job, trainer).as_facts()
+        resume.write_facts(job.output, job.facts)
+    return Measurement.from_facts(job.facts["before"])
+
+
+def _measure(job: Job, trainer: Run) -> Measurement:
+    questions = len(job.material.asked) + len(job.material.kept)
+    if questions:
+        job.console.print(f"answering {questions} questions the training does not see", highlight=False)
+    return measure(job.model, job.tokenizer, trainer.held_out(), job.material.asked, job.material.kept)
+
+
+def _save(job: Job) -> None:
+    """Put the result into the output folder: written aside, then moved in, the telling file last."""
+    aside = job.output / ".saving"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    job.save(aside)
+    for file in sorted(aside.iterdir(), key=lambda file: file.name == job.last_file):
+        os.replace(file, job.output / file.name)
+    aside.rmdir()
+
+
+def _report(job: Job, trainer: Run, before: Measurement, after: Measurement) -> Outcome:
+    report = describe(
+        job.options,
+        model_name=job.model_name,
+        method=job.method,
+        material=job.material,
+        history=trainer.progress.history,
+        tokens_per_second=trainer.progress.tokens_per_second,
+        seconds=time.monotonic() - job.started,
+        peak_memory_bytes=peak_memory_bytes(job.model.device),
+        before=before,
+        after=after,
+        next_commands=job.next_commands,
+    )
+    write_report(report, job.output / REPORT)
+    return Outcome(output=job.output, before=before, after=after, report=report)

@@ -1,0 +1,83 @@
+"""One set of measurements, taken before and after a run: loss, and answers to rows not trained on."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fettle.evaluation import Question, answer, exact_share
+from fettle.training.report import Sample, Score
+
+SHOWN = 12
+"""Samples in the report; more would not be read."""
+
+
+@dataclass(slots=True)
+class Answered:
+    """One question's prompt, the right answer, the answer given."""
+
+    prompt: str
+    expected: str
+    answer: str
+
+
+@dataclass(slots=True)
+class Measurement:
+    """What a model scored. loss and token_accuracy: on held-out rows, empty without any. exact: the share of
+    answers that were right to the letter, None where nothing was asked; kept_*: the same for `--keep-data`."""
+
+    held_out: dict[str, float] = field(default_factory=dict)
+    exact: float | None = None
+    kept_exact: float | None = None
+    answers: list[Answered] = field(default_factory=list)
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> "Measurement":
+        """Rebuild one from `as_facts`."""
+        return cls(**{**facts, "answers": [Answered(**a) for a in facts["answers"]]})
+
+    def as_facts(self) -> dict[str, Any]:
+        """A form that JSON holds."""
+        return asdict(self)
+
+
+def measure(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: dict[str, float],
+    asked: Sequence[Question],
+    kept: Sequence[Question],
+) -> Measurement:
+    """Answer the questions and add the held-out figures, which the trainer computes."""
+    answers = answer(model, tokenizer, asked)
+    kept_answers = answer(model, tokenizer, kept)
+    return Measurement(
+        held_out=held_out,
+        exact=exact_share(answers) if answers else None,
+        kept_exact=exact_share(kept_answers) if kept_answers else None,
+        answers=[Answered(a.question.prompt, a.question.expected, a.answer) for a in answers],
+    )
+
+
+def scores(before: Measurement, after: Measurement) -> list[Score]:
+    """The two measurements as rows of the before/after table."""
+    rows = [
+        Score("held-out answers exact", before.exact, after.exact, "%"),
+        Score("held-out loss", before.held_out.get("loss"), after.held_out.get("loss"), "", "lower"),
+        Score(
+            "held-out tokens predicted",
+            before.held_out.get("token_accuracy"),
+            after.held_out.get("token_accuracy"),
+            "%",
+        ),
+        Score("old skills: answers exact", before.kept_exact, after.kept_exact, "%"),
+    ]
+    return [row for row in rows if row.before is not None or row.after is not None]
+
+
+def samples(before: Measurement, after: Measurement) -> list[Sample]:
+    """The first answers side by side."""
+    pairs = zip(before.answers[:SHOWN], after.answers[:SHOWN], strict=True)
+    return [Sample(a.prompt, a.expected, b.answer, a.answer) for b, a in pairs]

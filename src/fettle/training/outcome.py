@@ -1,0 +1,107 @@
+"""What a finished run hands over: the report as a page, and the same in short on the terminal."""
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+
+from fettle.training.measure import Measurement, samples, scores
+from fettle.training.options import LoopOptions
+from fettle.training.progress import Point
+from fettle.training.report import RunReport, Sample, is_correct, scores_table
+from fettle.training.rows import Material
+
+REPORT = "report.html"
+_PACKAGES = ("fettle-llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+_SHOWN_SAMPLES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Where the result lies and how it scored."""
+
+    output: Path
+    before: Measurement
+    after: Measurement
+    report: RunReport
+
+
+def describe(
+    options: LoopOptions,
+    *,
+    model_name: str,
+    method: str,
+    material: Material,
+    history: Sequence[Point],
+    tokens_per_second: float | None,
+    seconds: float,
+    peak_memory_bytes: int,
+    before: Measurement,
+    after: Measurement,
+    next_commands: Sequence[str],
+) -> RunReport:
+    """Gather a run's report."""
+    output = Path(options.output)
+    eval_curve = [(p.step, p.eval_loss) for p in history if p.eval_loss is not None]
+    if "loss" in before.held_out:
+        eval_curve.insert(0, (0, before.held_out["loss"]))
+    return RunReport(
+        title=f"{output.name}: {model_name}",
+        model=model_name,
+        method=method,
+        when=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        seconds=seconds,
+        peak_memory_bytes=peak_memory_bytes,
+        tokens_per_second=tokens_per_second,
+        scores=scores(before, after),
+        samples=samples(before, after),
+        loss_curve=[(p.step, p.loss) for p in history if p.loss is not None],
+        eval_curve=eval_curve,
+        learning_rate_curve=[(p.step, p.learning_rate) for p in history if p.learning_rate is not None],
+        data_summary=[line for line in material.summary.lines() if "⟦" not in line],
+        example=[(segment.text, segment.is_trained) for segment in material.summary.example],
+        files=[
+            ("model", str(output)),
+            ("options", str(output / "run.yaml")),
+            ("report", str(output / REPORT)),
+        ],
+        next_commands=next_commands,
+        options={f.name: getattr(options, f.name) for f in dataclasses.fields(options)},
+        versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+    )
+
+
+def show(outcome: Outcome, console: Console) -> None:
+    """Print the before/after table, a few answers, where everything lies and what to type next."""
+    report = outcome.report
+    console.print()
+    show_samples(report.samples[:_SHOWN_SAMPLES], console)
+    if report.scores:
+        console.print(scores_table(report))
+        console.print()
+    for what, path in report.files:
+        console.print(f"{what:8} {path}", markup=False, highlight=False, soft_wrap=True)
+    console.print("\nnext:")
+    for command in report.next_commands:
+        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_samples(shown: Sequence[Sample], console: Console) -> None:
+    """Print prompts with the answers before and after."""
+    for sample in shown:
+        console.print(f"prompt  {_short(sample.prompt)}", markup=False, highlight=False, soft_wrap=True)
+        for name, answer in (("before", sample.before), ("after", sample.after)):
+            mark = {True: "✓", False: "✗", None: " "}[is_correct(sample, answer)]
+            text = f"{name:7} {mark} {_short(answer or '')}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print()
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 160 else text[:157] + "..."

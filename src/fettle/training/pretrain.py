@@ -1,0 +1,124 @@
+"""A new model from nothing: `fettle pretrain`. The embedded model was made so."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+
+from fettle.adapters.load import default_device
+from fettle.data import Row, end_of_turn, read_rows
+from fettle.data import fingerprint as data_fingerprint
+from fettle.errors import UserError
+from fettle.files import require_new_folder
+from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
+from fettle.models.families import FAMILIES
+from fettle.models.save import save_model
+from fettle.options import read
+from fettle.tiny.tokenizer import train_tokenizer
+from fettle.training import resume
+from fettle.training.defaults import complete, length_limit, require_sensible
+from fettle.training.job import Job, is_finished, run
+from fettle.training.options import PretrainOptions
+from fettle.training.outcome import Outcome
+from fettle.training.rows import prepare
+from fettle.training.sft import show_data
+
+
+def pretrain(options: PretrainOptions, *, console: Console | None = None) -> Outcome:
+    """Learn a tokenizer and all weights of a new model from `options.data`; leave a full checkpoint in `output`.
+
+    Raises UserError for what the user can mend, before anything is written.
+    """
+    require_sensible(options)
+    require_new_folder(Path(options.output), "a new run")
+    return run(_prepare(options, {}, console or Console()))
+
+
+def resume_pretraining(output: Path, *, console: Console | None = None) -> Outcome | None:
+    """Go on with the interrupted run in `output`; None where it has come to its end already."""
+    resume.require_run(output)
+    if is_finished(output):
+        return None
+    options = dataclasses.replace(read(PretrainOptions, output / resume.RUN_FILE), output=str(output))
+    return run(_prepare(options, resume.read_facts(output), console or Console()))
+
+
+def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) -> Job:
+    rows = read_rows(options.data)
+    seen = {"data": data_fingerprint(options.data)}
+    resume.require_unchanged(facts, "data", seen["data"], f"the data ({options.data})")
+    longest = length_limit(options, options.context)
+    tokenizer = _tokenizer(rows, options)
+    material = prepare(options, tokenizer, longest, rows)
+    show_data(material.summary.lines(), material.held_out_rows, console)
+    device = options.device or default_device().type
+    set_seed(options.seed)
+    model = new_model(options, tokenizer).to(torch.device(device))
+    parameters = model.num_parameters()
+    options = complete(
+        dataclasses.replace(options, device=device, max_length=longest),
+        packs=len(material.train),
+        parameters=parameters,
+        weight_bytes=model.get_memory_footprint(),
+        is_full=True,
+    )
+    return Job(
+        options=options,
+        model=model,
+        tokenizer=tokenizer,
+        material=material,
+        model_name=f"{FAMILIES[options.family].architecture} with {parameters / 1e6:.2f} M weights",
+        method=f"all weights from random, learning rate {options.learning_rate:g}, {device}",
+        command="pretrain",
+        facts=facts | seen,
+        save=lambda to: save_model(model.to(getattr(torch, options.save_dtype)), tokenizer, to),
+        last_file="config.json",
+        next_commands=[
+            f'fettle generate --model {options.output} --prompt "..."',
+            f"fettle train --model {options.output} --data my_chats.jsonl --output my-model",
+        ],
+        console=console,
+    )
+
+
+def _tokenizer(rows: list[Row], options: PretrainOptions) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = train_tokenizer((text for row in rows for text in _texts(row)), options.vocab_size)
+    except ValueError as error:
+        raise UserError(f"--vocab-size: {error}.") from error
+    tokenizer.model_max_length = options.context
+    return tokenizer
+
+
+def _texts(row: Row) -> list[str]:
+    words = [message["content"] for message in row.messages]
+    return words + [text for text in (row.prompt, row.completion, row.text) if text is not None]
+
+
+def new_model(options: PretrainOptions, tokenizer: PreTrainedTokenizerBase) -> DecoderForCausalLM:
+    """A model of the family's own architecture with random weights in fp32, embedding and head tied."""
+    family = FAMILIES[options.family]
+    if options.hidden_size % options.heads:
+        raise UserError(f"--hidden-size {options.hidden_size} is no multiple of --heads {options.heads}.")
+    config = family.config(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.key_value_heads or options.heads,
+        max_position_embeddings=options.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = causal_lm_class(options.family)(config)
+    stops = [tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)), tokenizer.eos_token_id]
+    model.generation_config = GenerationConfig(
+        eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+    )
+    return model

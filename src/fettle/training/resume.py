@@ -1,0 +1,75 @@
+"""What a run leaves on disk so that it can go on after Ctrl-C, kill -9 or a power cut, bit for bit.
+
+    my-model/
+      run.yaml          every option, resolved; written before the first step
+      facts.json        fingerprints of the data and the base weights, the scores before training
+      checkpoints/      checkpoint-N: adapter or weights, optimizer, schedule, random state
+
+A checkpoint is used only if its `complete` mark is there, which is written after everything else in it. Two
+are kept, so that there is a complete one while the next is being written.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from fettle.errors import UserError
+from fettle.files import describe_folder, write_aside
+
+RUN_FILE, FACTS_FILE, CHECKPOINTS, MARK = "run.yaml", "facts.json", "checkpoints", "complete"
+
+
+class MarkComplete(TrainerCallback):
+    """Writes the mark into a checkpoint once the trainer has written all the rest."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARK).touch()
+
+
+def require_run(output: Path) -> None:
+    """Raise UserError unless `output` holds a run that can be resumed."""
+    if not (output / RUN_FILE).exists():
+        found = describe_folder(output) if output.is_dir() and any(output.iterdir()) else "nothing"
+        raise UserError(
+            f"{output} holds no run to resume (found {found}, expected {RUN_FILE}); "
+            "give the --output folder of an interrupted run, or leave --resume out to start one."
+        )
+
+
+def last_complete(output: Path) -> Path | None:
+    """Return the newest complete checkpoint, or None; incomplete ones, which a kill left behind, are removed."""
+    found = sorted((output / CHECKPOINTS).glob("checkpoint-*"), key=_step)
+    for folder in found:
+        if not (folder / MARK).exists():
+            shutil.rmtree(folder)
+    complete = [folder for folder in found if folder.exists()]
+    return complete[-1] if complete else None
+
+
+def read_facts(output: Path) -> dict[str, Any]:
+    """Return what was noted of the run so far; empty where nothing was."""
+    file = output / FACTS_FILE
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def write_facts(output: Path, facts: dict[str, Any]) -> None:
+    """Note the run's facts, whole or not at all."""
+    with write_aside(output / FACTS_FILE, replace=True) as aside:
+        aside.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def require_unchanged(facts: dict[str, Any], name: str, now: str, what: str) -> None:
+    """Raise UserError where a fingerprint noted at the start is not the one of today."""
+    if facts.get(name, now) != now:
+        raise UserError(
+            f"{what} has changed since the run began, so it cannot be resumed to the same result; put the old "
+            "one back, or start anew with another --output."
+        )
+
+
+def _step(folder: Path) -> int:
+    step = folder.name.rpartition("-")[2]
+    return int(step) if step.isdigit() else -1

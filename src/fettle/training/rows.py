@@ -1,0 +1,69 @@
+"""Rows on disk to packs for the trainer, and to questions for the before/after comparison."""
+
+from dataclasses import dataclass
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fettle.data import Row, Summary, Tokenized, pack, read_rows, split_held_out, tokenize_rows, unpacked
+from fettle.errors import UserError
+from fettle.evaluation import Question, questions
+from fettle.training.defaults import pack_length
+from fettle.training.options import LoopOptions, PretrainOptions, TrainOptions
+
+
+@dataclass(slots=True, kw_only=True)
+class Material:
+    """Everything a run learns from and is measured on."""
+
+    train: Dataset
+    held_out: Dataset | None
+    held_out_rows: int
+    asked: list[Question]
+    kept: list[Question]
+    summary: Summary
+
+
+def split(options: LoopOptions, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Training rows and held-out rows: those of `--eval-data`, or a share of the data itself."""
+    if options.eval_data is not None:
+        return rows, read_rows(options.eval_data)
+    return split_held_out(rows, options.eval_fraction, options.seed)
+
+
+def prepare(
+    options: TrainOptions | PretrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int, rows: list[Row]
+) -> Material:
+    """Tokenise, pack and choose what to ask. longest: tokens of the longest row that is not cut."""
+    train_rows, held_out_rows = split(options, rows)
+    train = tokenize_rows(train_rows, tokenizer, max_length=longest, train_on=options.train_on)
+    length = pack_length([len(example.input_ids) for example in train.examples], longest)
+    held_out = _tokenize_held_out(options, held_out_rows, tokenizer, longest)
+    kept_rows = read_rows(options.keep_data) if options.keep_data is not None else []
+    return Material(
+        train=_lay_out(train, length, options.packing),
+        held_out=_lay_out(held_out, length, options.packing) if held_out else None,
+        held_out_rows=len(held_out_rows) if held_out else 0,
+        asked=questions(held_out_rows, tokenizer)[: options.samples],
+        kept=questions(kept_rows, tokenizer)[: options.samples],
+        summary=train.summary,
+    )
+
+
+def _tokenize_held_out(
+    options: TrainOptions | PretrainOptions, rows: list[Row], tokenizer: PreTrainedTokenizerBase, longest: int
+) -> Tokenized | None:
+    if not rows:
+        return None
+    try:
+        return tokenize_rows(rows, tokenizer, max_length=longest, train_on=options.train_on)
+    except UserError as error:
+        if options.eval_data is None:  # a few rows of the user's own data, all too long: go without
+            return None
+        raise UserError(f"--eval-data {options.eval_data}: {error}") from error
+
+
+def _lay_out(tokenized: Tokenized, length: int, packing: bool) -> Dataset:
+    if not packing:
+        return unpacked(tokenized.examples)
+    return pack(tokenized.examples, max(length, max(len(e.input_ids) for e in tokenized.examples)))

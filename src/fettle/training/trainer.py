@@ -1,0 +1,138 @@
+"""TRL's SFT trainer, as it is, set up for rows that are already tokenised and packed."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
+from trl import SFTConfig, SFTTrainer
+
+from fettle.data import collator
+from fettle.training.options import LoopOptions
+from fettle.training.progress import ProgressCallback, show_progress
+from fettle.training.resume import CHECKPOINTS, MarkComplete, last_complete
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Turns Ctrl-C into: finish this step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.is_interrupted = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_interrupted:
+            control.should_save = control.should_training_stop = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen for Ctrl-C while the block runs (in the main thread, the only one that may)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def interrupt(*_: Any) -> None:
+            self.is_interrupted = True
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@dataclass(slots=True)
+class Run:
+    """A trainer ready to go, with what watches over it."""
+
+    trainer: SFTTrainer
+    progress: ProgressCallback
+    interrupt: StopOnInterrupt
+
+    def train(self) -> bool:
+        """Train from the last complete checkpoint, if there is one; return whether the run came to its end."""
+        checkpoint = last_complete(Path(self.trainer.args.output_dir).parent)
+        set_seed(self.trainer.args.seed)  # whatever was measured before must not move the run
+        with self.progress, self.interrupt.listening():
+            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return self.trainer.state.global_step >= self.trainer.state.max_steps
+
+    def held_out(self) -> dict[str, float]:
+        """Mean loss and share of tokens predicted rightly on the held-out rows; empty where there are none."""
+        if self.trainer.eval_dataset is None:
+            return {}
+        metrics = self.trainer.evaluate()
+        return {"loss": metrics["eval_loss"], "token_accuracy": metrics["eval_mean_token_accuracy"]}
+
+
+def build(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_packs: Dataset,
+    held_out_packs: Dataset | None,
+    options: LoopOptions,
+    output: Path,
+    console: Console,
+) -> Run:
+    """Return TRL's trainer for packs made by `fettle.data.pack`; `options` must be complete."""
+    interrupt = StopOnInterrupt()
+    trainer = SFTTrainer(
+        model=model,
+        args=sft_config(options, output, has_held_out=held_out_packs is not None),
+        train_dataset=train_packs,
+        eval_dataset=held_out_packs,
+        processing_class=tokenizer,
+        data_collator=collator(tokenizer),
+        callbacks=[
+            TensorBoardCallback(SummaryWriter(str(output / "tensorboard"))),
+            MarkComplete(),
+            interrupt,
+        ],
+    )
+    return Run(trainer, show_progress(trainer, console), interrupt)
+
+
+def sft_config(options: LoopOptions, output: Path, *, has_held_out: bool) -> SFTConfig:
+    """Fettle's options in TRL's words."""
+    assert options.max_steps and options.learning_rate and options.batch_size and options.save_steps
+    return SFTConfig(
+        output_dir=str(output / CHECKPOINTS),
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=_SCHEDULES[options.schedule],
+        warmup_steps=round(options.warmup_ratio * options.max_steps),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        gradient_checkpointing=options.gradient_checkpointing,
+        eval_strategy="steps" if has_held_out else "no",
+        eval_steps=options.eval_steps,
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        logging_steps=max(1, options.max_steps // 100),
+        seed=options.seed,
+        data_seed=options.seed,
+        use_cpu=options.device == "cpu",
+        bf16=False,  # the weights are in their own dtype already: no autocast over them
+        dataloader_pin_memory=torch.cuda.is_available(),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        report_to="none",
+        disable_tqdm=True,
+    )
