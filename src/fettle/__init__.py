@@ -1,0 +1,88 @@
+"""fettle: fine-tune small language models faster, in less memory, with proof that they got better.
+
+    import fettle
+
+    model, tokenizer = fettle.load("fettle-tiny")          # a transformers PreTrainedModel and its tokenizer
+    print(fettle.generate(model, tokenizer, "Spell the word cat."))
+
+    outcome = fettle.train(fettle.TrainOptions(model="fettle-tiny", data="chats.jsonl", output="my-model"))
+    model, tokenizer = fettle.load("my-model")             # a PEFT PeftModel on its base
+    fettle.export_safetensors("my-model", "my-model-merged")
+
+Names are imported when first used, so that `fettle --help` answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fettle.adapters.load import load
+    from fettle.adapters.lora import adapt, attach
+    from fettle.data import collator, pack, read_rows, split_held_out, tokenize_rows
+    from fettle.errors import UserError
+    from fettle.export.checkpoint import export_safetensors
+    from fettle.export.merge import merge
+    from fettle.generation import Sampling, generate
+    from fettle.models.save import save_model
+    from fettle.training.options import PretrainOptions, TrainOptions
+    from fettle.training.outcome import Outcome
+    from fettle.training.pretrain import pretrain, resume_pretraining
+    from fettle.training.sft import resume_training, train
+
+_HOME = {
+    "Outcome": "fettle.training.outcome",
+    "PretrainOptions": "fettle.training.options",
+    "Sampling": "fettle.generation",
+    "TrainOptions": "fettle.training.options",
+    "UserError": "fettle.errors",
+    "adapt": "fettle.adapters.lora",
+    "attach": "fettle.adapters.lora",
+    "collator": "fettle.data",
+    "export_safetensors": "fettle.export.checkpoint",
+    "generate": "fettle.generation",
+    "load": "fettle.adapters.load",
+    "merge": "fettle.export.merge",
+    "pack": "fettle.data",
+    "pretrain": "fettle.training.pretrain",
+    "read_rows": "fettle.data",
+    "resume_pretraining": "fettle.training.pretrain",
+    "resume_training": "fettle.training.sft",
+    "save_model": "fettle.models.save",
+    "split_held_out": "fettle.data",
+    "tokenize_rows": "fettle.data",
+    "train": "fettle.training.sft",
+}
+
+__all__ = [  # the keys of _HOME, spelled out for type checkers
+    "Outcome",
+    "PretrainOptions",
+    "Sampling",
+    "TrainOptions",
+    "UserError",
+    "adapt",
+    "attach",
+    "collator",
+    "export_safetensors",
+    "generate",
+    "load",
+    "merge",
+    "pack",
+    "pretrain",
+    "read_rows",
+    "resume_pretraining",
+    "resume_training",
+    "save_model",
+    "split_held_out",
+    "tokenize_rows",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fettle' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,205 @@
+"""The commands: parse, call, print. What they do stands in the packages they call."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fettle.errors import UserError
+from fettle.options import Parser, add_options, resolve
+from fettle.training.options import PretrainOptions, TrainOptions
+
+INTERRUPTED = 130
+"""The exit code of a program ended by Ctrl-C."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return 0, 2 for what the user can mend, 1 for the rest, 130 after Ctrl-C."""
+    options = vars(_parser().parse_args(arguments))
+    quiet_libraries()
+    command: Callable[[dict[str, Any]], int | None] = options.pop("run")
+    try:
+        return command(options) or 0
+    except UserError as error:
+        print(f"fettle: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fettle: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe has gone, as `head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # closed at exit; nothing left to flush into the pipe
+        return 1
+
+
+def quiet_libraries() -> None:
+    """No usage pings, no progress bars and no advice from the libraries underneath."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"(torch|peft|trl|transformers|accelerate)\b.*"
+    )
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="fettle", description="Fine-tune small language models, with proof that they got better."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[dict[str, Any]], int | None], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("quickstart", _quickstart, "teach the embedded model a new skill and show the proof")
+    command.add_argument("--output", default="quickstart", help="folder for the result (default: quickstart)")
+
+    command = add("train", _train, "fine-tune a model on your data with a LoRA adapter")
+    add_options(command, TrainOptions)
+    _add_resume(command)
+
+    command = add("generate", _generate, "complete one prompt; prints the completion alone")
+    _add_model(command)
+    command.add_argument("--prompt", required=True, help="the prompt; - reads it from standard input")
+    command.add_argument(
+        "--raw", action="store_true", help="continue the prompt as it is, without chat template"
+    )
+    _add_sampling(command, max_new_tokens=256, temperature=0.0)
+
+    command = add("chat", _chat, "talk with a model in the terminal")
+    _add_model(command)
+    _add_sampling(command, max_new_tokens=512, temperature=0.7)
+
+    command = add("export", _export, "write a full model, its adapter merged in and checked")
+    command.add_argument("--model", required=True, help="checkpoint folder, output of train, or hub name")
+    command.add_argument(
+        "--format", choices=["safetensors"], default="safetensors", help="form of the result"
+    )
+    command.add_argument("--to", required=True, type=Path, help="new folder for the model")
+    _add_dtype(command)
+
+    command = add("pretrain", _pretrain, "make a new small model from nothing, as the embedded one was")
+    add_options(command, PretrainOptions)
+    _add_resume(command)
+    return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model", required=True, help="checkpoint folder, output of train, hub name, or fettle-tiny"
+    )
+    command.add_argument("--system", help="a system turn before the prompt")
+    command.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    _add_dtype(command)
+
+
+def _add_dtype(command: argparse.ArgumentParser) -> None:
+    choices = ["auto", "float32", "bfloat16", "float16"]
+    command.add_argument(
+        "--dtype", choices=choices, default="auto", help="type of the weights (auto: as stored)"
+    )
+
+
+def _add_sampling(command: argparse.ArgumentParser, *, max_new_tokens: int, temperature: float) -> None:
+    command.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}"
+    )
+    command.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        help=f"0: the likeliest words (default: {temperature})",
+    )
+    command.add_argument(
+        "--top-p", type=float, default=1.0, help="keep the likeliest tokens up to this share"
+    )
+    command.add_argument("--seed", type=int, help="makes sampling repeatable")
+
+
+def _add_resume(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the interrupted run in --output, with its own options",
+    )
+
+
+def _quickstart(options: dict[str, Any]) -> None:
+    from fettle.quickstart import quickstart
+
+    quickstart(Path(options["output"]))
+
+
+def _train(options: dict[str, Any]) -> int:
+    from fettle.training.sft import resume_training, train
+
+    return _fit(options, TrainOptions, train, resume_training)
+
+
+def _pretrain(options: dict[str, Any]) -> int:
+    from fettle.training.pretrain import pretrain, resume_pretraining
+
+    return _fit(options, PretrainOptions, pretrain, resume_pretraining)
+
+
+def _fit(options: dict[str, Any], kind: Any, start: Callable[..., Any], resume: Callable[..., Any]) -> int:
+    """Start a run, or go on with one."""
+    from fettle.training.job import Interrupted
+
+    is_resumed, config = options.pop("resume"), options.pop("config", None)
+    try:
+        if not is_resumed:
+            start(resolve(kind, options, config))
+        elif config is not None or set(options) != {"output"}:
+            raise UserError(
+                "--resume takes --output alone: the run goes on with the options it was started with."
+            )
+        elif resume(Path(options["output"])) is None:
+            print(f"the run in {options['output']} has come to its end already")
+    except Interrupted as stop:
+        print(f"interrupted; a checkpoint is saved. Go on with:\n  {stop}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _generate(options: dict[str, Any]) -> None:
+    from fettle.adapters.load import load
+    from fettle.generation import generate
+
+    sampling = _sampling(options)
+    prompt = sys.stdin.read() if options["prompt"] == "-" else options["prompt"]
+    model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
+    print(generate(model, tokenizer, prompt, raw=options["raw"], system=options["system"], sampling=sampling))
+
+
+def _chat(options: dict[str, Any]) -> None:
+    from fettle.adapters.load import load
+    from fettle.generation.chat import chat
+
+    sampling = _sampling(options)
+    model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
+    chat(model, tokenizer, sampling, system=options["system"])
+
+
+def _sampling(options: dict[str, Any]) -> Any:
+    from fettle.generation import Sampling
+
+    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    return Sampling(**{name: options[name] for name in names})
+
+
+def _export(options: dict[str, Any]) -> None:
+    from fettle.export.checkpoint import export_safetensors
+
+    print(export_safetensors(options["model"], options["to"], dtype=options["dtype"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
