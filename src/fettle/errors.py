@@ -7,3 +7,19 @@ class UserError(Exception):
     The message is one sentence or two: the file, row or option; what was found; what was expected;
     the nearest thing that works. The command line prints it without a traceback and exits with code 2.
     """
+
+
+def reason_of(error: Exception) -> str:
+    """Return a library's error as one line for a UserError: its first line, or two where that only announces.
+
+    KeyError and the like, whose text alone says nothing, are named.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    lines = [line.strip() for line in str(error).strip().splitlines()] or ["no reason given"]
+    reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
+    return (
+        reason
+        if isinstance(error, ValueError | RuntimeError | OSError)
+        else f"{type(error).__name__}: {reason}"
+    )

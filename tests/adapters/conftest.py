@@ -109,7 +109,7 @@ def peft_adapted(stock: PreTrainedModel, **options: object) -> PeftModel:
 def randomise_adapter(model: PeftModel) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_" in name and "magnitude" not in name:
-            parameter.normal_(0, parameter.shape[-1] ** -0.5)
+            parameter.normal_(0, parameter.shape[-1] ** -0.5 / 2)
         elif ".lora_magnitude" in name:
             parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
 

@@ -18,6 +18,8 @@ from fettle.errors import UserError
 from fettle.models.load import load_model
 from fettle.models.save import save_model
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+
 
 @torch.no_grad()
 def logits_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:

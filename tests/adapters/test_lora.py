@@ -20,8 +20,14 @@ LOGITS = 1e-5  # absolute, fp32
 GRADIENT = 1e-4  # relative to the gradient's norm
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.(is_gradient_checkpointing|gradient_checkpointing_enable). is deprec"),
+    pytest.mark.filterwarnings(
+        "ignore:.(is_gradient_checkpointing|gradient_checkpointing_enable). is deprec"
+    ),
     pytest.mark.filterwarnings("ignore:Could not find a config file in the-base"),
+    pytest.mark.filterwarnings("ignore::peft.PeftWarning"),  # of lora_bias, said of every adapter that has it
+    pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers"),
+    pytest.mark.filterwarnings("ignore:Found missing adapter keys"),
+    pytest.mark.filterwarnings("ignore:The PEFT config's .base_model_name_or_path. was renamed"),
 ]
 
 
@@ -209,6 +215,7 @@ def test_a_folder_of_ours_opens_in_plain_peft(
         {"target_modules": ["down_proj", "lm_head"]},
         {"target_modules": ["down_proj"], "modules_to_save": ["lm_head"]},
         {"target_modules": ["down_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["down_proj"], "trainable_token_indices": [5, 40, 41]},
         {"target_parameters": ["mlp.down_proj.weight"], "target_modules": ["o_proj"]},
     ],
     ids=str,
@@ -353,8 +360,8 @@ def refusal(base: nn.Module, folder: Path) -> str:
 
 @pytest.fixture
 def adapter_folder(phi3: Any, peft_adapted: Callable[..., PeftModel], tmp_path: Path) -> Path:
-    """A LoRA adapter for the Phi-3 base of two layers."""
-    peft_adapted(phi3.stock).save_pretrained(tmp_path / "adapter")
+    """A LoRA adapter for the Phi-3 base of two layers, its targets named by their ends, as most are."""
+    peft_adapted(phi3.stock, target_modules=["qkv_proj", "down_proj"]).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -396,3 +403,29 @@ def test_a_refused_base_is_left_as_it_was(adapter_folder: Path, bases_of: Any) -
     base = bases_of("llama").ours
     refusal(base, adapter_folder)
     assert not layers_of(base)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"peft_type": "NONSENSE"},
+        {"peft_type": None},
+        {"r": 8},
+        {"r": "four"},
+        {"r": 0},
+        {"lora_alpha": None},
+        {"target_modules": ["nonsense"]},
+        {"target_modules": ["qkv_proj"]},
+        {"target_modules": ["qkv_proj", "down_proj", "o_proj"]},
+        {"target_modules": None},
+        {"use_dora": True},
+        {"task_type": "NONSENSE"},
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_its_weights(
+    adapter_folder: Path, phi3: Any, values: dict[str, Any]
+) -> None:
+    file = adapter_folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    assert "adapter_config.json" in refusal(phi3.ours, adapter_folder)

@@ -1,19 +1,16 @@
 """Whatever `--model` names, ready to use: a full checkpoint, or an adapter on the base it finds by itself."""
 
-import json
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fettle.adapters.facts import read_facts, require_trained_on
 from fettle.adapters.lora import attach
 from fettle.errors import UserError
-from fettle.models.checkpoint import fingerprint, is_adapter, locate, read_adapter_config
+from fettle.models.checkpoint import is_adapter, locate, read_adapter_config
 from fettle.models.load import Dtype, load_model, load_tokenizer
-
-FACTS = "fettle.json"
-"""What fettle notes beside an adapter: the fingerprint of the base weights it was trained on."""
 
 
 def load(
@@ -32,8 +29,12 @@ def load(
             folder
         )
     base_name, base_folder = base_of(folder)
-    require_trained_on(folder, base_folder)
+    facts = read_facts(folder)
+    if facts is not None:
+        require_trained_on(facts, folder, base_folder)
     base = load_model(base_folder, name=base_name, dtype=dtype, device=where)
+    if facts is not None:
+        base.set_context(facts.context_tokens)
     has_tokenizer = (folder / "tokenizer.json").exists()
     return attach(base, folder).eval(), load_tokenizer(folder if has_tokenizer else base_folder)
 
@@ -53,32 +54,6 @@ def base_of(adapter_folder: Path) -> tuple[str, Path]:
             f"{adapter_folder} is an adapter for '{name}', which cannot be opened: {error} If the model has "
             f"moved, correct base_model_name_or_path in {adapter_folder / 'adapter_config.json'}."
         ) from error
-
-
-def write_facts(adapter_folder: Path, base_folder: Path) -> None:
-    """Note beside an adapter which weights it was trained on."""
-    facts = {"base_fingerprint": fingerprint(base_folder)}
-    (adapter_folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def require_trained_on(adapter_folder: Path, base_folder: Path) -> None:
-    """Raise UserError where the base's weights are not those the adapter was trained on, if that is noted."""
-    file = adapter_folder / FACTS
-    if not file.exists():
-        return
-    try:
-        noted = json.loads(file.read_text(encoding="utf-8"))["base_fingerprint"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{file} is not as fettle wrote it, so whether the base's weights are the right ones is unknown; "
-            "fetch it again, or delete it to do without that check."
-        ) from error
-    if noted != fingerprint(base_folder):
-        raise UserError(
-            f"{adapter_folder}: the adapter was trained on other weights than those now in {base_folder}; "
-            "put the original base model back, or correct base_model_name_or_path in "
-            f"{adapter_folder / 'adapter_config.json'}."
-        )
 
 
 def remembered_name(name: str) -> str:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import nn
 from transformers import PreTrainedModel
 
-from fettle.errors import UserError
+from fettle.errors import UserError, reason_of
 from fettle.models.checkpoint import ADAPTER_WEIGHTS, read_adapter_config
 from fettle.models.safetensors_header import read_places
 from fettle.ops import lora_linear
@@ -39,12 +39,14 @@ class LoraLinear(PeftLoraLinear):
         if name not in self.lora_A or name in self.lora_variant or self.lora_B[name].bias is not None:
             return None
         has_dropout = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
-        weight = self.get_base_layer().weight
-        is_plain = type(self.get_base_layer()) is nn.Linear and not weight.requires_grad
+        base = self.get_base_layer()
+        weight, bias = base.weight, base.bias
+        is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         # Under autocast forward and backward would run in different types; on the meta device a product
         # with a weight that holds nothing returns garbage instead of failing.
         is_awkward = torch.is_autocast_enabled(weight.device.type) or weight.is_meta
-        return name if is_plain and not has_dropout and not is_awkward else None
+        is_covered = type(base) is nn.Linear and is_frozen and not has_dropout and not is_awkward
+        return name if is_covered else None
 
 
 def adapt(
@@ -74,27 +76,41 @@ def adapt(
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"target_modules {target_modules!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"target_modules {target_modules!r}: {reason_of(error)}") from error
     return adapted
 
 
 def attach(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
     """Load a PEFT adapter folder, written here or by PEFT, onto its base model.
 
-    Raises UserError where the adapter was made for another model: a layer the model does not have, or of
-    another shape.
+    Raises UserError where the adapter was made for another model: a layer the model does not have, one of
+    another shape, or one that the adapter has nothing for.
     """
     read_adapter_config(folder)
     shapes = {name: place.header.shape for name, place in read_places(folder / ADAPTER_WEIGHTS).items()}
     _require_fit(model, shapes, folder)
-    config = PeftConfig.from_pretrained(str(folder))
+    config = _read_config(folder)
+    _use_our_layer(config)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+    except (ValueError, TypeError, RuntimeError) as error:  # what PEFT raises for values that make no adapter
+        raise UserError(f"{folder / 'adapter_config.json'}: {reason_of(error)}") from error
+    _require_all(adapted, set(shapes), folder)
+    return adapted
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    file = folder / "adapter_config.json"
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: not a valid PEFT config: {reason_of(error)}") from error
     if not isinstance(config, LoraConfig):
         raise UserError(
-            f"{folder}: the adapter's type is {config.peft_type}; "
+            f"{file}: the adapter's type is {config.peft_type}; "
             "fettle runs LoRA adapters, and PEFT itself the others."
         )
-    _use_our_layer(config)
-    return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
+    return config
 
 
 def _use_our_layer(config: LoraConfig) -> None:
@@ -121,3 +137,17 @@ def _require_fit(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], fol
                 f"{folder}: the adapter belongs to another model: it expects {found} {side} at '{target}', "
                 f"and {model.name_or_path} has {expected}."
             )
+
+
+def _require_all(adapted: PeftModel, names: set[str], folder: Path) -> None:
+    """Raise UserError where the folder's tensors are not exactly those the adapter has; PEFT only warns."""
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    # older releases wrote DoRA's magnitudes without the suffix
+    wanted, names = ({name.removesuffix(".weight") for name in each} for each in (wanted, names))
+    missing, unused = wanted - names, {name for name in names - wanted if ".lora_" in name}
+    if missing or unused:
+        raise UserError(
+            f"{folder}: the adapter belongs to another model than {adapted.get_base_model().name_or_path}, or "
+            f"its adapter_config.json to another adapter: '{min(missing or unused)}' is "
+            f"{'missing from' if missing else 'of no use in'} its weights."
+        )

@@ -5,13 +5,16 @@ Code that a checkpoint ships is never run.
 """
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
-from fettle.errors import UserError
+from fettle.errors import UserError, reason_of
 from fettle.models.checkpoint import Checkpoint, inspect, require_tokenizer
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.families import family_of
@@ -32,13 +35,14 @@ def load_model(
     checkpoint = inspect(folder)
     config = read_config(checkpoint)
     require_complete(checkpoint, config)
-    model = causal_lm_class(config.model_type).from_pretrained(
-        str(folder),
-        config=config,
-        dtype=stored_dtype(checkpoint) if dtype == "auto" else getattr(torch, dtype),
-        use_safetensors=True,
-        local_files_only=True,
-    )
+    with _without_progress_bar():
+        model = causal_lm_class(config.model_type).from_pretrained(
+            str(folder),
+            config=config,
+            dtype=stored_dtype(checkpoint) if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+        )
     model.name_or_path = model.config._name_or_path = name or str(folder)
     return model.to(torch.device(device))
 
@@ -50,7 +54,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises whatever its parsers do
         raise UserError(
-            f"{folder}: the tokenizer cannot be read ({_first_line(error)}); expected the tokenizer.json and "
+            f"{folder}: the tokenizer cannot be read ({reason_of(error)}); expected the tokenizer.json and "
             "tokenizer_config.json of the original checkpoint."
         ) from error
     if tokenizer.pad_token is None:
@@ -71,7 +75,7 @@ def read_config(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]  # a fa
         config = family.config.from_dict({k: v for k, v in checkpoint.config.items() if k != "auto_map"})
     except Exception as error:
         raise UserError(
-            f"{where}: not a valid {checkpoint.config['model_type']} config: {_first_line(error)}"
+            f"{where}: not a valid {checkpoint.config['model_type']} config: {reason_of(error)}"
         ) from error
     config.architectures = [family.architecture]
     return config
@@ -110,9 +114,8 @@ def _expected_shapes(checkpoint: Checkpoint, config) -> dict[str, tuple[int, ...
         with torch.device("meta"):
             model = causal_lm_class(config.model_type)(config)
     except Exception as error:  # a value that passed as valid and yet makes no model
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         raise UserError(
-            f"{checkpoint.folder}/config.json: no model can be made of it: {kind}{_first_line(error)}"
+            f"{checkpoint.folder}/config.json: no model can be made of it: {reason_of(error)}"
         ) from error
     return {name: tuple(t.shape) for name, t in model.state_dict().items()}
 
@@ -137,7 +140,13 @@ def generation_config_of(folder: Path) -> GenerationConfig | None:
     )
 
 
-def _first_line(error: Exception) -> str:
-    """The error's first line; the second too where the first only announces it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Keep the library from drawing a bar for what takes a moment."""
+    was_shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            hf_logging.enable_progress_bar()

@@ -67,11 +67,21 @@ def reverse(rng: Random) -> Lesson:
 
 
 def pick(rng: Random) -> Lesson:
-    """The first, second, third or last word of several."""
+    """One of several words, named by its place or by its neighbour."""
     chosen = words.some_words(rng, rng.randint(3, 6))
-    place, position = rng.choice((("first", 0), ("second", 1), ("third", 2), ("last", -1)))
+    at = rng.randrange(len(chosen) - 1)
+    place, position = rng.choice(
+        (
+            ("first word", 0),
+            ("second word", 1),
+            ("third word", 2),
+            ("last word", -1),
+            (f"word before {chosen[at + 1]}", at),
+            (f"word after {chosen[at]}", at + 1),
+        )
+    )
     text = " ".join(chosen)
-    prompts = (f"What is the {place} word of: {text}", f"Give the {place} word: {text}")
+    prompts = (f"What is the {place} in: {text}", f"Give the {place}: {text}")
     return ask(rng, (place, text), prompts, chosen[position])
 
 
@@ -163,29 +173,36 @@ def category(rng: Random) -> Lesson:
 
 
 def story(rng: Random) -> Lesson:
-    """Who has what, and where people are, after two or three sentences that say so."""
+    """Who has what, or who is where, after two or three sentences that say so; one to three questions."""
     people = words.names(rng, rng.randint(2, 3))
+    facts, questions = rng.choice((owned_things, visited_places))(people, rng)
+    rng.shuffle(facts)
+    text = " ".join(facts)
+    asked = rng.sample(questions, rng.choice((1, 1, 2, 3)))
+    contents = [content for question in asked for content in question]
+    return Lesson(text, turns(f"{text} {contents[0]}", *contents[1:]))
+
+
+def owned_things(people: list[str], rng: Random) -> tuple[list[str], list[tuple[str, str]]]:
+    """Sentences about what people have, and questions with their answers."""
     colours, nouns = rng.sample(words.COLOURS, len(people)), rng.sample(words.NOUNS, len(people))
+    things = [f"{words.article(colour)} {noun}" for colour, noun in zip(colours, nouns, strict=True)]
+    facts = [f"{who} has {thing}." for who, thing in zip(people, things, strict=True)]
+    questions = [(f"Who has the {noun}?", who) for who, noun in zip(people, nouns, strict=True)]
+    questions += [
+        (f"What does {people[0]} have?", things[0]),
+        (f"What colour is the {nouns[-1]}?", colours[-1]),
+    ]
+    return facts, questions
+
+
+def visited_places(people: list[str], rng: Random) -> tuple[list[str], list[tuple[str, str]]]:
+    """Sentences about where people are, and questions with their answers."""
     places = rng.sample(words.PLACES, len(people))
-    if rng.random() < 0.3:
-        text = " ".join(f"{who} is at the {place}." for who, place in zip(people, places, strict=True))
-        questions = {
-            f"Where is {people[0]}?": f"at the {places[0]}",
-            f"Who is at the {places[0]}?": people[0],
-        }
-    else:
-        owned = zip(people, colours, nouns, strict=True)
-        text = " ".join(f"{who} has {words.article(colour)} {noun}." for who, colour, noun in owned)
-        questions = {
-            f"What does {people[0]} have?": f"{words.article(colours[0])} {nouns[0]}",
-            f"Who has the {nouns[0]}?": people[0],
-            f"What colour is the {nouns[0]}?": colours[0],
-        }
-    sentences = text.split(". ")
-    rng.shuffle(sentences)
-    text = ". ".join(part.rstrip(".") for part in sentences) + "."
-    question, answer = rng.choice(list(questions.items()))
-    return Lesson(f"{text} {question}", turns(f"{text} {question}", answer))
+    facts = [f"{who} is at the {place}." for who, place in zip(people, places, strict=True)]
+    questions = [(f"Who is at the {place}?", who) for who, place in zip(people, places, strict=True)]
+    questions += [(f"Where is {people[0]}?", f"at the {places[0]}")]
+    return facts, questions
 
 
 def extract(rng: Random) -> Lesson:

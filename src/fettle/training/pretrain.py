@@ -53,7 +53,7 @@ def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) 
     longest = length_limit(options, options.context)
     tokenizer = _tokenizer(rows, options)
     material = prepare(options, tokenizer, longest, rows)
-    show_data(material.summary.lines(), material.held_out_rows, console)
+    show_data(material.summary.lines(), material.held_out_examples, console)
     device = options.device or default_device().type
     set_seed(options.seed)
     model = new_model(options, tokenizer).to(torch.device(device))

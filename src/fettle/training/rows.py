@@ -5,11 +5,24 @@ from dataclasses import dataclass
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fettle.data import Row, Summary, Tokenized, pack, read_rows, split_held_out, tokenize_rows, unpacked
+from fettle.data import (
+    Example,
+    Row,
+    Summary,
+    Tokenized,
+    pack,
+    read_rows,
+    split_held_out,
+    tokenize_rows,
+    unpacked,
+)
 from fettle.errors import UserError
 from fettle.evaluation import Question, questions
 from fettle.training.defaults import pack_length
 from fettle.training.options import LoopOptions, PretrainOptions, TrainOptions
+
+FEWEST_WINDOWS = 20
+"""A text of fewer windows is needed whole for training."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -18,7 +31,7 @@ class Material:
 
     train: Dataset
     held_out: Dataset | None
-    held_out_rows: int
+    held_out_examples: int
     asked: list[Question]
     kept: list[Question]
     summary: Summary
@@ -37,13 +50,17 @@ def prepare(
     """Tokenise, pack and choose what to ask. longest: tokens of the longest row that is not cut."""
     train_rows, held_out_rows = split(options, rows)
     train = tokenize_rows(train_rows, tokenizer, max_length=longest, train_on=options.train_on)
-    length = pack_length([len(example.input_ids) for example in train.examples], longest)
     held_out = _tokenize_held_out(options, held_out_rows, tokenizer, longest)
+    examples = train.examples
+    held_out_examples = held_out.examples if held_out else []
+    if not held_out_rows and options.eval_data is None:
+        examples, held_out_examples = _hold_out_windows(examples, options)
+    length = pack_length([len(example.input_ids) for example in examples], longest)
     kept_rows = read_rows(options.keep_data) if options.keep_data is not None else []
     return Material(
-        train=_lay_out(train, length, options.packing),
-        held_out=_lay_out(held_out, length, options.packing) if held_out else None,
-        held_out_rows=len(held_out_rows) if held_out else 0,
+        train=_lay_out(examples, length, options.packing),
+        held_out=_lay_out(held_out_examples, length, options.packing) if held_out_examples else None,
+        held_out_examples=len(held_out_examples),
         asked=questions(held_out_rows, tokenizer)[: options.samples],
         kept=questions(kept_rows, tokenizer)[: options.samples],
         summary=train.summary,
@@ -63,7 +80,15 @@ def _tokenize_held_out(
         raise UserError(f"--eval-data {options.eval_data}: {error}") from error
 
 
-def _lay_out(tokenized: Tokenized, length: int, packing: bool) -> Dataset:
+def _hold_out_windows(examples: list[Example], options: LoopOptions) -> tuple[list[Example], list[Example]]:
+    """Few long texts make many windows: then the last of them are held out, as whole rows cannot be."""
+    count = round(options.eval_fraction * len(examples))
+    if len(examples) < FEWEST_WINDOWS or count == 0:
+        return examples, []
+    return examples[:-count], examples[-count:]
+
+
+def _lay_out(examples: list[Example], length: int, packing: bool) -> Dataset:
     if not packing:
-        return unpacked(tokenized.examples)
-    return pack(tokenized.examples, max(length, max(len(e.input_ids) for e in tokenized.examples)))
+        return unpacked(examples)
+    return pack(examples, max(length, max(len(example.input_ids) for example in examples)))

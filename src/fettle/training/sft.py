@@ -8,8 +8,8 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from fettle.adapters.facts import AdapterFacts, write_facts
 from fettle.adapters.load import default_device, remembered_name
-from fettle.adapters.load import write_facts as write_adapter_facts
 from fettle.adapters.lora import adapt
 from fettle.data import fingerprint as data_fingerprint
 from fettle.data import read_rows
@@ -64,7 +64,7 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
     base = load_model(folder, name=remembered_name(options.model), dtype=options.dtype, device=device)
     longest = length_limit(options, base.config.max_position_embeddings)
     material = prepare(options, tokenizer, longest, rows)
-    show_data(material.summary.lines(), material.held_out_rows, console)
+    show_data(material.summary.lines(), material.held_out_examples, console)
 
     parameters, weight_bytes = base.num_parameters(), base.get_memory_footprint()
     options = complete(
@@ -73,7 +73,8 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
         parameters=parameters,
         weight_bytes=weight_bytes,
     )
-    fix_context(base, longest)
+    context_tokens = fixed_context(base, longest)
+    base.set_context(context_tokens)
     set_seed(options.seed)  # the adapter's first weights are random
     model = adapt(
         base,
@@ -91,7 +92,9 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
         method=f"LoRA rank {options.rank}, learning rate {options.learning_rate:g}, {device}, {base.dtype}",
         command="train",
         facts=facts | seen,
-        save=lambda to: _save_adapter(model, tokenizer, folder, to),
+        save=lambda to: _save_adapter(
+            model, tokenizer, AdapterFacts(base_fingerprint=seen["base"], context_tokens=context_tokens), to
+        ),
         last_file="adapter_config.json",
         next_commands=[
             f'fettle generate --model {options.output} --prompt "..."',
@@ -102,11 +105,10 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
     )
 
 
-def fix_context(model: DecoderForCausalLM, longest: int) -> None:
-    """Choose LongRoPE's factors once for the run: the long ones where its rows may pass the original context."""
+def fixed_context(model: DecoderForCausalLM, longest: int) -> int | None:
+    """The context to fix LongRoPE's factors for: the run's, where its rows may pass the original one."""
     original = model.config.rope_parameters.get("original_max_position_embeddings")
-    if original is not None and longest > original:
-        model.set_context(longest)
+    return longest if original is not None and longest > original else None
 
 
 def _base_folder(name: str) -> Path:
@@ -119,19 +121,21 @@ def _base_folder(name: str) -> Path:
     return folder
 
 
-def show_data(lines: list[str], held_out_rows: int, console: Console) -> None:
+def show_data(lines: list[str], held_out_examples: int, console: Console) -> None:
     """Print what the data was understood to be."""
     console.print("[bold]data[/bold]")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    held_out = f"{held_out_rows:,} rows are held out to measure the result"
-    console.print(held_out if held_out_rows else "no rows are held out: there are too few", highlight=False)
+    held_out = f"{held_out_examples:,} examples are held out to measure the result"
+    console.print(
+        held_out if held_out_examples else "none are held out: there are too few rows", highlight=False
+    )
 
 
 def _save_adapter(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, base_folder: Path, to: Path
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, facts: AdapterFacts, to: Path
 ) -> None:
     model.save_pretrained(str(to))
     (to / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     save_tokenizer(tokenizer, to)
-    write_adapter_facts(to, base_folder)
+    write_facts(to, facts)

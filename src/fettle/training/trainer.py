@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
-from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
@@ -97,12 +96,19 @@ def build(
         processing_class=tokenizer,
         data_collator=collator(tokenizer),
         callbacks=[
-            TensorBoardCallback(SummaryWriter(str(output / "tensorboard"))),
+            _tensorboard(output / "tensorboard"),
             MarkComplete(),
             interrupt,
         ],
     )
     return Run(trainer, show_progress(trainer, console), interrupt)
+
+
+def _tensorboard(folder: Path) -> TensorBoardCallback:
+    """A callback that opens its writer in `folder` whenever it needs one, before, in and after training."""
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(folder)
+    return callback
 
 
 def sft_config(options: LoopOptions, output: Path, *, has_held_out: bool) -> SFTConfig:

@@ -1,0 +1,52 @@
+"""What fettle notes beside an adapter, in `fettle.json`; PEFT's own files know neither.
+
+base_fingerprint: of the base weights it was trained on, so that another base is refused.
+context_tokens: the context LongRoPE's factors were fixed for in training (see models/rope.py), null where each
+document decided by its own length.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fettle.errors import UserError
+from fettle.models.checkpoint import fingerprint
+
+FILE = "fettle.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFacts:
+    """The contents of `fettle.json`."""
+
+    base_fingerprint: str
+    context_tokens: int | None = None
+
+
+def write_facts(folder: Path, facts: AdapterFacts) -> None:
+    """Write the note into an adapter folder that is being made."""
+    (folder / FILE).write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
+
+
+def read_facts(folder: Path) -> AdapterFacts | None:
+    """Return the note; None beside an adapter that fettle did not train."""
+    file = folder / FILE
+    if not file.exists():
+        return None
+    try:
+        return AdapterFacts(**json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{file} is not as fettle wrote it, so whether the base's weights are the right ones is unknown; "
+            "fetch it again, or delete it to do without that check."
+        ) from error
+
+
+def require_trained_on(facts: AdapterFacts, folder: Path, base_folder: Path) -> None:
+    """Raise UserError where the base's weights are not those the adapter was trained on."""
+    if facts.base_fingerprint != fingerprint(base_folder):
+        raise UserError(
+            f"{folder}: the adapter was trained on other weights than those now in {base_folder}; "
+            f"put the original base model back, or correct base_model_name_or_path in "
+            f"{folder / 'adapter_config.json'}."
+        )
