@@ -1,10 +1,17 @@
 """What every test stands on: no network, no telemetry, no shared caches, one thread, quick tests first."""
 
 import atexit
+import contextlib
+import io
+import json
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import pytest
 
@@ -41,3 +48,103 @@ def shared_data() -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Quick tests first: a mistake shows early."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+# ---- a very small checkpoint, rows for it, and the command line --------------------------------------------
+
+WORDS = (
+    "Say {n}. Here is {n}! What is the capital of France? It is Paris. Be brief, please.",
+    "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs.",
+)
+
+
+class Ended(NamedTuple):
+    """How a command ended: its exit code, standard output and standard error."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., Ended]:
+    """The command line in this process: `cli("generate", "--model", folder, stdin="...")`."""
+    from fettle.cli import main
+
+    def run(*words: object, stdin: str | io.TextIOBase = "") -> Ended:
+        out, err = io.StringIO(), io.StringIO()
+        given = mock.patch.object(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), given:
+            try:
+                code = main([str(word) for word in words])
+            except SystemExit as end:  # what argparse does with a mistake
+                code = int(end.code or 0)
+        return Ended(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder: Phi-3 with 2 layers of 32, random weights, a tokenizer with Phi-3's roles."""
+    import torch
+    from transformers import GenerationConfig, Phi3Config
+
+    from fettle.models.decoder import causal_lm_class
+    from fettle.models.save import save_model
+    from fettle.tiny.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer([text.format(n=n) for n in range(9) for text in WORDS], 400)
+    config = Phi3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        original_max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = causal_lm_class("phi3")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:  # larger than a new model's, so that answers hang on every part of it
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    folder = tmp_path_factory.mktemp("models") / "small"
+    save_model(model, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 rows that are easy to learn: `Say 7.` -> `Here is 7!`"""
+    file = tmp_path_factory.mktemp("rows") / "chats.jsonl"
+    with file.open("w") as lines:
+        for n in range(24):
+            turns = [("user", f"Say {n}."), ("assistant", f"Here is {n}!")]
+            row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+            lines.write(json.dumps(row) + "\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory,
+    cli: Callable[..., Ended],
+    small_model: Path,
+    chats: Path,
+) -> Path:
+    """What `fettle train` leaves of 30 steps on `chats`."""
+    output = tmp_path_factory.mktemp("trained") / "run"
+    ended = cli(
+        *("train", "--model", small_model, "--data", chats, "--output", output),
+        *("--max-steps", 30, "--learning-rate", 0.02, "--save-steps", 10, "--device", "cpu"),
+    )
+    assert ended.code == 0, ended.err
+    return output

@@ -71,11 +71,11 @@ def _parser() -> Parser:
     command.add_argument(
         "--raw", action="store_true", help="continue the prompt as it is, without chat template"
     )
-    _add_sampling(command, max_new_tokens=256, temperature=0.0)
+    _add_sampling(command, temperature=0.0)
 
     command = add("chat", _chat, "talk with a model in the terminal")
     _add_model(command)
-    _add_sampling(command, max_new_tokens=512, temperature=0.7)
+    _add_sampling(command, temperature=0.7)
 
     command = add("export", _export, "write a full model, its adapter merged in and checked")
     command.add_argument("--model", required=True, help="checkpoint folder, output of train, or hub name")
@@ -96,7 +96,9 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         "--model", required=True, help="checkpoint folder, output of train, hub name, or fettle-tiny"
     )
     command.add_argument("--system", help="a system turn before the prompt")
-    command.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    command.add_argument(
+        "--device", choices=["cpu", "cuda"], help="where to compute (default: cuda where there is one)"
+    )
     _add_dtype(command)
 
 
@@ -107,9 +109,9 @@ def _add_dtype(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_sampling(command: argparse.ArgumentParser, *, max_new_tokens: int, temperature: float) -> None:
+def _add_sampling(command: argparse.ArgumentParser, *, temperature: float) -> None:
     command.add_argument(
-        "--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}"
+        "--max-new-tokens", type=int, help="longest answer (default: 512, or what the context has room for)"
     )
     command.add_argument(
         "--temperature",
@@ -150,22 +152,24 @@ def _pretrain(options: dict[str, Any]) -> int:
 
 
 def _fit(options: dict[str, Any], kind: Any, start: Callable[..., Any], resume: Callable[..., Any]) -> int:
-    """Start a run, or go on with one."""
+    """Start a run, or go on with one, and print how it ended."""
     from fettle.training.job import Interrupted
+    from fettle.training.outcome import show
 
     is_resumed, config = options.pop("resume"), options.pop("config", None)
+    if is_resumed and (config is not None or set(options) != {"output"}):
+        raise UserError(
+            "--resume takes --output alone: the run goes on with the options it was started with."
+        )
     try:
-        if not is_resumed:
-            start(resolve(kind, options, config))
-        elif config is not None or set(options) != {"output"}:
-            raise UserError(
-                "--resume takes --output alone: the run goes on with the options it was started with."
-            )
-        elif resume(Path(options["output"])) is None:
-            print(f"the run in {options['output']} has come to its end already")
+        outcome = resume(Path(options["output"])) if is_resumed else start(resolve(kind, options, config))
     except Interrupted as stop:
         print(f"interrupted; a checkpoint is saved. Go on with:\n  {stop}", file=sys.stderr)
         return INTERRUPTED
+    if outcome is None:
+        print(f"the run in {options['output']} has come to its end already")
+    else:
+        show(outcome)
     return 0
 
 
@@ -174,7 +178,7 @@ def _generate(options: dict[str, Any]) -> None:
     from fettle.generation import generate
 
     sampling = _sampling(options)
-    prompt = sys.stdin.read() if options["prompt"] == "-" else options["prompt"]
+    prompt = _prompt(options["prompt"])
     model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
     print(generate(model, tokenizer, prompt, raw=options["raw"], system=options["system"], sampling=sampling))
 
@@ -186,6 +190,16 @@ def _chat(options: dict[str, Any]) -> None:
     sampling = _sampling(options)
     model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
     chat(model, tokenizer, sampling, system=options["system"])
+
+
+def _prompt(given: str) -> str:
+    """The prompt as typed; for -, standard input without its last line break."""
+    try:
+        prompt = sys.stdin.read().removesuffix("\n") if given == "-" else given
+        prompt.encode()  # bytes of the command line that are no UTF-8 arrive as lone surrogates
+    except UnicodeError as error:
+        raise UserError("--prompt is not UTF-8 text.") from error
+    return prompt
 
 
 def _sampling(options: dict[str, Any]) -> Any:

@@ -62,10 +62,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print `fettle: error: ...` on standard error and exit with code 2."""
-        invalid = re.fullmatch(r".*invalid choice: '(.*)' \(choose from (.*)\)", message, flags=re.DOTALL)
-        if invalid:  # an unknown command
-            known = invalid[2].replace("'", "").split(", ")
-            message = f"expected {_one_of(known)}, found {invalid[1]!r}{_did_you_mean(invalid[1], known)}"
+        invalid = re.fullmatch(
+            r"argument (.*): invalid choice: '(.*)' \(choose from (.*)\)", message, flags=re.DOTALL
+        )
+        if invalid:  # an unknown command, or a value that an option does not take
+            known = invalid[3].replace("'", "").split(", ")
+            of_what = f"{invalid[1]}: " if invalid[1].startswith("-") else ""
+            near = _did_you_mean(invalid[2], known)
+            message = f"{of_what}expected {_one_of(known)}, found {invalid[2]!r}{near}"
         print(f"fettle: error: {message}; see {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 

@@ -5,6 +5,7 @@ never seen an order turned into JSON. A few minutes on a laptop teach it that; t
 orders it was not trained on, and what it kept of its lessons.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from itertools import chain
@@ -14,14 +15,15 @@ from typing import Any
 
 from rich.console import Console
 
+from fettle.export.checkpoint import export_safetensors
 from fettle.files import require_new_folder
 from fettle.models.checkpoint import EMBEDDED
 from fettle.tiny.lessons import lessons, orders
 from fettle.training.options import TrainOptions
-from fettle.training.outcome import Outcome
+from fettle.training.outcome import REPORT, Outcome, show
 from fettle.training.sft import train
 
-ORDERS, REHEARSED, ASKED = 2000, 700, 200
+ORDERS, REHEARSED, ASKED = 2700, 1500, 200
 """Rows of the new skill; rows of the old ones mixed in, so that they are not forgotten; questions of each kind."""
 
 
@@ -35,17 +37,43 @@ def quickstart(output: Path, *, console: Console | None = None) -> Outcome:
     _write(data / "train.jsonl", _shuffled(chain(orders(ORDERS, seed=1, split="train"), rehearsed)))
     _write(data / "held_out.jsonl", orders(ASKED, seed=2, split="held_out"))
     _write(data / "old_skills.jsonl", lessons(ASKED, seed=2, split="held_out"))
-    return train(
+    outcome = train(
         TrainOptions(
             model=EMBEDDED,
             data=str(data / "train.jsonl"),
             eval_data=str(data / "held_out.jsonl"),
             keep_data=str(data / "old_skills.jsonl"),
             output=str(output / "model"),
+            max_length=1024,  # tokens a step: small steps, so that one pass makes enough of them
+            epochs=1.0,
+            learning_rate=1.5e-3,
+            alpha=32.0,
             samples=ASKED,
         ),
         console=console,
     )
+    console.print("merging the adapter into the model, and checking that it still says the same")
+    merged = export_safetensors(outcome.output, output / "merged")
+    outcome = _with_next_steps(outcome, merged)
+    show(outcome, console)
+    return outcome
+
+
+def _with_next_steps(outcome: Outcome, merged: Path) -> Outcome:
+    """The same outcome, saying where the merged model lies and what to type next with one's own data."""
+    files = [
+        ("adapter", str(outcome.output)),
+        ("merged", str(merged)),
+        ("report", str(outcome.output / REPORT)),
+    ]
+    commands = [
+        f'fettle generate --model {outcome.output} --prompt "Order: 7 red hats for Ana, to be paid by card."',
+        f"fettle chat --model {merged}",
+        f"fettle train --model {EMBEDDED} --data my_chats.jsonl --output my-model",
+        "fettle train --model microsoft/Phi-3.5-mini-instruct --data my_chats.jsonl --output my-model",
+    ]
+    report = dataclasses.replace(outcome.report, files=files, next_commands=commands)
+    return dataclasses.replace(outcome, report=report)
 
 
 def _shuffled(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from fettle.adapters.load import load, write_facts
+from fettle.adapters.facts import AdapterFacts, read_facts, write_facts
+from fettle.adapters.load import load
 from fettle.adapters.lora import adapt
 from fettle.errors import UserError
+from fettle.models.checkpoint import fingerprint
 from fettle.models.load import load_model
 from fettle.models.save import save_model
 
@@ -35,7 +37,7 @@ def adapter_folder(base_folder: Path, randomise_adapter: Any, tmp_path: Path) ->
     randomise_adapter(adapted)
     folder = tmp_path / "adapter"
     adapted.save_pretrained(folder)
-    write_facts(folder, base_folder)
+    write_facts(folder, AdapterFacts(base_fingerprint=fingerprint(base_folder), context_tokens=48))
     return folder
 
 
@@ -74,6 +76,16 @@ def test_plain_peft_finds_the_base_too(adapter_folder: Path, tokens: torch.Tenso
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(name), adapter_folder).eval()
     ours, _ = load(adapter_folder, device="cpu")
     torch.testing.assert_close(logits_of(ours, tokens), logits_of(theirs, tokens), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_brings_the_context_it_was_trained_for(adapter_folder: Path) -> None:
+    """LongRoPE's factors have to be those of the training run."""
+    model, _ = load(adapter_folder, device="cpu")
+    assert model.get_base_model().model.rotary_emb.context_tokens == 48
+    (adapter_folder / "fettle.json").unlink()
+    assert read_facts(adapter_folder) is None
+    model, _ = load(adapter_folder, device="cpu")
+    assert model.get_base_model().model.rotary_emb.context_tokens is None
 
 
 def test_the_adapters_own_tokenizer_comes_first(adapter_folder: Path, tokenizer: Any) -> None:

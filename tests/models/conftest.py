@@ -94,6 +94,24 @@ VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma2", "no-caps", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
 ]
 
+# Options of one family in the config.json of another, as conversions leave them; stock models ignore those
+# that the family's own config class does not declare.
+FOREIGN = {
+    "sliding_window": WINDOW,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "resid_pdrop": 0.2,
+    "hidden_activation": "relu",
+    "attn_logit_softcapping": 1.0,
+    "final_logit_softcapping": 1.0,
+    "query_pre_attn_scalar": 3,
+}
+
+
+def foreign_to(family: str) -> dict[str, Any]:
+    declared = FAMILIES[family].config.__dataclass_fields__
+    return {name: value for name, value in FOREIGN.items() if name not in declared}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -109,8 +127,16 @@ class Case:
 
 
 PLAIN_CASES = [Case(family, family, {}) for family in FAMILIES]
-CASES = PLAIN_CASES + [Case(family, f"{family}-{name}", options) for family, name, options in VARIANTS]
-LONGROPE_CASE = next(case for case in CASES if case.name == "phi3-longrope")
+CASES = [
+    *PLAIN_CASES,
+    *(Case(family, f"{family}-{name}", options) for family, name, options in VARIANTS),
+    *(Case(family, f"{family}-foreign", foreign_to(family)) for family in FAMILIES),
+]
+DROPOUT_CASES = [
+    Case("phi3", "phi3-dropout", {"resid_pdrop": 0.2, "attention_dropout": 0.2}),
+    Case("gemma2", "gemma2-dropout", {"attention_dropout": 0.2}),
+]
+BY_NAME = {case.name: case for case in CASES + DROPOUT_CASES}
 
 
 @dataclass(frozen=True)
@@ -168,10 +194,10 @@ def plain_pair(request: pytest.FixtureRequest) -> Pair:
 @pytest.fixture(scope="session")
 def longrope_pair() -> Pair:
     """Phi-3 with LongRoPE: short factors up to 16 tokens, long ones beyond."""
-    return make_pair(LONGROPE_CASE)
+    return make_pair(BY_NAME["phi3-longrope"])
 
 
 @pytest.fixture(scope="session")
 def pair_of():  # type: ignore[no-untyped-def]
     """A pair by its case's name."""
-    return lambda name: make_pair(next(case for case in CASES if case.name == name))
+    return lambda name: make_pair(BY_NAME[name])

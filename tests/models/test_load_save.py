@@ -183,6 +183,8 @@ def test_rotary_frequencies_in_old_checkpoints_are_passed_over(
 
 def test_a_saved_tokenizer_needs_nothing_beside_it(tokenizer: Any, tmp_path: Path) -> None:
     save_tokenizer(tokenizer, tmp_path)
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"  # known to transformers 4 as well
     text = "w5 w96 nonsense w3"
     expected = tokenizer(text)["input_ids"]
     assert expected == [5, 96, 0, 3]
@@ -190,6 +192,39 @@ def test_a_saved_tokenizer_needs_nothing_beside_it(tokenizer: Any, tmp_path: Pat
         assert again(text)["input_ids"] == expected
         assert again.eos_token_id == 2
         assert again.pad_token_id == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Phi-3.5-mini-instruct",
+        "zephyr-7b-beta",
+        "Mistral-7B-Instruct-v0.3",
+        "TinyLlama-1.1B-Chat-v1.0",
+        pytest.param("Llama-3.1-8B-Instruct", marks=pytest.mark.slow),
+        pytest.param("gemma-2-9b-it", marks=pytest.mark.slow),
+    ],
+)
+def test_a_real_tokenizer_saved_alone_tokenises_as_before(
+    shared_data: Path, tmp_path: Path, name: str
+) -> None:
+    """Without the config.json beside it, `LlamaTokenizer` would rebuild Phi-3's rules in another way."""
+    original = load_tokenizer(shared_data / "checkpoints" / name)
+    save_tokenizer(original, tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    chat = original.apply_chat_template(
+        [
+            {"role": "user", "content": "hello  world\n\n x"},
+            {"role": "assistant", "content": " hello\tthere"},
+        ],
+        tokenize=False,
+    )
+    for text in (chat, "hello", "  hello ", "<|user|>\nhello<|end|>\n", "naïve — 東京 🙂", "</s> hello<eos>"):
+        expected = original(text)["input_ids"]
+        assert again(text)["input_ids"] == expected
+        assert again.decode(expected) == original.decode(expected)
+    assert again.chat_template == original.chat_template
+    assert again.eos_token_id == original.eos_token_id
 
 
 def test_a_missing_padding_token_becomes_the_end_of_text(tokenizer: Any, tmp_path: Path) -> None:

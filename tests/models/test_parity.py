@@ -148,6 +148,23 @@ def test_loss(plain_pair: Any, tokens: torch.Tensor) -> None:
         assert_close(ours, stock)
 
 
+@pytest.mark.parametrize("name", ["phi3-dropout", "gemma2-dropout"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_dropout_drops_the_same(
+    pair_of: Callable[[str], Any], tokens: torch.Tensor, name: str, checkpointing: bool
+) -> None:
+    """From the same random state, and only in training."""
+    stock, ours = pair_of(name).copy().both
+    if checkpointing:
+        ours.gradient_checkpointing_enable()
+    for model in (stock, ours):
+        torch.manual_seed(4)
+        loss = loss_of(model.train(), tokens)
+        loss.backward()
+    assert_same_gradients(ours, stock)
+    assert abs(loss - loss_of(ours.eval(), tokens)) > 1e-3, "nothing was dropped"
+
+
 def assert_same_gradients(ours: PreTrainedModel, stock: PreTrainedModel) -> None:
     expected = {name: p.grad for name, p in stock.named_parameters()}
     for name, parameter in ours.named_parameters():

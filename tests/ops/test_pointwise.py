@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import gelu, silu
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fettle.ops import apply_rotary, gated_activation, rms_norm
 
@@ -69,6 +71,16 @@ def test_rms_norm_in_bf16_rounds_only_its_result(offset: bool) -> None:
     roundings = 1 if offset else 2  # without an offset the normalised x is rounded before the product
     relative = ((found.double() - expected) / expected).abs().max()
     assert relative < roundings * 2**-8 * 1.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("stock", [LlamaRMSNorm, Gemma2RMSNorm])
+def test_rms_norm_rounds_where_stock_does(stock: type, dtype: torch.dtype) -> None:
+    """Bit for bit: in narrow types the order of product and rounding is part of a model."""
+    norm = stock(63, eps=EPS).to(dtype)
+    norm.weight.data.normal_()
+    x = torch.randn(5, 63).to(dtype)
+    assert torch.equal(rms_norm(x, norm.weight, EPS, offset=stock is Gemma2RMSNorm), norm(x))
 
 
 def test_rms_norm_of_large_fp16_values_does_not_overflow() -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fettle.adapters.facts import read_facts, require_trained_on
 from fettle.adapters.lora import attach
 from fettle.errors import UserError
-from fettle.models.checkpoint import is_adapter, locate, read_adapter_config
+from fettle.models.checkpoint import inspect, is_adapter, locate, read_adapter_config
 from fettle.models.load import Dtype, load_model, load_tokenizer
 
 
@@ -23,11 +23,11 @@ def load(
     Raises UserError for whatever the user can mend.
     """
     folder = locate(str(name))
-    where = torch.device(device) if device is not None else default_device()
+    where = device_of(device)
     if not is_adapter(folder):
-        return load_model(folder, name=remembered_name(str(name)), dtype=dtype, device=where), load_tokenizer(
-            folder
-        )
+        inspect(folder)
+        tokenizer = load_tokenizer(folder)  # first: a folder without one is found before a long load
+        return load_model(folder, name=remembered_name(str(name)), dtype=dtype, device=where), tokenizer
     base_name, base_folder = base_of(folder)
     facts = read_facts(folder)
     if facts is not None:
@@ -39,9 +39,22 @@ def load(
     return attach(base, folder).eval(), load_tokenizer(folder if has_tokenizer else base_folder)
 
 
-def default_device() -> torch.device:
-    """The first CUDA device, or the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device_of(name: str | torch.device | None) -> torch.device:
+    """Return the device of that name; None means CUDA where there is one, else the CPU.
+
+    Raises UserError for a name that is none, and for a device that this machine does not have.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device is {name!r}; expected cpu or cuda.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device is '{device}'; expected cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device is '{device}', and PyTorch finds no such device here; use cpu.")
+    return device
 
 
 def base_of(adapter_folder: Path) -> tuple[str, Path]:

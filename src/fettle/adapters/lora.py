@@ -64,6 +64,8 @@ def adapt(
     weights are fp32 whatever the model's dtype, as small steps on bf16 weights would be lost by rounding.
     Raises UserError where target_modules names no linear layer of the model.
     """
+    if not isinstance(target_modules, str):
+        _require_targets(model, target_modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -78,6 +80,17 @@ def adapt(
     except ValueError as error:
         raise UserError(f"target_modules {target_modules!r}: {reason_of(error)}") from error
     return adapted
+
+
+def _require_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    """Raise UserError for a name that fits no linear layer; PEFT is content where one of several does."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+            raise UserError(
+                f"target_modules: the model has no linear layer '{target}'; it has {', '.join(known)}."
+            )
 
 
 def attach(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:

@@ -7,7 +7,6 @@ aside. Plain texts have no answers; for them the held-out loss speaks alone.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -88,9 +87,3 @@ def answer(
 def exact_share(answers: Sequence[Answer]) -> float:
     """The share of answers that are exact, 0 to 1."""
     return sum(a.is_exact for a in answers) / max(1, len(answers))
-
-
-def peak_logit_difference(first: torch.Tensor, second: torch.Tensor) -> float:
-    """The largest difference between two sets of logits, as a share of the largest logit."""
-    first, second = first.float(), second.float()
-    return float((first - second).abs().max() / first.abs().max().clamp(min=1e-6))

@@ -1,37 +1,99 @@
-"""Merge an adapter into its base, and prove the merged model still says what the adapter model says.
+"""Merge an adapter into its base, and prove that the merged model says what the adapter model says.
 
-Merging rounds W + scale * B A to the weights' own dtype. In fp32 nothing is lost; in bf16 each weight moves
-by up to 2^-9 of itself, of the same size as the rounding of every product the model computes. A difference
-beyond that means that something other than rounding happened, and the merge is refused.
+Merging rounds W + scale * B A to the type of the weights. Anything beyond that rounding means the merge went
+wrong, and it is refused. Two things are compared, for neither alone is enough:
+
+- rows of every merged weight with W + scale * B A, computed here in fp32. This sees one missing layer or a
+  wrong scale even where the adapter is small;
+- the logits of both models on a few texts. This sees what is wrong outside those weights. It is blunter: in
+  bf16 the rounding of a deep model moves logits more than a missing layer does.
+
+Both differences are root mean squares, as a share of the root mean square of what was expected. The tolerances
+stand on measurements: random models of phi3, gemma2 and qwen3, 2 to 32 layers, hidden size 64, and random
+adapters of rank 16 on every linear layer whose update is 2 to 50% of the weights.
 """
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fettle.adapters.lora import LoraLinear
 from fettle.errors import UserError
-from fettle.evaluation.compare import peak_logit_difference
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog. 0123456789",
     'def add(a, b):\n    return a + b\n\n{"name": "Ana", "count": 3}',
     "Water boils at 100 degrees. Why? Because its vapour pressure then equals the air's.",
 )
+ROWS = 16
+"""Rows compared of each weight, evenly spread."""
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest difference of a logit, as a share of the largest logit. Measured on 2 to 8 layers: at most
-1e-6 in fp32, 4e-3 in fp16, 3e-2 in bf16; a wrong scale or a missing layer gives 0.3 and more."""
+WEIGHT_TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+"""Measured: 0 in fp32, 2.2e-4 in fp16, 1.8e-3 in bf16, whatever the depth. A layer left out gives the size of its
+update, so 2e-2 and more."""
+
+LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
+"""Measured with 8 layers: 2e-6 in fp32, 5e-3 in fp16, 4e-2 in bf16; with 32: 3e-6, 7e-3, 5e-2. One matrix left out
+in the middle of 2 to 8 layers gives as little as 6e-3 where the update is 2% of the weights, 3e-2 where it is 10%."""
 
 
 def merge(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Return the base model with the adapter merged in, changed in place; the adapter is gone from it.
 
-    Raises UserError where the merged model's logits differ from the adapter model's beyond rounding.
+    Raises UserError where the merged model differs from the adapter model beyond rounding.
     """
-    before = probe_logits(model, tokenizer)
-    merged = model.merge_and_unload(safe_merge=True)
-    require_equal(before, probe_logits(merged, tokenizer), merged.dtype)
+    logits, rows = probe_logits(model, tokenizer), expected_rows(model)
+    merged = model.merge_and_unload()  # not PEFT's safe_merge, which rounds twice
+    require_rows(merged, rows)
+    require_logits(probe_logits(merged, tokenizer), logits, merged.dtype)
     return merged
+
+
+@torch.no_grad()
+def expected_rows(model: PeftModel) -> dict[str, torch.Tensor]:
+    """ROWS rows (rows, in_features) in fp32 of what each adapted weight must become, by its module's name.
+
+    Raises UserError for an adapter that holds a NaN.
+    """
+    expected = {}
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLinear) or layer.lora_variant:  # variants (DoRA) are left to the logits
+            continue
+        rows = _merged_rows(layer)
+        if not rows.isfinite().all():
+            raise UserError(
+                f"The adapter's weights for '{name}' are not numbers (NaN or infinite): its training went astray; "
+                "train again with a lower --learning-rate."
+            )
+        expected[name] = rows
+    return expected
+
+
+def _merged_rows(layer: LoraLinear) -> torch.Tensor:
+    """W + scale * B A, of the compared rows only."""
+    weight = layer.get_base_layer().weight
+    at = _spread(weight)
+    rows: torch.Tensor = weight[at].float()
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight[at].float()
+            rows = rows + layer.scaling[name] * (b @ a)
+    return rows
+
+
+def _spread(weight: torch.Tensor) -> torch.Tensor:
+    return torch.linspace(0, weight.shape[0] - 1, min(ROWS, weight.shape[0]), device=weight.device).long()
+
+
+@torch.no_grad()
+def require_rows(merged: PreTrainedModel, expected: dict[str, torch.Tensor]) -> None:
+    """Raise UserError where a merged weight is not the one that was expected (see WEIGHT_TOLERANCE)."""
+    for name, rows in expected.items():
+        weight = merged.get_submodule(name).weight
+        difference = relative_difference(weight[_spread(weight)], rows)
+        if not difference <= WEIGHT_TOLERANCE[weight.dtype]:  # a NaN must not pass
+            what = f"the weights of '{name}' by {difference:.2%}"
+            raise _refusal(what, weight.dtype, WEIGHT_TOLERANCE[weight.dtype])
 
 
 @torch.inference_mode()
@@ -49,13 +111,22 @@ def probe_logits(
     return logits
 
 
-def require_equal(before: list[torch.Tensor], after: list[torch.Tensor], dtype: torch.dtype) -> float:
-    """Return the largest difference (see TOLERANCE), or raise UserError where it is beyond rounding."""
-    difference = max(peak_logit_difference(a, b) for a, b in zip(before, after, strict=True))
-    if not difference <= TOLERANCE[dtype]:  # a NaN must not pass
-        raise UserError(
-            f"The merged model differs from the adapter model by {difference:.2%} of its largest logit, more than "
-            f"rounding explains in {str(dtype).removeprefix('torch.')} ({TOLERANCE[dtype]:.2%}); nothing was "
-            "written. Export the adapter as it is, or merge with --dtype float32."
-        )
-    return difference
+def require_logits(after: list[torch.Tensor], before: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """Raise UserError where the logits of a text differ beyond rounding (see LOGIT_TOLERANCE)."""
+    difference = max(relative_difference(a, b) for a, b in zip(after, before, strict=True))
+    if not difference <= LOGIT_TOLERANCE[dtype]:
+        raise _refusal(f"its logits by {difference:.2%}", dtype, LOGIT_TOLERANCE[dtype])
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The root mean square difference as a share of the root mean square of `expected`."""
+    expected = expected.float()
+    return float((found.float() - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def _refusal(what: str, dtype: torch.dtype, limit: float) -> UserError:
+    advice = "" if dtype == torch.float32 else ", or merge with --dtype float32"
+    return UserError(
+        f"The merged model differs from the adapter model in {what}, more than rounding explains in "
+        f"{str(dtype).removeprefix('torch.')} ({limit:.2%}); nothing was written. Use the adapter as it is{advice}."
+    )

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fettle.data import generation_prompt
 from fettle.errors import UserError
-from fettle.generation.decode import Model, Sampling, stream
+from fettle.generation.decode import LONGEST_COMPLETION, Model, Sampling, stream
 
 HELP = "Type a message; /new starts over, /exit or Ctrl-D leaves."
 
@@ -46,6 +46,8 @@ def _read() -> str | None:
         words = input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise UserError("standard input is not UTF-8 text.") from error
     return None if words in ("/exit", "/quit") else words
 
 
@@ -57,7 +59,8 @@ def _fitting(
     turns: list[dict[str, str]],
 ) -> tuple[str, list[dict[str, str]]]:
     """The rendered conversation and its turns, without the oldest exchanges if they do not fit."""
-    room = model.config.max_position_embeddings - sampling.max_new_tokens
+    context: int = model.config.max_position_embeddings
+    room = context - (sampling.max_new_tokens or min(LONGEST_COMPLETION, context // 2))
     while True:
         text = generation_prompt(tokenizer, [*first, *turns])
         tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])

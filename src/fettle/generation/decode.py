@@ -5,6 +5,7 @@ continued as it is. Generation ends at the end-of-turn token of the template as 
 generation_config.json names: some checkpoints forget theirs.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,25 +21,33 @@ from fettle.errors import UserError
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
+LONGEST_COMPLETION = 512
+"""New tokens at most, unless asked for more."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. temperature 0: the likeliest one, always the same."""
+    """How the next token is chosen. temperature 0: the likeliest one, always the same.
 
-    max_new_tokens: int = 256
+    max_new_tokens: None means LONGEST_COMPLETION, or what the context leaves where that is less.
+    """
+
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens is {self.max_new_tokens}; expected 1 or more.")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:  # a NaN must not pass
             raise UserError(
                 f"--temperature is {self.temperature}; expected 0 (always the likeliest token) or more."
             )
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p is {self.top_p}; expected a number above 0, at most 1.")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed is {self.seed}; expected a whole number from 0 to {2**32 - 1}.")
 
 
 def generate(
@@ -64,6 +73,8 @@ def prompt_text(
     tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool = False, system: str | None = None
 ) -> str:
     """The text the model is to continue: the prompt as a user turn in the model's template, or as it is."""
+    if not prompt.strip():
+        raise UserError("The prompt is empty; give at least one word.")
     if not is_chat(tokenizer, raw):
         if system is not None:
             raise UserError("--system needs a model with a chat template, and no --raw.")
@@ -91,8 +102,8 @@ def complete(
     with _evaluating(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            inputs = _encode(model, tokenizer, [texts[i] for i in chosen], sampling, is_rendered)
-            output = model.generate(**inputs, **_arguments(model, tokenizer, sampling))
+            inputs = _encode(model, tokenizer, [texts[i] for i in chosen], is_rendered)
+            output = model.generate(**inputs, **_arguments(model, tokenizer, inputs, sampling))
             for i, prompt_ids, ids in zip(chosen, inputs["input_ids"], output, strict=True):
                 answers[i] = _new_words(tokenizer, prompt_ids, ids)
     return answers
@@ -102,14 +113,15 @@ def stream(
     model: Model, tokenizer: PreTrainedTokenizerBase, text: str, sampling: Sampling, *, is_rendered: bool
 ) -> Iterator[str]:
     """Yield the continuation of one text piece by piece, as it is made."""
-    inputs = _encode(model, tokenizer, [text], sampling, is_rendered)
+    inputs = _encode(model, tokenizer, [text], is_rendered)
+    arguments = _arguments(model, tokenizer, inputs, sampling)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures: list[BaseException] = []
 
     def work() -> None:
         try:
             with torch.inference_mode(), _evaluating(model):
-                model.generate(**inputs, **_arguments(model, tokenizer, sampling), streamer=streamer)
+                model.generate(**inputs, **arguments, streamer=streamer)
         except BaseException as error:
             failures.append(error)
             streamer.end()
@@ -126,7 +138,6 @@ def _encode(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
-    sampling: Sampling,
     is_rendered: bool,
 ) -> dict[str, torch.Tensor]:
     batch = tokenizer(
@@ -137,23 +148,29 @@ def _encode(
         return_tensors="pt",
         return_token_type_ids=False,
     )
-    tokens = batch["input_ids"].shape[1]
-    if tokens == 0:
-        raise UserError("The prompt is empty; give at least one word to continue.")
-    context: int = model.config.max_position_embeddings
-    if tokens + sampling.max_new_tokens > context:
-        raise UserError(
-            f"The prompt's {tokens} tokens and --max-new-tokens {sampling.max_new_tokens} are more than the model's "
-            f"context of {context} tokens; shorten one of them."
-        )
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
-def _arguments(model: Model, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> dict[str, Any]:
+def _room(model: Model, prompt_tokens: int, sampling: Sampling) -> int:
+    """How many tokens may follow the prompt. Raises UserError where the context has too little room for them."""
+    context: int = model.config.max_position_embeddings
+    room = context - prompt_tokens
+    wanted = sampling.max_new_tokens or max(1, min(room, LONGEST_COMPLETION))
+    if wanted > room:
+        raise UserError(
+            f"The prompt's {prompt_tokens} tokens and {wanted} new ones (--max-new-tokens) are more than the model's "
+            f"context of {context} tokens; shorten one of them."
+        )
+    return wanted
+
+
+def _arguments(
+    model: Model, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, torch.Tensor], sampling: Sampling
+) -> dict[str, Any]:
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     arguments: dict[str, Any] = {
-        "max_new_tokens": sampling.max_new_tokens,
+        "max_new_tokens": _room(model, inputs["input_ids"].shape[1], sampling),
         "do_sample": sampling.temperature > 0,
         "eos_token_id": stop_ids(model, tokenizer),
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,

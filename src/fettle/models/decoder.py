@@ -22,7 +22,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-from fettle.models.families import FAMILIES, Family
+from fettle.models.families import FAMILIES, Family, option
+from fettle.models.packing import find_documents
 from fettle.models.rope import DecoderRotaryEmbedding
 from fettle.ops import (
     Documents,
@@ -77,13 +78,13 @@ class DecoderAttention(nn.Module):
         self.head_dim = head_dim_of(config)
         self.num_key_value_groups = self.heads // self.key_value_heads  # read by transformers' sdpa
         self.is_causal = True
-        self.scaling: float = getattr(config, "query_pre_attn_scalar", self.head_dim) ** -0.5
-        self.softcap: float | None = getattr(config, "attn_logit_softcapping", None)
+        self.scaling: float = option(config, "query_pre_attn_scalar", self.head_dim) ** -0.5
+        self.softcap: float | None = option(config, "attn_logit_softcapping")
         self.sliding_window = sliding_window_of(config, layer_idx)
         self.is_fused = family.has_fused_projections
 
         query_size, key_size = self.heads * self.head_dim, self.key_value_heads * self.head_dim
-        bias = bool(getattr(config, "attention_bias", False)) and not self.is_fused
+        bias = bool(option(config, "attention_bias", False))
         qkv_bias = bias or family.has_qkv_bias
         if self.is_fused:
             self.qkv_proj = nn.Linear(config.hidden_size, query_size + 2 * key_size, bias=False)
@@ -159,7 +160,7 @@ class DecoderMLP(nn.Module):
     def __init__(self, config: PreTrainedConfig, family: Family) -> None:
         super().__init__()
         hidden, intermediate = config.hidden_size, config.intermediate_size
-        bias = bool(getattr(config, "mlp_bias", False))
+        bias = bool(option(config, "mlp_bias", False))
         self.is_fused = family.has_fused_projections
         if self.is_fused:
             self.gate_up_proj = nn.Linear(hidden, 2 * intermediate, bias=False)
@@ -167,7 +168,7 @@ class DecoderMLP(nn.Module):
             self.gate_proj = nn.Linear(hidden, intermediate, bias=bias)
             self.up_proj = nn.Linear(hidden, intermediate, bias=bias)
         self.down_proj = nn.Linear(intermediate, hidden, bias=bias)
-        self.activation = ACT2FN[getattr(config, "hidden_activation", None) or config.hidden_act]
+        self.activation = ACT2FN[option(config, "hidden_activation") or config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = (
@@ -189,7 +190,7 @@ class DecoderLayer(GradientCheckpointingLayer):
             setattr(
                 self, name, DecoderRMSNorm(config.hidden_size, config.rms_norm_eps, family.has_norm_offset)
             )
-        self.residual_dropout = nn.Dropout(getattr(config, "resid_pdrop", 0.0))
+        self.residual_dropout = nn.Dropout(option(config, "resid_pdrop", 0.0))
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         attended = self.self_attn(self.input_layernorm(x), **kwargs)
@@ -375,7 +376,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        cap = getattr(self.config, "final_logit_softcapping", None)
+        cap = option(self.config, "final_logit_softcapping")
         if cap is not None:
             logits = torch.tanh(logits / cap) * cap
         loss = None
@@ -396,36 +397,11 @@ def head_dim_of(config: PreTrainedConfig) -> int:
 
 def sliding_window_of(config: PreTrainedConfig, layer_idx: int) -> int | None:
     """How many tokens back layer `layer_idx` sees; None: all of them."""
-    layer_types = getattr(config, "layer_types", None)
+    layer_types = option(config, "layer_types")
     if layer_types is not None and layer_types[layer_idx] != "sliding_attention":
         return None
-    return getattr(config, "sliding_window", None)
-
-
-def find_documents(
-    position_ids: torch.Tensor, attention_mask: torch.Tensor | dict[str, torch.Tensor] | None
-) -> Documents | None:
-    """Return the documents of packed rows, or None where no row restarts its positions.
-
-    position_ids: (B, N). A document starts wherever a position follows neither the one before it nor, in rows
-    with padding (zeros in a (B, N) mask), that of the real token before it. Padding itself may have any.
-    """
-    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() != 2):
-        return None
-    if attention_mask is not None:
-        is_real = attention_mask.bool()[:, -position_ids.shape[1] :]
-        steps = torch.arange(is_real.shape[1], device=is_real.device)
-        before = torch.where(is_real, steps, -1).cummax(dim=1).values[:, :-1]  # the last real token so far
-        follows = position_ids[:, 1:] == position_ids.gather(1, before.clamp(min=0)) + 1
-        breaks = breaks & is_real[:, 1:] & (before >= 0) & ~follows
-        if not breaks.any():
-            return None
-        breaks = breaks | (is_real[:, 1:] != is_real[:, :-1])
-    elif not breaks.any():
-        return None
-    is_start = torch.cat((torch.ones_like(breaks[:, :1]), breaks), dim=1)
-    return Documents.from_starts(is_start.flatten())
+    window: int | None = option(config, "sliding_window")
+    return window
 
 
 def _make_class(family: Family) -> type[DecoderForCausalLM]:

@@ -5,6 +5,7 @@ To add a family: one row here, and its parity test (tests/models/test_parity.py)
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import (
     Gemma2Config,
@@ -56,6 +57,15 @@ FAMILIES: dict[str, Family] = {
         has_softcap=True,
     ),
 }
+
+
+def option(config: PreTrainedConfig, name: str, default: Any = None) -> Any:
+    """Return the config's value of an option that its own class declares, else `default`.
+
+    A config.json may hold others, left over from a conversion (a Llama with `sliding_window`); stock models
+    ignore them.
+    """
+    return getattr(config, name) if hasattr(type(config), name) else default
 
 
 def family_of(model_type: str, where: str) -> Family:

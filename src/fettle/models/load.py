@@ -5,19 +5,17 @@ Code that a checkpoint ships is never run.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as hf_logging
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fettle.errors import UserError, reason_of
 from fettle.models.checkpoint import Checkpoint, inspect, require_tokenizer
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.families import family_of
+from fettle.models.quiet import without_progress_bars
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """The type to hold weights in; `auto` is the checkpoint's own."""
@@ -35,7 +33,7 @@ def load_model(
     checkpoint = inspect(folder)
     config = read_config(checkpoint)
     require_complete(checkpoint, config)
-    with _without_progress_bar():
+    with without_progress_bars():
         model = causal_lm_class(config.model_type).from_pretrained(
             str(folder),
             config=config,
@@ -129,24 +127,3 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
             f"{checkpoint.folder}: weights of type {kind} are not supported; expected F32, BF16 or F16."
         )
     return _STORED[kind]
-
-
-def generation_config_of(folder: Path) -> GenerationConfig | None:
-    """The folder's generation_config.json, where it has one."""
-    return (
-        GenerationConfig.from_pretrained(str(folder))
-        if (folder / "generation_config.json").exists()
-        else None
-    )
-
-
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """Keep the library from drawing a bar for what takes a moment."""
-    was_shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_shown:
-            hf_logging.enable_progress_bar()

@@ -5,7 +5,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fettle.models.quiet import without_progress_bars
+
 PORTABLE_CLASS = "PreTrainedTokenizerFast"
+LOADING_NOTES = ("backend", "is_local", "local_files_only")
+"""What transformers 5 notes of where a tokenizer was loaded from; nothing of the tokenizer itself."""
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -13,7 +17,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
     The names and shapes are the official ones, the dtype is the model's.
     """
-    model.save_pretrained(str(folder))
+    with without_progress_bars():
+        model.save_pretrained(str(folder))
     save_tokenizer(tokenizer, folder)
 
 
@@ -28,4 +33,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["tokenizer_class"] = PORTABLE_CLASS
+    for note in LOADING_NOTES:
+        config.pop(note, None)
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -22,34 +22,40 @@ MOST_STEPS_AN_EPOCH = 512
 """More updates than this a pass are wasted on noise: large data gets more packs a step."""
 CHECKPOINTED_BYTES = 10**9
 
-
-def require_sensible(options: LoopOptions) -> None:
-    """Raise UserError for an option whose value cannot mean anything."""
-    at_least_one = ("max_length", "max_steps", "batch_size", "gradient_accumulation_steps", "eval_steps")
-    positive = ("epochs", "learning_rate", "max_grad_norm")
-    for name in (
-        *at_least_one,
-        "save_steps",
+_AT_LEAST_ONE = (
+    *("max_length", "max_steps", "batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps"),
+    *(
         "rank",
         "vocab_size",
         "hidden_size",
+        "intermediate_size",
         "layers",
         "heads",
+        "key_value_heads",
         "context",
-    ):
+    ),
+)
+
+
+def require_sensible(options: LoopOptions) -> None:
+    """Raise UserError for an option whose value cannot mean anything."""
+    for name in _AT_LEAST_ONE:
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected 1 or more.")
-    for name in positive:
-        value = getattr(options, name)
+    for name in ("epochs", "learning_rate", "max_grad_norm", "alpha"):
+        value = getattr(options, name, None)
         if value is not None and not value > 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected a number above 0.")
     for name in ("eval_fraction", "warmup_ratio", "dropout"):
         share: Any = getattr(options, name, 0.0)
         if not 0 <= share < 1:
             raise UserError(f"--{name.replace('_', '-')} is {share}; expected a share from 0 to below 1.")
-    if options.samples < 0 or options.weight_decay < 0:
-        raise UserError("--samples and --weight-decay cannot be below 0.")
+    for name in ("samples", "weight_decay"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected 0 or more.")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed is {options.seed}; expected a whole number from 0 to {2**32 - 1}.")
 
 
 def length_limit(options: LoopOptions, context_tokens: int) -> int:

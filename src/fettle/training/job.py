@@ -17,7 +17,7 @@ from fettle.options import write
 from fettle.training import resume
 from fettle.training.measure import Measurement, measure
 from fettle.training.options import PretrainOptions, TrainOptions
-from fettle.training.outcome import REPORT, Outcome, describe, show
+from fettle.training.outcome import REPORT, Outcome, describe
 from fettle.training.progress import peak_memory_bytes
 from fettle.training.report import write_report
 from fettle.training.rows import Material
@@ -76,9 +76,7 @@ def run(job: Job) -> Outcome:
         raise Interrupted(f"fettle {job.command} --resume --output {job.output}")
     after = _measure(job, trainer)
     _save(job)
-    outcome = _report(job, trainer, before, after)
-    show(outcome, job.console)
-    return outcome
+    return _report(job, trainer, before, after)
 
 
 def is_finished(output: Path) -> bool:

@@ -6,6 +6,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Device = Literal["cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Schedule = Literal["cosine", "linear", "constant"]
 TrainOn = Literal["assistant", "all"]
@@ -42,7 +43,7 @@ class LoopOptions:
     samples: int = _option(
         "rows of each kind answered before and after; a share of them goes in the report", 16
     )
-    device: str | None = _option("cpu or cuda (default: cuda where there is one)")
+    device: Device | None = _option("where to compute (default: cuda where there is one)")
     seed: int = _option("seed of everything random", 0)
 
 

@@ -5,7 +5,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
@@ -72,13 +72,13 @@ def describe(
         ],
         next_commands=next_commands,
         options={f.name: getattr(options, f.name) for f in dataclasses.fields(options)},
-        versions={"python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        versions={"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
     )
 
 
-def show(outcome: Outcome, console: Console) -> None:
+def show(outcome: Outcome, console: Console | None = None) -> None:
     """Print the before/after table, a few answers, where everything lies and what to type next."""
-    report = outcome.report
+    report, console = outcome.report, console or Console()
     console.print()
     show_samples(report.samples[:_SHOWN_SAMPLES], console)
     if report.scores:
@@ -100,6 +100,13 @@ def show_samples(shown: Sequence[Sample], console: Console) -> None:
             text = f"{name:7} {mark} {_short(answer or '')}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
         console.print()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from its source folder, not installed
+        return "not installed"
 
 
 def _short(text: str) -> str:

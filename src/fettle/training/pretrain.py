@@ -2,13 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
-from fettle.adapters.load import default_device
+from fettle.adapters.load import device_of
 from fettle.data import Row, end_of_turn, read_rows
 from fettle.data import fingerprint as data_fingerprint
 from fettle.errors import UserError
@@ -21,7 +21,7 @@ from fettle.tiny.tokenizer import train_tokenizer
 from fettle.training import resume
 from fettle.training.defaults import complete, length_limit, require_sensible
 from fettle.training.job import Job, is_finished, run
-from fettle.training.options import PretrainOptions
+from fettle.training.options import Device, PretrainOptions
 from fettle.training.outcome import Outcome
 from fettle.training.rows import prepare
 from fettle.training.sft import show_data
@@ -54,7 +54,7 @@ def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) 
     tokenizer = _tokenizer(rows, options)
     material = prepare(options, tokenizer, longest, rows)
     show_data(material.summary.lines(), material.held_out_examples, console)
-    device = options.device or default_device().type
+    device = cast(Device, device_of(options.device).type)
     set_seed(options.seed)
     model = new_model(options, tokenizer).to(torch.device(device))
     parameters = model.num_parameters()
@@ -74,7 +74,7 @@ def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) 
         method=f"all weights from random, learning rate {options.learning_rate:g}, {device}",
         command="pretrain",
         facts=facts | seen,
-        save=lambda to: save_model(model.to(getattr(torch, options.save_dtype)), tokenizer, to),
+        save=lambda to: _save(model, tokenizer, options, to),
         last_file="config.json",
         next_commands=[
             f'fettle generate --model {options.output} --prompt "..."',
@@ -93,6 +93,13 @@ def _tokenizer(rows: list[Row], options: PretrainOptions) -> PreTrainedTokenizer
     return tokenizer
 
 
+def _save(
+    model: DecoderForCausalLM, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, to: Path
+) -> None:
+    model.config.use_cache = True  # the trainer switches it off
+    save_model(model.to(getattr(torch, options.save_dtype)), tokenizer, to)
+
+
 def _texts(row: Row) -> list[str]:
     words = [message["content"] for message in row.messages]
     return words + [text for text in (row.prompt, row.completion, row.text) if text is not None]
@@ -103,6 +110,15 @@ def new_model(options: PretrainOptions, tokenizer: PreTrainedTokenizerBase) -> D
     family = FAMILIES[options.family]
     if options.hidden_size % options.heads:
         raise UserError(f"--hidden-size {options.hidden_size} is no multiple of --heads {options.heads}.")
+    if options.hidden_size // options.heads % 2:
+        raise UserError(
+            f"--hidden-size {options.hidden_size} and --heads {options.heads} make heads of "
+            f"{options.hidden_size // options.heads} numbers; rotary positions need an even count."
+        )
+    if options.key_value_heads is not None and options.heads % options.key_value_heads:
+        raise UserError(
+            f"--heads {options.heads} is no multiple of --key-value-heads {options.key_value_heads}."
+        )
     config = family.config(
         vocab_size=len(tokenizer),
         hidden_size=options.hidden_size,
@@ -111,6 +127,7 @@ def new_model(options: PretrainOptions, tokenizer: PreTrainedTokenizerBase) -> D
         num_attention_heads=options.heads,
         num_key_value_heads=options.key_value_heads or options.heads,
         max_position_embeddings=options.context,
+        **({"original_max_position_embeddings": options.context} if options.family == "phi3" else {}),
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

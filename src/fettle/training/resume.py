@@ -52,7 +52,15 @@ def last_complete(output: Path) -> Path | None:
 def read_facts(output: Path) -> dict[str, Any]:
     """Return what was noted of the run so far; empty where nothing was."""
     file = output / FACTS_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{file} is not as fettle wrote it, so the run cannot be resumed to the same result; "
+            "start anew with another --output."
+        ) from error
 
 
 def write_facts(output: Path, facts: dict[str, Any]) -> None:

@@ -41,7 +41,13 @@ def split(options: LoopOptions, rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows: those of `--eval-data`, or a share of the data itself."""
     if options.eval_data is not None:
         return rows, read_rows(options.eval_data)
-    return split_held_out(rows, options.eval_fraction, options.seed)
+    train, held_out = split_held_out(rows, options.eval_fraction, options.seed)
+    if not train:
+        raise UserError(
+            f"--eval-fraction {options.eval_fraction} holds out all {len(rows)} rows and leaves none to train on; "
+            "ask for less."
+        )
+    return train, held_out
 
 
 def prepare(

@@ -2,20 +2,20 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fettle.adapters.facts import AdapterFacts, write_facts
-from fettle.adapters.load import default_device, remembered_name
+from fettle.adapters.load import device_of, remembered_name
 from fettle.adapters.lora import adapt
 from fettle.data import fingerprint as data_fingerprint
 from fettle.data import read_rows
 from fettle.errors import UserError
 from fettle.files import require_new_folder
-from fettle.models.checkpoint import fingerprint, is_adapter, locate
+from fettle.models.checkpoint import fingerprint, inspect, is_adapter, locate
 from fettle.models.decoder import DecoderForCausalLM
 from fettle.models.load import load_model, load_tokenizer
 from fettle.models.save import save_tokenizer
@@ -23,7 +23,7 @@ from fettle.options import read
 from fettle.training import resume
 from fettle.training.defaults import complete, length_limit, require_sensible
 from fettle.training.job import Job, is_finished, run
-from fettle.training.options import TrainOptions
+from fettle.training.options import Device, TrainOptions
 from fettle.training.outcome import Outcome
 from fettle.training.rows import prepare
 
@@ -55,11 +55,12 @@ def resume_training(output: Path, *, console: Console | None = None) -> Outcome 
 def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> Job:
     """Load the model, understand the data, choose what was left open."""
     folder = _base_folder(options.model)
+    inspect(folder)
     rows = read_rows(options.data)
     seen = {"data": data_fingerprint(options.data), "base": fingerprint(folder)}
     resume.require_unchanged(facts, "data", seen["data"], f"the data ({options.data})")
     resume.require_unchanged(facts, "base", seen["base"], f"the base model ({options.model})")
-    device = options.device or default_device().type
+    device = cast(Device, device_of(options.device).type)
     tokenizer = load_tokenizer(folder)
     base = load_model(folder, name=remembered_name(options.model), dtype=options.dtype, device=device)
     longest = length_limit(options, base.config.max_position_embeddings)

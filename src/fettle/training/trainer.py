@@ -17,6 +17,7 @@ from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
 
 from fettle.data import collator
+from fettle.models.quiet import without_progress_bars
 from fettle.training.options import LoopOptions
 from fettle.training.progress import ProgressCallback, show_progress
 from fettle.training.resume import CHECKPOINTS, MarkComplete, last_complete
@@ -65,7 +66,7 @@ class Run:
         """Train from the last complete checkpoint, if there is one; return whether the run came to its end."""
         checkpoint = last_complete(Path(self.trainer.args.output_dir).parent)
         set_seed(self.trainer.args.seed)  # whatever was measured before must not move the run
-        with self.progress, self.interrupt.listening():
+        with self.progress, self.interrupt.listening(), without_progress_bars():
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return self.trainer.state.global_step >= self.trainer.state.max_steps
 

@@ -1,0 +1,37 @@
+"""Where the documents of a packed row begin: wherever the positions restart.
+
+Stock transformers looks for restarts only without an attention mask and without a cache, and lets documents see
+each other otherwise. Here they are looked for in every forward pass that starts a row.
+
+Shapes: B rows, N tokens a row.
+"""
+
+import torch
+
+from fettle.ops import Documents
+
+
+def find_documents(
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | dict[str, torch.Tensor] | None
+) -> Documents | None:
+    """Return the documents of packed rows, or None where no row restarts its positions.
+
+    position_ids: (B, N). A document starts wherever a position follows neither the one before it nor, in rows
+    with padding (zeros in a (B, N) mask), that of the real token before it. Padding itself may have any.
+    """
+    breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() != 2):
+        return None
+    if attention_mask is not None:
+        is_real = attention_mask.bool()[:, -position_ids.shape[1] :]
+        steps = torch.arange(is_real.shape[1], device=is_real.device)
+        before = torch.where(is_real, steps, -1).cummax(dim=1).values[:, :-1]  # the last real token so far
+        follows = position_ids[:, 1:] == position_ids.gather(1, before.clamp(min=0)) + 1
+        breaks = breaks & is_real[:, 1:] & (before >= 0) & ~follows
+        if not breaks.any():
+            return None
+        breaks = breaks | (is_real[:, 1:] != is_real[:, :-1])
+    elif not breaks.any():
+        return None
+    is_start = torch.cat((torch.ones_like(breaks[:, :1]), breaks), dim=1)
+    return Documents.from_starts(is_start.flatten())

@@ -1,0 +1,104 @@
+"""Held-out rows as questions, and answers that are exact or not."""
+
+import pytest
+
+from fettle.adapters.load import load
+from fettle.data.formats import Row
+from fettle.evaluation import Answer, Question, answer, exact_share, questions
+from fettle.generation import Sampling, generate
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+
+
+def chat(*turns: tuple[str, str], where: str = "row 1") -> Row:
+    messages = tuple({"role": role, "content": content} for role, content in turns)
+    return Row(where, "messages", messages=messages)
+
+
+@pytest.fixture(scope="module")
+def loaded(small_model):
+    return load(small_model, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(loaded):
+    return loaded[1]
+
+
+def test_a_chat_becomes_the_question_before_its_last_answer(tokenizer):
+    row = chat(("system", "S"), ("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D"))
+    (question,) = questions([row], tokenizer)
+    assert question == Question(
+        text="<|system|>\nS<|end|>\n<|user|>\nA<|end|>\n<|assistant|>\nB<|end|>\n<|user|>\nC<|end|>\n<|assistant|>\n",
+        prompt="C",
+        expected="D",
+        is_rendered=True,
+    )
+
+
+def test_a_prompt_and_its_completion_are_a_turn_where_there_is_a_template(tokenizer, small_model):
+    row = Row("row 1", "prompt / completion", prompt="A", completion="B")
+    (question,) = questions([row], tokenizer)
+    assert (question.text, question.expected) == ("<|user|>\nA<|end|>\n<|assistant|>\n", "B")
+    plain = load(small_model)[1]
+    plain.chat_template = None
+    (question,) = questions([row], plain)
+    assert (question.text, question.is_rendered) == ("A", False)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row("row 1", "text", text="A text has no answer."),
+        chat(("user", "A"), ("assistant", "B"), ("user", "C")),
+        chat(("user", "A"), ("assistant", "  ")),
+        chat(("assistant", "B")),
+    ],
+    ids=["text", "ends with the user", "empty answer", "no question"],
+)
+def test_rows_without_an_answer_are_left_out(tokenizer, row):
+    assert questions([row], tokenizer) == []
+
+
+def test_rows_that_the_template_refuses_are_left_out(small_model):
+    _, tokenizer = load(small_model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['content'] == 'no' %}{{ raise_exception('no') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    rows = [chat(("user", "no"), ("assistant", "B")), chat(("user", "yes"), ("assistant", "B"))]
+    assert [question.prompt for question in questions(rows, tokenizer)] == ["yes"]
+
+
+def test_answers_come_in_order_and_are_the_greedy_ones(loaded):
+    model, tokenizer = loaded
+    prompts = ["What is the capital of France?", "Say 3.", "Say 3.", "Be brief."]
+    asked = questions([chat(("user", p), ("assistant", "Here is 1!")) for p in prompts], tokenizer)
+    room = len(tokenizer("Here is 1!")["input_ids"]) + 8
+    given = answer(model, tokenizer, asked)
+    assert [a.question for a in given] == asked
+    assert [a.answer for a in given] == [
+        generate(model, tokenizer, p, sampling=Sampling(max_new_tokens=room)) for p in prompts
+    ]
+
+
+def test_questions_longer_than_the_context_are_left_out(loaded):
+    long = chat(("user", "1 " * 300), ("assistant", "B"))
+    asked = questions([long, chat(("user", "Say 3."), ("assistant", "B"))], loaded[1])
+    assert [a.question.prompt for a in answer(*loaded, asked)] == ["Say 3."]
+    assert answer(*loaded, asked[:1]) == answer(*loaded, []) == []
+
+
+def test_only_the_very_words_are_exact(trained):
+    model, tokenizer = load(trained, device="cpu")
+    words = generate(model, tokenizer, "Say 5.", sampling=Sampling(max_new_tokens=30))
+    expected = [words, f" {words}\n", words + ".", words.upper(), words[:-1]]
+    asked = questions([chat(("user", "Say 5."), ("assistant", e)) for e in expected], tokenizer)
+    given = answer(model, tokenizer, asked)
+    assert [a.is_exact for a in given] == [True, True, False, False, False]
+    assert exact_share(given) == 0.4
+
+
+def test_the_share_of_no_answers_is_zero():
+    assert exact_share([]) == 0.0
+    assert exact_share([Answer(Question("t", "p", "e", False), "e")]) == 1.0

@@ -1,0 +1,102 @@
+"""An exported folder is complete, opens in stock transformers, or is not there."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from fettle.errors import UserError
+from fettle.export import export_safetensors
+from fettle.models.load import load_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+
+
+@pytest.fixture(scope="module")
+def stock_adapter(small_model, tmp_path_factory):
+    """An adapter that plain PEFT made: fettle's note is not beside it, nor a tokenizer."""
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(small_model)
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    folder = tmp_path_factory.mktemp("stock") / "adapter"
+    adapted.save_pretrained(folder)
+    return folder, adapted.eval()
+
+
+@torch.no_grad()
+def logits(model, tokenizer) -> torch.Tensor:
+    return model.eval()(**tokenizer("The quick brown fox", return_tensors="pt"), use_cache=False).logits
+
+
+def test_an_adapter_of_plain_peft_is_merged(stock_adapter, small_model, tmp_path):
+    folder, adapted = stock_adapter
+    assert export_safetensors(folder, tmp_path / "out") == tmp_path / "out"
+    merged, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )
+    assert (logits(merged, tokenizer) - logits(adapted, tokenizer)).abs().max() < 1e-5
+    assert tokenizer.get_vocab() == load_tokenizer(small_model).get_vocab()
+
+
+def test_the_folder_has_everything_a_full_model_needs(trained, small_model, tmp_path):
+    export_safetensors(trained, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    ]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["Phi3ForCausalLM"] and "auto_map" not in config
+    generation = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert generation.eos_token_id == GenerationConfig.from_pretrained(small_model).eos_token_id
+
+
+def test_a_full_model_is_copied_bit_for_bit(small_model, tmp_path):
+    export_safetensors(small_model, tmp_path / "out")
+    stored, original = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", small_model))
+    assert stored.keys() == original.keys()
+    assert all(torch.equal(stored[name], original[name]) for name in original)
+
+
+def test_the_embedded_model_is_exported(tmp_path):
+    export_safetensors("fettle-tiny", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model).__name__ == "Phi3ForCausalLM"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_adapter_is_merged_in_the_type_asked_for(trained, tmp_path, dtype):
+    export_safetensors(trained, tmp_path / "out", dtype=dtype)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in stored.values()} == {f"torch.{dtype}"}
+
+
+def test_an_empty_folder_is_filled(small_model, tmp_path):
+    (tmp_path / "out").mkdir()
+    export_safetensors(small_model, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_nothing_is_left_of_an_export_that_failed(small_model, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError("the disk is on fire")
+
+    monkeypatch.setattr("fettle.export.checkpoint.save_model", fail)
+    with pytest.raises(OSError, match="on fire"):
+        export_safetensors(small_model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_folder_is_refused_before_the_model_is_looked_for(tmp_path):
+    (tmp_path / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match=r"thesis\.txt"):
+        export_safetensors("no/model", tmp_path)
