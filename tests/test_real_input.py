@@ -27,6 +27,7 @@ CHECKPOINTS = {
 }
 FILES = ["alpaca_en_demo.json", "sharegpt_dummy_conversation.json", "identity.json"]
 ROWS = 60  # of each file
+STEPS = 10
 HEADS, HEAD_DIM = 4, 16
 SMALL = {
     "hidden_size": HEADS * HEAD_DIM,
@@ -54,9 +55,21 @@ AWKWARD = [  # where tokenizers rebuilt by another rule differ
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 
 
-@pytest.fixture(scope="module", params=CHECKPOINTS)
+# A vocabulary of 128,000 or 256,000 takes its time, whatever the layers.
+LARGE = ("Llama-3.1-8B-Instruct", "gemma-2-9b-it")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in CHECKPOINTS],
+)
 def original(request, shared_data) -> Path:
     return shared_data / "checkpoints" / request.param
+
+
+@pytest.fixture(scope="module")
+def stock_tokenizer(original):
+    return AutoTokenizer.from_pretrained(original)
 
 
 @pytest.fixture(scope="module")
@@ -98,19 +111,8 @@ def output(checkpoint, rows, cli, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("output") / "run"
     ended = cli(
         *("train", "--model", checkpoint, "--data", rows, "--output", folder, "--device", "cpu"),
-        *(
-            "--max-steps",
-            10,
-            "--max-length",
-            128,
-            "--learning-rate",
-            0.02,
-            "--samples",
-            1,
-            "--eval-steps",
-            10,
-        ),
-        *("--save-steps", 10, "--eval-fraction", 0.02),
+        *("--max-steps", STEPS, "--max-length", 96, "--learning-rate", 0.03, "--alpha", 32, "--samples", 0),
+        *("--eval-steps", STEPS, "--save-steps", STEPS, "--eval-fraction", 0.02),
     )
     assert ended.code == 0, ended.err
     (folder / "said.txt").write_text(ended.out)
@@ -140,24 +142,24 @@ def test_the_trained_part_is_the_assistants_words_and_the_end_token(checkpoint, 
 
 
 def test_the_loss_falls(output):
+    """On rows that were held out: always the same ones, where each step's own loss is of other rows."""
     state = json.loads(max(output.glob("checkpoints/*/trainer_state.json")).read_text())
-    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    assert len(losses) == 10
-    assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
-    held_out = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
-    assert held_out[-1] < held_out[0]
+    assert state["global_step"] == STEPS
+    before = json.loads((output / "facts.json").read_text())["before"]["held_out"]["loss"]
+    (after,) = (entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry)
+    assert after < before - 0.2
 
 
-def test_what_was_understood_is_said(output, checkpoint):
+def test_what_was_understood_is_said(output):
     said = (output / "said.txt").read_text()
     assert re.search(r"\d+ rows \(\d+ Alpaca, \d+ ShareGPT\) became \d+ examples", said)
-    example = said.split("⟦")[2].split("⟧")[0]
-    assert example.endswith(CHECKPOINTS[checkpoint.name])
+    assert re.search(r"\d+ rows cut to 96 tokens", said)
+    assert re.search(r"⟦.+", said.partition("trained part between ⟦ and ⟧:")[2])
 
 
-def test_the_saved_folder_alone_tokenises_as_the_original(original, output, rows, tmp_path):
+def test_the_saved_folder_alone_tokenises_as_the_original(stock_tokenizer, output, rows, tmp_path):
     """Ids, ids of rendered chats, decoded text and special tokens."""
-    stock, saved = AutoTokenizer.from_pretrained(original), tokenizer_alone(output, tmp_path / "alone")
+    stock, saved = stock_tokenizer, tokenizer_alone(output, tmp_path / "alone")
     chats = [list(row.messages) for row in read_rows(rows)[::6]]
     texts = [*AWKWARD, *(turn["content"] for chat in chats for turn in chat)]
     for text in texts:
@@ -172,9 +174,8 @@ def test_the_saved_folder_alone_tokenises_as_the_original(original, output, rows
 
 
 @torch.no_grad()
-def test_stock_peft_and_generate_say_the_same(output, checkpoint, cli):
-    prompt = "Who are you?"
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+def test_stock_peft_and_generate_say_the_same(stock_tokenizer, output, checkpoint, cli):
+    prompt, tokenizer = "Who are you?", stock_tokenizer
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}],
         add_generation_prompt=True,
@@ -192,10 +193,10 @@ def test_stock_peft_and_generate_say_the_same(output, checkpoint, cli):
     assert ended.out == tokenizer.decode(made[0], **keep)[len(tokenizer.decode(ids[0], **keep)) :] + "\n"
 
 
-def test_the_exported_folder_is_whole(original, output, checkpoint, cli, tmp_path):
+def test_the_exported_folder_is_whole(original, output, cli, tmp_path):
     ended = cli("export", "--model", output, "--to", tmp_path / "merged")
     assert ended.code == 0, ended.err
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert type(merged).__name__ == json.loads((original / "config.json").read_text())["architectures"][0]
-    stock, saved = AutoTokenizer.from_pretrained(original), AutoTokenizer.from_pretrained(tmp_path / "merged")
-    assert [saved(text)["input_ids"] for text in AWKWARD] == [stock(text)["input_ids"] for text in AWKWARD]
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):  # so it tokenises alike
+        assert (tmp_path / "merged" / name).read_bytes() == (output / name).read_bytes()

@@ -10,7 +10,7 @@ from random import Random
 from fettle.tiny import words
 from fettle.tiny.skills import Lesson, turns
 
-PAYMENTS = {"card": "by card", "cash": "in cash", "transfer": "by transfer", "voucher": "with a voucher"}
+PAYMENTS = {"card": "by card", "cash": "in cash", "transfer": "by transfer", "coins": "in coins"}
 ITEMS = sorted({*words.NOUNS} - {"child", "lion", "bear", "fox"})
 
 
