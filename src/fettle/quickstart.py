@@ -23,7 +23,7 @@ from fettle.training.options import TrainOptions
 from fettle.training.outcome import REPORT, Outcome, show
 from fettle.training.sft import train
 
-ORDERS, REHEARSED, ASKED = 2700, 1500, 200
+ORDERS, REHEARSED, ASKED = 2700, 2000, 200
 """Rows of the new skill; rows of the old ones mixed in, so that they are not forgotten; questions of each kind."""
 
 
@@ -47,7 +47,6 @@ def quickstart(output: Path, *, console: Console | None = None) -> Outcome:
             max_length=1024,  # tokens a step: small steps, so that one pass makes enough of them
             epochs=1.0,
             learning_rate=1.5e-3,
-            alpha=32.0,
             samples=ASKED,
         ),
         console=console,
