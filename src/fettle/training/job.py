@@ -17,9 +17,9 @@ from fettle.options import write
 from fettle.training import resume
 from fettle.training.measure import Measurement, measure
 from fettle.training.options import PretrainOptions, TrainOptions
-from fettle.training.outcome import REPORT, Outcome, describe
+from fettle.training.outcome import REPORT, Outcome, describe, show_samples
 from fettle.training.progress import peak_memory_bytes
-from fettle.training.report import write_report
+from fettle.training.report import Sample, write_report
 from fettle.training.rows import Material
 from fettle.training.trainer import Run, build
 
@@ -71,7 +71,8 @@ def run(job: Job) -> Outcome:
         job.console,
     )
     before = _before(job, trainer)
-    job.console.print(f"\n[bold]training[/bold] {job.options.max_steps} steps: {job.method}", highlight=False)
+    show_samples([Sample(a.prompt, a.expected, a.answer, None) for a in before.answers[:3]], job.console)
+    job.console.print(f"[bold]training[/bold] {job.options.max_steps} steps: {job.method}", highlight=False)
     if not trainer.train():
         raise Interrupted(f"fettle {job.command} --resume --output {job.output}")
     after = _measure(job, trainer)

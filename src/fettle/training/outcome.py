@@ -92,13 +92,16 @@ def show(outcome: Outcome, console: Console | None = None) -> None:
 
 
 def show_samples(shown: Sequence[Sample], console: Console) -> None:
-    """Print prompts with the answers before and after."""
+    """Print prompts with the answer wanted and those given, as far as there are any."""
     for sample in shown:
-        console.print(f"prompt  {_short(sample.prompt)}", markup=False, highlight=False, soft_wrap=True)
+        lines = [f"prompt    {_short(sample.prompt)}"]
+        if sample.expected is not None:
+            lines.append(f"wanted    {_short(sample.expected)}")
         for name, answer in (("before", sample.before), ("after", sample.after)):
-            mark = {True: "✓", False: "✗", None: " "}[is_correct(sample, answer)]
-            text = f"{name:7} {mark} {_short(answer or '')}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            if answer is not None:
+                mark = {True: "✓", False: "✗", None: " "}[is_correct(sample, answer)]
+                lines.append(f"{name:7} {mark} {_short(answer)}")
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
         console.print()
 
 
