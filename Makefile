@@ -1,11 +1,13 @@
 # make quickstart   set up and watch a small model learn a skill (a few minutes)
 # make test         set up and run every check
 #
-# PYTHON=python3.12 picks another Python (3.11 or later); VENV=elsewhere another place for the environment.
+# PYTHON=python3.12 picks another Python (3.11 or later); VENV=elsewhere another place for the environment,
+# OUTPUT=again another folder for the quickstart's result.
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+OUTPUT ?= quickstart
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check install
@@ -24,7 +26,7 @@ help:
 	@echo "make clean        remove the environment and everything built"
 
 quickstart: $(VENV)/.runtime
-	@$(BIN)/fettle quickstart
+	@$(BIN)/fettle quickstart --output $(OUTPUT)
 
 test: lint
 	@echo "Running the tests ..."

@@ -3,7 +3,7 @@
     import fettle
 
     model, tokenizer = fettle.load("fettle-tiny")          # a transformers PreTrainedModel and its tokenizer
-    print(fettle.generate(model, tokenizer, "Spell the word cat."))
+    print(fettle.generate(model, tokenizer, "Spell cat."))
 
     outcome = fettle.train(fettle.TrainOptions(model="fettle-tiny", data="chats.jsonl", output="my-model"))
     model, tokenizer = fettle.load("my-model")             # a PEFT PeftModel on its base
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fettle.adapters.load import load
     from fettle.adapters.lora import adapt, attach
     from fettle.data import collator, pack, read_rows, split_held_out, tokenize_rows
-    from fettle.errors import UserError
+    from fettle.errors import Interrupted, UserError
     from fettle.export.checkpoint import export_safetensors
     from fettle.export.merge import merge
     from fettle.generation import Sampling, generate
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fettle.training.sft import resume_training, train
 
 _HOME = {
+    "Interrupted": "fettle.errors",
     "Outcome": "fettle.training.outcome",
     "PretrainOptions": "fettle.training.options",
     "Sampling": "fettle.generation",
@@ -54,6 +55,7 @@ _HOME = {
 }
 
 __all__ = [  # the keys of _HOME, spelled out for type checkers
+    "Interrupted",
     "Outcome",
     "PretrainOptions",
     "Sampling",

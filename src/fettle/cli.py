@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fettle.errors import UserError
+from fettle.errors import Interrupted, UserError
 from fettle.options import Parser, add_options, resolve
 from fettle.training.options import PretrainOptions, TrainOptions
 
@@ -20,18 +20,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 2 for what the user can mend, 1 for the rest, 130 after Ctrl-C."""
     options = vars(_parser().parse_args(arguments))
     quiet_libraries()
-    command: Callable[[dict[str, Any]], int | None] = options.pop("run")
+    command: Callable[[dict[str, Any]], None] = options.pop("run")
     try:
-        return command(options) or 0
+        command(options)
     except UserError as error:
         print(f"fettle: error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stop:
+        print(f"fettle: interrupted; a checkpoint is saved. Go on with:\n  {stop}", file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("fettle: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe has gone, as `head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # closed at exit; nothing left to flush into the pipe
         return 1
+    return 0
 
 
 def quiet_libraries() -> None:
@@ -53,7 +57,7 @@ def _parser() -> Parser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, run: Callable[[dict[str, Any]], int | None], text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[dict[str, Any]], None], text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
         return command
@@ -139,21 +143,20 @@ def _quickstart(options: dict[str, Any]) -> None:
     quickstart(Path(options["output"]))
 
 
-def _train(options: dict[str, Any]) -> int:
+def _train(options: dict[str, Any]) -> None:
     from fettle.training.sft import resume_training, train
 
-    return _fit(options, TrainOptions, train, resume_training)
+    _fit(options, TrainOptions, train, resume_training)
 
 
-def _pretrain(options: dict[str, Any]) -> int:
+def _pretrain(options: dict[str, Any]) -> None:
     from fettle.training.pretrain import pretrain, resume_pretraining
 
-    return _fit(options, PretrainOptions, pretrain, resume_pretraining)
+    _fit(options, PretrainOptions, pretrain, resume_pretraining)
 
 
-def _fit(options: dict[str, Any], kind: Any, start: Callable[..., Any], resume: Callable[..., Any]) -> int:
+def _fit(options: dict[str, Any], kind: Any, start: Callable[..., Any], resume: Callable[..., Any]) -> None:
     """Start a run, or go on with one, and print how it ended."""
-    from fettle.training.job import Interrupted
     from fettle.training.outcome import show
 
     is_resumed, config = options.pop("resume"), options.pop("config", None)
@@ -161,16 +164,11 @@ def _fit(options: dict[str, Any], kind: Any, start: Callable[..., Any], resume: 
         raise UserError(
             "--resume takes --output alone: the run goes on with the options it was started with."
         )
-    try:
-        outcome = resume(Path(options["output"])) if is_resumed else start(resolve(kind, options, config))
-    except Interrupted as stop:
-        print(f"interrupted; a checkpoint is saved. Go on with:\n  {stop}", file=sys.stderr)
-        return INTERRUPTED
+    outcome = resume(Path(options["output"])) if is_resumed else start(resolve(kind, options, config))
     if outcome is None:
         print(f"the run in {options['output']} has come to its end already")
     else:
         show(outcome)
-    return 0
 
 
 def _generate(options: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fettle.errors import Interrupted
 from fettle.files import require_free_space
 from fettle.options import write
 from fettle.training import resume
@@ -25,10 +26,6 @@ from fettle.training.trainer import Run, build
 
 OVERHEAD_BYTES = 50 * 10**6
 """Room for logs, tokenizer files and the report."""
-
-
-class Interrupted(Exception):
-    """The run was stopped by Ctrl-C after saving a checkpoint; the message says how to go on."""
 
 
 @dataclass(slots=True, kw_only=True)
