@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from fettle.errors import UserError
-from fettle.files import human_bytes, require_free_space, require_new_folder, sha256_of, write_aside
+from fettle.files import (
+    human_bytes,
+    only_process,
+    require_free_space,
+    require_new_folder,
+    sha256_of,
+    write_aside,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -189,3 +196,23 @@ def test_sha256_counts_contents_and_order_but_not_names(tmp_path: Path) -> None:
     ab, c, a, bc, same = file("1", "ab"), file("2", "c"), file("3", "a"), file("4", "bc"), file("5", "ab")
     assert sha256_of([ab, c]) == sha256_of([same, c])
     assert len({sha256_of(files) for files in ([ab, c], [c, ab], [a, bc], [ab], [])}) == 5
+
+
+def test_a_folder_is_held_by_one_process(tmp_path):
+    work = f"""
+from pathlib import Path
+from fettle.errors import UserError
+from fettle.files import only_process
+try:
+    with only_process(Path({str(tmp_path)!r})):
+        print("held")
+except UserError as error:
+    print(error)
+"""
+
+    def other_process() -> str:
+        return subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=True).stdout
+
+    with only_process(tmp_path):
+        assert "another process is at work" in other_process()
+    assert other_process() == "held\n"

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fettle: error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        print(f"fettle: interrupted; a checkpoint is saved. Go on with:\n  {stop}", file=sys.stderr)
+        print(f"fettle: interrupted. Go on with:\n  {stop}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
         print("fettle: interrupted", file=sys.stderr)

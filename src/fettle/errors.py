@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """Ctrl-C ended a run after it had saved a checkpoint; the message is the command that goes on with it."""
+    """Ctrl-C ended a run that can go on; the message is the command to type."""
 
 
 def reason_of(error: Exception) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,6 +64,27 @@ def require_new_folder(path: Path, what: str) -> None:
     if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"{path} is a file, and {what} needs a folder: name another one.")
     _require_writable(path)
+
+
+@contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process while the block runs; raise UserError where another one holds it.
+
+    The system lets go of it when the process ends, however it ends. Where it cannot lock files, nothing is held.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is at work in {folder}: wait until it has ended, or choose another folder."
+            ) from None
+        yield
 
 
 def describe_folder(path: Path) -> str:

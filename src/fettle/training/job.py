@@ -1,6 +1,7 @@
 """The part every kind of training shares: measured, trained, measured, saved, reported."""
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.errors import Interrupted
-from fettle.files import require_free_space
+from fettle.files import only_process, require_free_space
 from fettle.options import write
 from fettle.training import resume
 from fettle.training.measure import Measurement, measure
@@ -54,10 +55,18 @@ class Job:
 
 
 def run(job: Job) -> Outcome:
-    """Do the job; raise Interrupted after Ctrl-C."""
+    """Do the job; raise Interrupted after Ctrl-C, UserError where another process works in its folder."""
     _require_disk(job)
     job.output.mkdir(parents=True, exist_ok=True)
-    write(job.options, job.output / resume.RUN_FILE, f"fettle {job.command} --config {resume.RUN_FILE}")
+    with only_process(job.output):
+        write(job.options, job.output / resume.RUN_FILE, f"fettle {job.command} --config {resume.RUN_FILE}")
+        try:
+            return _run(job)
+        except KeyboardInterrupt:
+            raise _interrupted(job) from None
+
+
+def _run(job: Job) -> Outcome:
     trainer = build(
         job.model,
         job.tokenizer,
@@ -71,10 +80,14 @@ def run(job: Job) -> Outcome:
     show_samples([Sample(a.prompt, a.expected, a.answer, None) for a in before.answers[:3]], job.console)
     job.console.print(f"[bold]training[/bold] {job.options.max_steps} steps: {job.method}", highlight=False)
     if not trainer.train():
-        raise Interrupted(f"fettle {job.command} --resume --output {job.output}")
+        raise _interrupted(job)
     after = _measure(job, trainer)
     _save(job)
     return _report(job, trainer, before, after)
+
+
+def _interrupted(job: Job) -> Interrupted:
+    return Interrupted(f"fettle {job.command} --resume --output {shlex.quote(str(job.output))}")
 
 
 def is_finished(output: Path) -> bool:

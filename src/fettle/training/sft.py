@@ -67,6 +67,7 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
     material = prepare(options, tokenizer, longest, rows)
     show_data(material.summary.lines(), material.held_out_examples, console)
 
+    dtype = str(base.dtype).removeprefix("torch.")
     parameters, weight_bytes = base.num_parameters(), base.get_memory_footprint()
     options = complete(
         dataclasses.replace(options, device=device, max_length=longest),
@@ -90,7 +91,7 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
         tokenizer=tokenizer,
         material=material,
         model_name=options.model,
-        method=f"LoRA rank {options.rank}, learning rate {options.learning_rate:g}, {device}, {base.dtype}",
+        method=f"LoRA rank {options.rank}, learning rate {options.learning_rate:g}, {device}, {dtype}",
         command="train",
         facts=facts | seen,
         save=lambda to: _save_adapter(
