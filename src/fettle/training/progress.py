@@ -24,7 +24,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
 import torch
 from rich.console import Console, Group
 from rich.live import Live
@@ -54,18 +53,11 @@ def show_progress(trainer: Trainer, console: Console | None = None) -> "Progress
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
-def memory_bytes(device: torch.device | None = None) -> int:
-    """Return the bytes in use now: allocated on a GPU, resident in this process otherwise.
+def peak_memory_bytes(device: torch.device | None = None) -> int:
+    """Return the most bytes in use so far: allocated on a GPU, resident in this process otherwise.
 
     device: by default the GPU where there is one.
     """
-    if _is_gpu(device):
-        return torch.cuda.memory_allocated(device)
-    return psutil.Process().memory_info().rss
-
-
-def peak_memory_bytes(device: torch.device | None = None) -> int:
-    """Return the most bytes in use so far, counted as in `memory_bytes`."""
     if _is_gpu(device):
         return torch.cuda.max_memory_allocated(device)
     # Linux hands getrusage's figure down from the parent process, so ask for this process's own first.
@@ -295,7 +287,7 @@ class ProgressCallback(TrainerCallback):
         return [
             *(f"{name.replace('_', ' ')} {value:.4f}" for name, value in self._latest.items()),
             *([f"{speed:,.0f} tokens/s"] if speed else []),
-            f"{human_bytes(peak_memory_bytes(self._device))} memory",
+            f"{human_bytes(peak_memory_bytes(self._device))} peak memory",
             *([f"{_clock(self._pace.seconds())} elapsed"] if self._pace else []),
             *([f"{_clock(left)} left"] if left is not None else []),
         ]
