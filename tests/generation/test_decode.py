@@ -25,7 +25,7 @@ def stock(small_model):
     return AutoModelForCausalLM.from_pretrained(small_model).eval()
 
 
-def test_a_batch_of_unequal_prompts_is_answered_as_each_alone(loaded, stock):
+def test_a_batch_of_unequal_prompts_is_answered_as_each_alone(loaded, stock, monkeypatch):
     model, tokenizer = loaded
     texts = [prompt_text(tokenizer, prompt) for prompt in PROMPTS * 2]
     expected = []
@@ -36,7 +36,16 @@ def test_a_batch_of_unequal_prompts_is_answered_as_each_alone(loaded, stock):
         expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     assert len(set(expected)) == len(PROMPTS)
     assert complete(model, tokenizer, texts, SHORT, is_rendered=True) == expected
-    assert complete(model, tokenizer, texts, SHORT, is_rendered=True, batch_size=2) == expected
+    monkeypatch.setattr("fettle.generation.decode.BATCH_SIZE", 2)
+    assert complete(model, tokenizer, texts, SHORT, is_rendered=True) == expected
+
+
+def test_each_step_is_told_and_changes_nothing(loaded):
+    model, tokenizer = loaded
+    texts, steps = [prompt_text(tokenizer, prompt) for prompt in PROMPTS], []
+    told = complete(model, tokenizer, texts, SHORT, is_rendered=True, on_step=lambda: steps.append(1))
+    assert told == complete(model, tokenizer, texts, SHORT, is_rendered=True)
+    assert 1 <= len(steps) <= SHORT.max_new_tokens
 
 
 @pytest.mark.parametrize("sampling", [SHORT, Sampling(max_new_tokens=10, temperature=1.3, top_p=0.9, seed=4)])

@@ -4,7 +4,7 @@ An answer is exact when the greedy completion equals the held-out row's own answ
 aside. Plain texts have no answers; for them the held-out loss speaks alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from peft import PeftModel
@@ -62,9 +62,15 @@ def questions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Q
 
 
 def answer(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question]
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Question],
+    on_step: Callable[[], None] | None = None,
 ) -> list[Answer]:
-    """Answer every question greedily, in order; those too long for the model's context are left out."""
+    """Answer every question greedily, in order; those too long for the model's context are left out.
+
+    on_step is called whenever a batch of answers has grown by a token.
+    """
     if not asked:
         return []
     lengths = [
@@ -79,7 +85,7 @@ def answer(
     for is_rendered in (True, False):
         texts = list(dict.fromkeys(q.text for q in asked if q.is_rendered == is_rendered))
         if texts:
-            words = complete(model, tokenizer, texts, sampling, is_rendered=is_rendered)
+            words = complete(model, tokenizer, texts, sampling, is_rendered=is_rendered, on_step=on_step)
             answers |= dict(zip(texts, words, strict=True))
     return [Answer(q, answers[q.text]) for q in asked]
 

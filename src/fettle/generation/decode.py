@@ -6,7 +6,7 @@ generation_config.json names: some checkpoints forget theirs.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Thread
@@ -14,12 +14,21 @@ from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from fettle.data import end_of_turn, generation_prompt
 from fettle.errors import UserError
 
 Model: TypeAlias = PreTrainedModel | PeftModel
+
+BATCH_SIZE = 64
+"""Texts continued together."""
 
 LONGEST_COMPLETION = 512
 """New tokens at most, unless asked for more."""
@@ -91,22 +100,36 @@ def complete(
     sampling: Sampling,
     *,
     is_rendered: bool,
-    batch_size: int = 64,
+    on_step: Callable[[], None] | None = None,
 ) -> list[str]:
     """Return the continuation of each text, in order.
 
-    is_rendered: the texts come from a chat template, which has put its special tokens in already.
+    is_rendered: the texts come from a chat template, which has put its special tokens in already. on_step is
+    called whenever a batch has grown by a token.
     """
+    watch = StoppingCriteriaList([_EachStep(on_step)]) if on_step else None
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths: little padding
     answers = [""] * len(texts)
     with _evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for start in range(0, len(order), BATCH_SIZE):
+            chosen = order[start : start + BATCH_SIZE]
             inputs = _encode(model, tokenizer, [texts[i] for i in chosen], is_rendered)
-            output = model.generate(**inputs, **_arguments(model, tokenizer, inputs, sampling))
+            arguments = _arguments(model, tokenizer, inputs, sampling)
+            output = model.generate(**inputs, **arguments, stopping_criteria=watch)
             for i, prompt_ids, ids in zip(chosen, inputs["input_ids"], output, strict=True):
                 answers[i] = _new_words(tokenizer, prompt_ids, ids)
     return answers
+
+
+class _EachStep(StoppingCriteria):
+    """Stops nothing; transformers asks it after every token."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self.tell = tell
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
+        self.tell()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
 
 def stream(

@@ -110,10 +110,8 @@ def _before(job: Job, trainer: Run) -> Measurement:
 
 
 def _measure(job: Job, trainer: Run) -> Measurement:
-    questions = len(job.material.asked) + len(job.material.kept)
-    if questions:
-        job.console.print(f"answering {questions} questions the training does not see", highlight=False)
-    return measure(job.model, job.tokenizer, trainer.held_out(), job.material.asked, job.material.kept)
+    held_out = trainer.held_out()
+    return measure(job.model, job.tokenizer, held_out, job.material.asked, job.material.kept, job.console)
 
 
 def _save(job: Job) -> None:

@@ -1,10 +1,13 @@
 """One set of measurements, taken before and after a run: loss, and answers to rows not trained on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peft import PeftModel
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.evaluation import Question, answer, exact_share
@@ -49,16 +52,33 @@ def measure(
     held_out: dict[str, float],
     asked: Sequence[Question],
     kept: Sequence[Question],
+    console: Console,
 ) -> Measurement:
     """Answer the questions and add the held-out figures, which the trainer computes."""
-    answers = answer(model, tokenizer, asked)
-    kept_answers = answer(model, tokenizer, kept)
+    with _answering(len(asked) + len(kept), console) as on_step:
+        answers = answer(model, tokenizer, asked, on_step)
+        kept_answers = answer(model, tokenizer, kept, on_step)
     return Measurement(
         held_out=held_out,
         exact=exact_share(answers) if answers else None,
         kept_exact=exact_share(kept_answers) if kept_answers else None,
         answers=[Answered(a.question.prompt, a.question.expected, a.answer) for a in answers],
     )
+
+
+@contextmanager
+def _answering(questions: int, console: Console) -> Iterator[Callable[[], None]]:
+    """Show on a terminal that answers are growing, elsewhere that they are begun; yields what to call a token."""
+    text = f"answering {questions} questions the training does not see"
+    if not console.is_terminal or not questions:
+        if questions:
+            console.print(text, highlight=False)
+        yield lambda: None
+        return
+    columns = ("{task.description}", SpinnerColumn(), "{task.completed:.0f} steps", TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda: progress.advance(task)
 
 
 def scores(before: Measurement, after: Measurement) -> list[Score]:
