@@ -1,4 +1,4 @@
-"""fettle: fine-tune small language models faster, in less memory, with proof that they got better.
+"""fettle: fine-tune small language models, with proof that they got better.
 
     import fettle
 

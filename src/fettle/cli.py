@@ -211,7 +211,3 @@ def _export(options: dict[str, Any]) -> None:
     from fettle.export.checkpoint import export_safetensors
 
     print(export_safetensors(options["model"], options["to"], dtype=options["dtype"]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

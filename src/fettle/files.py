@@ -77,14 +77,18 @@ def only_process(folder: Path) -> Iterator[None]:
         return
     import fcntl
 
-    with open(folder / ".lock", "w") as lock:
+    path = folder / ".lock"
+    with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"another process is at work in {folder}: wait until it has ended, or choose another folder."
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def describe_folder(path: Path) -> str:

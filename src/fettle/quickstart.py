@@ -35,8 +35,8 @@ def quickstart(output: Path, *, console: Console | None = None) -> Outcome:
     data = output / "data"
     rehearsed = lessons(REHEARSED, seed=1, split="train")
     _write(data / "train.jsonl", _shuffled(chain(orders(ORDERS, seed=1, split="train"), rehearsed)))
-    _write(data / "held_out.jsonl", orders(ASKED, seed=2, split="held_out"))
-    _write(data / "old_skills.jsonl", lessons(ASKED, seed=2, split="held_out"))
+    _write(data / "held_out.jsonl", orders(ASKED, seed=3, split="held_out"))
+    _write(data / "old_skills.jsonl", lessons(ASKED, seed=3, split="held_out"))
     outcome = train(
         TrainOptions(
             model=EMBEDDED,

@@ -156,6 +156,15 @@ def test_targets_that_the_model_does_not_have(phi3: Any, targets: Any) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("targets", [["lm_head"], ["down_proj", "lm_head"], ".*(head|down_proj)"], ids=str)
+def test_the_output_head_is_not_adapted(bases: Any, targets: Any) -> None:
+    before = {name: type(module) for name, module in bases.ours.named_modules()}
+    with pytest.raises(UserError, match="'lm_head' is the model's output head") as refused:
+        adapt(bases.ours, target_modules=targets)
+    assert "\n" not in str(refused.value)
+    assert {name: type(module) for name, module in bases.ours.named_modules()} == before
+
+
 def test_packed_rows_pass_through_an_adapter(phi3: Any, tokens: torch.Tensor, randomise_adapter: Any) -> None:
     ours = adapt(phi3.ours, rank=4)
     randomise_adapter(ours)

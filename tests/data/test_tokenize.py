@@ -5,7 +5,8 @@ from itertools import chain
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fettle.data import Example, Row, Tokenized, read_rows, tokenize_rows
+from fettle.data import Example, NothingToTrainOn, Row, Tokenized, read_rows, tokenize_rows
+from fettle.data.summary import Summary
 from fettle.errors import UserError
 
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
@@ -105,9 +106,11 @@ def test_rows_with_nothing_to_train_on_are_dropped_and_named(families):
 
 def test_all_rows_dropped_is_an_error_with_counts_and_reasons(families):
     rows = [chat(QUESTION, {**ANSWER, "content": ""}), chat(QUESTION, ANSWER)]
-    with pytest.raises(UserError, match=r"2 of 2 rows dropped, 1 because .*is empty; 1 because its answer"):
+    with pytest.raises(
+        NothingToTrainOn, match=r"2 of 2 rows dropped, 1 because .*is empty; 1 because its answer"
+    ):
         tokenize_rows(rows, families["chatml"].tokenizer, max_length=4)
-    with pytest.raises(UserError, match="there are no rows"):
+    with pytest.raises(NothingToTrainOn, match="there are no rows"):
         tokenize_rows([], families["chatml"].tokenizer, max_length=4)
 
 
@@ -190,6 +193,20 @@ def test_the_summary_tells_what_was_understood(tmp_path, families):
     assert summary.end_of_turn == "<|im_end|>"
     assert "⟦It is Paris.<|im_end|>⟧" in lines
     assert "<|im_start|>user" in lines
+
+
+def test_the_summary_keeps_counts_and_example_apart(families):
+    """Words of the example may look like anything, a mark or a count."""
+    words = "1 row cut to 64 tokens\n⟦2 rows⟧"
+    rows = [chat(QUESTION, {**ANSWER, "content": words}), chat(QUESTION, {**ANSWER, "content": ""})]
+    summary = tokenize_rows(rows, families["chatml"].tokenizer, max_length=512).summary
+    assert summary.lines() == summary.counts() + summary.example_lines()
+    assert not any("⟦" in line or "cut" in line for line in summary.counts())
+    assert any("1 row dropped" in line for line in summary.counts())
+    heading, *shown = summary.example_lines()
+    assert heading.startswith("the first example")
+    assert "\n".join(shown).rstrip().endswith(f"⟦{words}<|im_end|>⟧")
+    assert Summary(64).example_lines() == []
 
 
 def test_the_shown_example_ends_where_it_is_cut(families):

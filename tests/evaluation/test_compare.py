@@ -5,6 +5,7 @@ import pytest
 from fettle.adapters.load import load
 from fettle.data.formats import Row
 from fettle.evaluation import Answer, Question, answer, exact_share, questions
+from fettle.evaluation.compare import LONGEST_ANSWER
 from fettle.generation import Sampling, generate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
@@ -99,6 +100,26 @@ def test_only_the_very_words_are_exact(trained):
     assert exact_share(given) == 0.4
 
 
-def test_the_share_of_no_answers_is_zero():
-    assert exact_share([]) == 0.0
+def test_an_expected_answer_too_long_to_be_given_does_not_count(loaded):
+    tokenizer = loaded[1]
+    texts = ["!" * n for n in (LONGEST_ANSWER, LONGEST_ANSWER + 1)]
+    assert [len(tokenizer(text)["input_ids"]) for text in texts] == [256, 257]
+    rows = [chat(("user", "A"), ("assistant", text)) for text in texts]
+    short, long = questions(rows, tokenizer)
+    assert short.is_comparable and not long.is_comparable
+    right, wrong, cut = Answer(short, short.expected), Answer(short, "no"), Answer(long, long.expected[:99])
+    assert exact_share([right, wrong, cut]) == 0.5
+    assert exact_share([right, cut]) == 1.0
+    assert exact_share([cut]) is None
+
+
+def test_there_is_no_share_of_no_answers():
+    assert exact_share([]) is None
     assert exact_share([Answer(Question("t", "p", "e", False), "e")]) == 1.0
+
+
+def test_chats_for_a_tokenizer_without_a_template_are_written_in_the_default_one(small_model):
+    _, tokenizer = load(small_model)
+    tokenizer.chat_template = None
+    (question,) = questions([chat(("user", "A"), ("assistant", "B"))], tokenizer)
+    assert question.text == f"<|user|>\nA{tokenizer.eos_token}\n<|assistant|>\n"

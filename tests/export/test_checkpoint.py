@@ -1,6 +1,7 @@
 """An exported folder is complete, opens in stock transformers, or is not there."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,9 +9,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from fettle.adapters.facts import AdapterFacts, write_facts
+from fettle.adapters.load import load
+from fettle.adapters.lora import adapt
 from fettle.errors import UserError
 from fettle.export import export_safetensors
-from fettle.models.load import load_tokenizer
+from fettle.models.checkpoint import fingerprint
+from fettle.models.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 
@@ -46,6 +51,39 @@ def test_an_adapter_of_plain_peft_is_merged(stock_adapter, small_model, tmp_path
     )
     assert (logits(merged, tokenizer) - logits(adapted, tokenizer)).abs().max() < 1e-5
     assert tokenizer.get_vocab() == load_tokenizer(small_model).get_vocab()
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.5, 2.0, 3.0, 4.0],
+}
+
+
+@pytest.mark.parametrize("context", [256, None])
+def test_factors_fixed_in_training_stay_fixed(small_model, tmp_path, context):
+    """LongRoPE: a short text has the long factors too, where the adapter was trained with them."""
+    base = shutil.copytree(small_model, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE}
+    (base / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(3)
+    adapted = adapt(load_model(base), rank=4)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    facts = AdapterFacts(base_fingerprint=fingerprint(base), context_tokens=context)
+    write_facts(tmp_path / "adapter", facts)
+    export_safetensors(tmp_path / "adapter", tmp_path / "out")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model, tokenizer = load(tmp_path / "adapter", device="cpu")
+    assert (logits(stock, tokenizer) - logits(model, tokenizer)).abs().max() < 1e-5
+    model.get_base_model().set_context(64 if context else 256)
+    assert (logits(stock, tokenizer) - logits(model, tokenizer)).abs().max() > 1e-2
 
 
 def test_the_folder_has_everything_a_full_model_needs(trained, small_model, tmp_path):

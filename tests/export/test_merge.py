@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fettle.adapters.lora import LoraLinear, adapt
 from fettle.errors import UserError
@@ -16,6 +16,7 @@ from fettle.export.merge import (
     probe_logits,
     relative_difference,
 )
+from fettle.models.decoder import causal_lm_class
 from fettle.models.load import load_model, load_tokenizer
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -36,18 +37,23 @@ def adapted_of(small_model):
         torch.manual_seed(1)
         name = str(dtype).removeprefix("torch.")
         model = adapt(load_model(small_model, dtype=name), rank=8, **options).eval()
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if "lora_A" in parameter_name:
-                    parameter.normal_(0, parameter.shape[1] ** -0.5)
-                elif "lora_B" in parameter_name:
-                    parameter.normal_(0, size * 8**-0.5)
+        randomise(model, size)
         return model
 
     return make
 
 
-@pytest.mark.parametrize("size", [0.02, 0.5])
+@torch.no_grad()
+def randomise(model: PeftModel, size: float) -> None:
+    """Give an adapter of rank 8 random matrices whose update is `size` of weights of order inputs ** -0.5."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.normal_(0, parameter.shape[1] ** -0.5)
+        elif "lora_B" in name:
+            parameter.normal_(0, size * 8**-0.5)
+
+
+@pytest.mark.parametrize("size", [0.01, 0.5])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_merged_model_says_what_the_adapter_model_said(adapted_of, tokenizer, dtype, size):
     model = adapted_of(dtype, size)
@@ -62,6 +68,21 @@ def test_the_merged_model_says_what_the_adapter_model_said(adapted_of, tokenizer
     )  # there is room for depth
     assert max(map(relative_difference, bare, before)) > size
     assert [len(logits) for logits in after] == [len(tokenizer(text)["input_ids"]) for text in PROBES]
+
+
+@pytest.mark.parametrize("layers", [2, 8, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_depth_is_no_reason_to_refuse(small_model, tokenizer, dtype, layers):
+    config = AutoConfig.from_pretrained(small_model, num_hidden_layers=layers)
+    torch.manual_seed(0)
+    base = causal_lm_class("phi3")(config)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+    model = adapt(base.to(dtype), rank=8).eval()
+    randomise(model, size=0.1)
+    merge(model, tokenizer)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,10 +111,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_merge_is_refused(adapted_of, tokenizer, monkeypatch, dtype, wrong):
+@pytest.mark.parametrize(
+    ("wrong", "size"), [*((wrong, 0.1) for wrong in WRONG), ("one layer left out", 0.01)]
+)
+def test_a_wrong_merge_is_refused(adapted_of, tokenizer, monkeypatch, dtype, wrong, size):
     """Even where the adapter is small, and in bf16, whose rounding moves logits as much as a missing layer."""
-    model = adapted_of(dtype, size=0.1)
+    model = adapted_of(dtype, size)
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     for layer in layers:
         layer.is_chosen = layer is layers[len(layers) // 2]
@@ -134,7 +157,7 @@ def test_an_adapter_that_went_astray_is_named(adapted_of, tokenizer, value):
 def test_a_merge_into_not_a_number_is_refused(adapted_of, tokenizer, monkeypatch):
     right = LoraLinear.get_delta_weight
     monkeypatch.setattr(LoraLinear, "get_delta_weight", lambda layer, name: right(layer, name) * float("nan"))
-    with pytest.raises(UserError, match="by nan%"):
+    with pytest.raises(UserError, match=r"\((\d[\d,]*) of \1 compared\)"):
         merge(adapted_of(torch.float32), tokenizer)
 
 
@@ -157,7 +180,8 @@ def test_a_head_tied_to_the_embedding_cannot_be_merged_unseen(small_model, token
     config.tie_word_embeddings = True
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    model = adapt(load_model(tmp_path), rank=8, target_modules=["lm_head"]).eval()
+    config = LoraConfig(r=8, target_modules=["lm_head"], task_type="CAUSAL_LM")  # as plain PEFT makes it
+    model = get_peft_model(load_model(tmp_path), config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

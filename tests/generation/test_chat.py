@@ -60,3 +60,14 @@ def test_input_that_is_not_text(monkeypatch, loaded):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     with pytest.raises(UserError, match="standard input is not UTF-8"):
         chat(*loaded, Sampling())
+
+
+def test_a_message_that_is_too_long_does_not_end_the_chat(small_model, cli):
+    lines = ["Say 1.", "fox " * 300, "Say 2."]
+    words = ("chat", "--model", small_model, "--device", "cpu", "--max-new-tokens", 4, "--temperature", 0)
+    ended = cli(*words, stdin="\n".join(lines) + "\n")
+    alone = cli(*words, stdin=f"{lines[0]}\n{lines[2]}\n")
+    assert ended.code == alone.code == 0, ended.err
+    assert ended.out == alone.out  # the long one is not remembered
+    assert ended.err.count("context of 256 tokens") == 1
+    assert alone.err.count("context of 256 tokens") == 0

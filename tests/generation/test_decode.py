@@ -1,5 +1,8 @@
 """Completions: one by one, in batches, streamed; stock transformers is the oracle."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -113,6 +116,30 @@ def test_the_space_before_the_first_word_is_kept(loaded):
 def test_a_trained_adapter_answers_as_it_was_taught(trained):
     model, tokenizer = load(trained, device="cpu")
     assert generate(model, tokenizer, "Say 5.", sampling=SHORT).startswith("Here is")
+
+
+@pytest.mark.parametrize("is_adapter", [False, True], ids=["full model", "adapter"])
+def test_greedy_is_greedy_whatever_the_checkpoint_asks_for(small_model, trained, tmp_path, is_adapter):
+    """Penalties in generation_config.json would forbid the words that the prompt and the training taught."""
+    folder = shutil.copytree(small_model, tmp_path / "model")
+    file = folder / "generation_config.json"
+    penalties = {"repetition_penalty": 8.0, "no_repeat_ngram_size": 2, "min_new_tokens": 5, "num_beams": 2}
+    file.write_text(json.dumps(json.loads(file.read_text()) | penalties))
+    plain, insistent = small_model, folder
+    if is_adapter:
+        plain, insistent = trained, shutil.copytree(trained, tmp_path / "adapter")
+        settings = json.loads((insistent / "adapter_config.json").read_text())
+        settings["base_model_name_or_path"] = str(folder)
+        (insistent / "adapter_config.json").write_text(json.dumps(settings))
+    model, tokenizer = load(insistent, device="cpu")
+    texts = [prompt_text(tokenizer, prompt) for prompt in PROMPTS]
+    sampling = Sampling(max_new_tokens=40)
+    expected = complete(*load(plain, device="cpu"), texts, sampling, is_rendered=True)
+    assert complete(model, tokenizer, texts, sampling, is_rendered=True) == expected
+    for text, answer in zip(texts, expected, strict=True):
+        assert "".join(stream(model, tokenizer, text, sampling, is_rendered=True)) == answer
+    kept = [model.generation_config, *([model.get_base_model().generation_config] if is_adapter else [])]
+    assert {(config.repetition_penalty, config.no_repeat_ngram_size) for config in kept} == {(8.0, 2)}
 
 
 def test_room_in_the_context(loaded):

@@ -125,6 +125,24 @@ def test_ctrl_c_saves_and_says_how_to_go_on(material, uninterrupted):
     assert "has come to its end" in finished.stdout
 
 
+@pytest.mark.slow
+def test_killed_after_its_last_step_it_makes_no_further_one(material):
+    output = material / "late"
+    words = [*command(material, output), "--schedule", "constant"]  # a further step would move the weights
+    assert run(words).returncode == 0
+    before = weights(output)
+    points = (output / "report.html").read_text().count("<circle")
+    for name in (
+        "report.html",
+        "adapter_config.json",
+    ):  # as a kill between the last step and the end leaves it
+        (output / name).unlink()
+    again = run(command(material, output, "--resume"))
+    assert again.returncode == 0, again.stderr
+    assert weights(output) == before
+    assert (output / "report.html").read_text().count("<circle") == points
+
+
 def test_an_incomplete_checkpoint_is_never_used(tmp_path):
     for step, is_complete in ((5, True), (10, True), (15, False)):
         folder = tmp_path / resume.CHECKPOINTS / f"checkpoint-{step}"

@@ -70,6 +70,6 @@ def base_of(adapter_folder: Path) -> tuple[str, Path]:
 
 
 def remembered_name(name: str) -> str:
-    """How an adapter is to name its base: a hub name as it is, a folder by its absolute path."""
+    """How a run or an adapter is to name what lies on disk: by its absolute path; a hub name as it is."""
     path = Path(name).expanduser()
-    return str(path.resolve()) if path.is_dir() else name
+    return str(path.resolve()) if path.exists() else name

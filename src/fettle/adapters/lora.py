@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -62,7 +63,7 @@ def adapt(
 
     alpha: the update is scaled by alpha / rank; None means alpha = rank, a scale of one. The adapter's
     weights are fp32 whatever the model's dtype, as small steps on bf16 weights would be lost by rounding.
-    Raises UserError where target_modules names no linear layer of the model.
+    Raises UserError where target_modules names no linear layer of the model, or its output head.
     """
     if not isinstance(target_modules, str):
         _require_targets(model, target_modules)
@@ -74,6 +75,7 @@ def adapt(
         target_modules=target_modules,
         use_rslora=use_rslora,
     )
+    _require_no_head(model, config)
     _use_our_layer(config)
     try:
         adapted = get_peft_model(model, config)
@@ -84,12 +86,23 @@ def adapt(
 
 def _require_targets(model: PreTrainedModel, targets: list[str]) -> None:
     """Raise UserError for a name that fits no linear layer; PEFT is content where one of several does."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
-            known = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+            known = dict.fromkeys(name.rpartition(".")[2] for name in linear if modules[name] is not head)
             raise UserError(
                 f"target_modules: the model has no linear layer '{target}'; it has {', '.join(known)}."
+            )
+
+
+def _require_no_head(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Raise UserError where the output head is to be adapted: training's loss reads the head's weights alone."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head and check_target_module_exists(config, name):
+            raise UserError(
+                f"target_modules: '{name}' is the model's output head, which cannot be adapted; leave it out."
             )
 
 

@@ -21,12 +21,13 @@ from fettle.data.pack import collator, pack, unpacked
 from fettle.data.read import fingerprint, read_rows
 from fettle.data.split import split_held_out
 from fettle.data.summary import Summary
-from fettle.data.tokenize import Example, Tokenized, tokenize_rows
+from fettle.data.tokenize import Example, NothingToTrainOn, Tokenized, tokenize_rows
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
     "Example",
     "Message",
+    "NothingToTrainOn",
     "Row",
     "Segment",
     "Summary",

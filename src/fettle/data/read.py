@@ -39,7 +39,10 @@ def read_rows(source: str | Path) -> list[Row]:
 
 
 def fingerprint(source: str | Path) -> str:
-    """Return the SHA-256 of the data's content, in hexadecimal: equal exactly when the rows are the same."""
+    """Return the SHA-256, in hexadecimal, of the files' bytes, or of a hub dataset's rows.
+
+    The same data saved in another way (another form, other white space) has another fingerprint.
+    """
     digest = hashlib.sha256()
     if _is_hub_name(source):
         contents = (json.dumps(record, default=str).encode() for record, _ in _hub_records(str(source)))

@@ -42,18 +42,25 @@ class Summary:
     example: list[Segment] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """Return the summary as plain lines, the example last with its trained part between ⟦ and ⟧."""
+        """Return the whole summary as plain lines: the counts, then the example."""
+        return self.counts() + self.example_lines()
+
+    def counts(self) -> list[str]:
+        """Return what was read, what it became, and what was changed or dropped on the way."""
         forms = ", ".join(f"{count:,} {form}" for form, count in self.forms.most_common())
         share = self.trained_tokens / max(self.tokens, 1)
         lines = [
             f"{_count(self.rows, 'row')} ({forms}) became {_count(self.examples, 'example')}",
             f"{_count(self.tokens, 'token')}, {self.trained_tokens:,} of them trained on ({share:.0%})",
         ]
-        lines += self._changes()
-        if self.example:
-            marked = (_marked(segment) for segment in self.example)
-            lines += ["the first example, its trained part between ⟦ and ⟧:", *"".join(marked).splitlines()]
-        return lines
+        return lines + self._changes()
+
+    def example_lines(self) -> list[str]:
+        """Return the first example under a heading, its trained part between ⟦ and ⟧; [] where there is none."""
+        if not self.example:
+            return []
+        marked = "".join(_marked(segment) for segment in self.example)
+        return ["the first example, its trained part between ⟦ and ⟧:", *marked.splitlines()]
 
     def _changes(self) -> list[str]:
         lines = []

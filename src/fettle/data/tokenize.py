@@ -34,6 +34,10 @@ TrainOn = Literal["assistant", "all"]
 Span = tuple[int, int]
 
 
+class NothingToTrainOn(UserError):
+    """Every row was dropped; no row was at fault alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One document for the model: `labels[i]` is `input_ids[i]` where trained, else -100."""
@@ -67,7 +71,7 @@ def tokenize_rows(
     Chats are cut at the end, texts are split into consecutive windows; a row of which nothing trained
     remains is dropped and named in the summary.  A tokenizer without a chat template gets the default one if
     there are chats (it is set on the tokenizer, and so saved with it).  Raises `UserError` naming the row a
-    template refuses, and when no row at all remains.
+    template refuses, and `NothingToTrainOn` when no row at all remains.
     """
     if max_length < 2:
         raise UserError(
@@ -99,7 +103,7 @@ def tokenize_rows(
 def _count(examples: list[Example], summary: Summary) -> None:
     if not examples:
         reasons = summary.reasons() or "there are no rows"
-        raise UserError(
+        raise NothingToTrainOn(
             f"Nothing is left to train on: {len(summary.dropped):,} of {summary.rows:,} rows dropped, "
             f"{reasons}; mend the data or raise max_length."
         )

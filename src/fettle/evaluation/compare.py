@@ -1,7 +1,8 @@
 """Before and after, on rows the training never saw: do the answers match, word for word?
 
 An answer is exact when the greedy completion equals the held-out row's own answer, white space at the ends
-aside. Plain texts have no answers; for them the held-out loss speaks alone.
+aside. Expected answers too long to be generated whole are shown but not counted. Plain texts have no answers;
+for them the held-out loss speaks alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,22 +11,26 @@ from dataclasses import dataclass
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fettle.data import Row, generation_prompt, has_own_chat_template
+from fettle.data import Row, ensure_chat_template, generation_prompt, has_own_chat_template
 from fettle.errors import UserError
 from fettle.generation import Sampling, complete
 
 LONGEST_ANSWER = 256
-"""Tokens; a longer expected answer is compared in its beginning only, and so is never exact."""
+"""Tokens generated at most. A longer expected answer can never be exact, and so does not count."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A held-out row as a question: the text the model continues, the user's words, the right answer."""
+    """A held-out row as a question: the text the model continues, the user's words, the right answer.
+
+    is_comparable: the right answer has at most LONGEST_ANSWER tokens.
+    """
 
     text: str
     prompt: str
     expected: str
     is_rendered: bool
+    is_comparable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,12 @@ class Answer:
 
 
 def questions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Question]:
-    """Return the rows that end in an answer as questions; others are left out."""
+    """Return the rows that end in an answer as questions; others are left out.
+
+    As in training, chats for a tokenizer without a template are written in the default one (it is set on it).
+    """
+    if any(row.messages for row in rows):
+        ensure_chat_template(tokenizer)
     found = []
     for row in rows:
         if row.messages and row.messages[-1]["role"] == "assistant":
@@ -57,7 +67,8 @@ def questions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Q
             text = generation_prompt(tokenizer, before) if is_rendered else before[-1]["content"]
         except UserError:  # a template that cannot end there
             continue
-        found.append(Question(text, before[-1]["content"], expected, is_rendered))
+        is_comparable = _tokens(tokenizer, expected) <= LONGEST_ANSWER
+        found.append(Question(text, before[-1]["content"], expected, is_rendered, is_comparable))
     return found
 
 
@@ -73,10 +84,8 @@ def answer(
     """
     if not asked:
         return []
-    lengths = [
-        len(ids) for ids in tokenizer([q.expected for q in asked], add_special_tokens=False)["input_ids"]
-    ]
-    new_tokens = min(max(lengths) + 8, LONGEST_ANSWER)
+    longest = max(_tokens(tokenizer, q.expected) for q in asked)
+    new_tokens = min(longest + 8, LONGEST_ANSWER)
     room = model.config.max_position_embeddings - new_tokens
     prompts = [len(ids) for ids in tokenizer([q.text for q in asked], add_special_tokens=True)["input_ids"]]
     asked = [q for q, tokens in zip(asked, prompts, strict=True) if tokens <= room]
@@ -90,6 +99,11 @@ def answer(
     return [Answer(q, answers[q.text]) for q in asked]
 
 
-def exact_share(answers: Sequence[Answer]) -> float:
-    """The share of answers that are exact, 0 to 1."""
-    return sum(a.is_exact for a in answers) / max(1, len(answers))
+def exact_share(answers: Sequence[Answer]) -> float | None:
+    """The share of the comparable answers that are exact, 0 to 1; None where there are none."""
+    comparable = [a for a in answers if a.question.is_comparable]
+    return sum(a.is_exact for a in comparable) / len(comparable) if comparable else None
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

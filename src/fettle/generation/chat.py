@@ -16,7 +16,8 @@ def chat(
 ) -> None:
     """Read turns from standard input and answer them on standard output until the user leaves.
 
-    The earliest exchanges are forgotten where the conversation outgrows the model's context.
+    The earliest exchanges are forgotten where the conversation outgrows the model's context. A message that
+    alone is too long for it is refused on standard error, and the conversation goes on without it.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -30,14 +31,29 @@ def chat(
         if words == "/new":
             turns = []
         elif words:
-            turns.append({"role": "user", "content": words})
-            text, turns = _fitting(model, tokenizer, sampling, first, turns)
-            answer = ""
-            for piece in stream(model, tokenizer, text, sampling, is_rendered=True):
-                print(piece, end="", flush=True)
-                answer += piece
-            print()
-            turns.append({"role": "assistant", "content": answer})
+            try:
+                turns = _exchange(
+                    model, tokenizer, sampling, first, [*turns, {"role": "user", "content": words}]
+                )
+            except UserError as error:
+                print(error, file=sys.stderr)
+
+
+def _exchange(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    first: list[dict[str, str]],
+    turns: list[dict[str, str]],
+) -> list[dict[str, str]]:
+    """Answer the last turn on standard output; return the turns remembered, the answer among them."""
+    text, turns = _fitting(model, tokenizer, sampling, first, turns)
+    answer = ""
+    for piece in stream(model, tokenizer, text, sampling, is_rendered=True):
+        print(piece, end="", flush=True)
+        answer += piece
+    print()
+    return [*turns, {"role": "assistant", "content": answer}]
 
 
 def _read() -> str | None:

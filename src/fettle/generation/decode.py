@@ -2,7 +2,8 @@
 
 A prompt to a model with a chat template becomes a user turn; one to a model without, or with `raw`, is
 continued as it is. Generation ends at the end-of-turn token of the template as well as at the tokens that
-generation_config.json names: some checkpoints forget theirs.
+generation_config.json names: some checkpoints forget theirs. Nothing else of that file counts (a repetition
+penalty, say): temperature 0 is the likeliest token with every checkpoint.
 """
 
 import math
@@ -15,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from peft import PeftModel
 from transformers import (
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -110,12 +112,13 @@ def complete(
     watch = StoppingCriteriaList([_EachStep(on_step)]) if on_step else None
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths: little padding
     answers = [""] * len(texts)
+    _seed(sampling)
     with _evaluating(model):
         for start in range(0, len(order), BATCH_SIZE):
             chosen = order[start : start + BATCH_SIZE]
             inputs = _encode(model, tokenizer, [texts[i] for i in chosen], is_rendered)
-            arguments = _arguments(model, tokenizer, inputs, sampling)
-            output = model.generate(**inputs, **arguments, stopping_criteria=watch)
+            with _decoding_by(model, GenerationConfig(**_arguments(model, tokenizer, inputs, sampling))):
+                output = model.generate(**inputs, stopping_criteria=watch)
             for i, prompt_ids, ids in zip(chosen, inputs["input_ids"], output, strict=True):
                 answers[i] = _new_words(tokenizer, prompt_ids, ids)
     return answers
@@ -137,18 +140,19 @@ def stream(
 ) -> Iterator[str]:
     """Yield the continuation of one text piece by piece, as it is made."""
     inputs = _encode(model, tokenizer, [text], is_rendered)
-    arguments = _arguments(model, tokenizer, inputs, sampling)
+    config = GenerationConfig(**_arguments(model, tokenizer, inputs, sampling))
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failures: list[BaseException] = []
 
     def work() -> None:
         try:
-            with torch.inference_mode(), _evaluating(model):
-                model.generate(**inputs, **arguments, streamer=streamer)
+            with torch.inference_mode(), _evaluating(model), _decoding_by(model, config):
+                model.generate(**inputs, streamer=streamer)
         except BaseException as error:
             failures.append(error)
             streamer.end()
 
+    _seed(sampling)
     worker = Thread(target=work, daemon=True)
     worker.start()
     yield from streamer
@@ -190,8 +194,7 @@ def _room(model: Model, prompt_tokens: int, sampling: Sampling) -> int:
 def _arguments(
     model: Model, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, torch.Tensor], sampling: Sampling
 ) -> dict[str, Any]:
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
+    """What a GenerationConfig must say; the stop ids come from the checkpoint's own."""
     arguments: dict[str, Any] = {
         "max_new_tokens": _room(model, inputs["input_ids"].shape[1], sampling),
         "do_sample": sampling.temperature > 0,
@@ -202,6 +205,11 @@ def _arguments(
     if sampling.temperature > 0:
         arguments |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return arguments
+
+
+def _seed(sampling: Sampling) -> None:
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
 
 
 def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -221,6 +229,20 @@ def _new_words(tokenizer: PreTrainedTokenizerBase, prompt_ids: torch.Tensor, ids
     return (
         whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(ids[len(prompt_ids) :], **keep)
     )
+
+
+@contextmanager
+def _decoding_by(model: Model, config: GenerationConfig) -> Iterator[None]:
+    """Put `config` in place of the checkpoint's own, with which transformers fills whatever is left open."""
+    owners = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    originals = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = config
+    try:
+        yield
+    finally:
+        for owner, original in zip(owners, originals, strict=True):
+            owner.generation_config = original
 
 
 @contextmanager

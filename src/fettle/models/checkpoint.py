@@ -4,7 +4,7 @@ A checkpoint is a folder with `config.json`, a tokenizer and weights as safetens
 listed by an index. Only their headers are read here. Pickled weights (`*.bin`, `*.pt`) can run any code when
 they are opened: they are refused, never loaded. Code beside a checkpoint (`auto_map`) is never run either.
 
-Nothing here imports torch: `fettle plan` and the checks of a command line answer at once.
+Nothing here imports torch: a command line finds a faulty checkpoint at once.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fettle.errors import UserError
-from fettle.files import require_free_space
+from fettle.files import require_free_space, sha256_of
 from fettle.models.safetensors_header import Place, TensorHeader, read_places, require_content
 
 EMBEDDED = "fettle-tiny"
@@ -248,6 +248,18 @@ def fingerprint(folder: Path) -> str:
     for name in sorted(digests):
         total.update(hashlib.sha256(name.encode()).digest() + digests[name])
     return total.hexdigest()
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Return a SHA-256, in hex, of what turns rows into tokens and answers into an end: the tokenizer's files."""
+    names = (
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    )
+    return sha256_of(Path(folder) / name for name in names if (Path(folder) / name).exists())
 
 
 def _sample_digest(stream: BinaryIO, place: Place, pieces: int = 16, piece_bytes: int = 256) -> bytes:

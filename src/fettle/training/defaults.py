@@ -88,8 +88,9 @@ def complete(
     options: Options, *, packs: int, parameters: int, weight_bytes: int, is_full: bool = False
 ) -> Options:
     """Return the options with every None that the loop needs replaced by its value for this run."""
-    batch = options.batch_size or max(1, round(packs / MOST_STEPS_AN_EPOCH))
-    accumulation = options.gradient_accumulation_steps or 1
+    batch = options.batch_size or 1
+    # more rows a step by accumulation: rows side by side would need the memory of all of them at once
+    accumulation = options.gradient_accumulation_steps or max(1, round(packs / batch / MOST_STEPS_AN_EPOCH))
     epochs = options.epochs or EPOCHS
     an_epoch = math.ceil(packs / (batch * accumulation))
     steps = options.max_steps or max(1, math.ceil(epochs * an_epoch))

@@ -1,5 +1,6 @@
 """The part every kind of training shares: measured, trained, measured, saved, reported."""
 
+import dataclasses
 import os
 import shlex
 import shutil
@@ -13,6 +14,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fettle.adapters.load import remembered_name
 from fettle.errors import Interrupted
 from fettle.files import only_process, require_free_space
 from fettle.options import write
@@ -31,10 +33,15 @@ OVERHEAD_BYTES = 50 * 10**6
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """A run with everything chosen. `options` are complete; `facts` what is known from before a resume;
-    `save` writes the result into a folder, `last_file` is the file whose presence makes it a result."""
+    """A run with everything chosen.
+
+    options: complete. asked_steps: `--max-steps` as the user gave it. facts: what is known from before a resume.
+    begin: called before training, finish: after it, before the scores. save: writes the result into a folder;
+    last_file: the file whose presence makes it a result.
+    """
 
     options: TrainOptions | PretrainOptions
+    asked_steps: int | None
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     material: Material
@@ -42,6 +49,8 @@ class Job:
     method: str
     command: str
     facts: dict[str, Any]
+    begin: Callable[[], None] = lambda: None
+    finish: Callable[[], None] = lambda: None
     save: Callable[[Path], None]
     last_file: str
     next_commands: list[str]
@@ -59,7 +68,7 @@ def run(job: Job) -> Outcome:
     _require_disk(job)
     job.output.mkdir(parents=True, exist_ok=True)
     with only_process(job.output):
-        write(job.options, job.output / resume.RUN_FILE, f"fettle {job.command} --config {resume.RUN_FILE}")
+        _write_run_file(job)
         try:
             return _run(job)
         except KeyboardInterrupt:
@@ -79,11 +88,28 @@ def _run(job: Job) -> Outcome:
     before = _before(job, trainer)
     show_samples([Sample(a.prompt, a.expected, a.answer, None) for a in before.answers[:3]], job.console)
     job.console.print(f"[bold]training[/bold] {job.options.max_steps} steps: {job.method}", highlight=False)
+    job.begin()
     if not trainer.train():
         raise _interrupted(job)
+    job.finish()
     after = _measure(job, trainer)
     _save(job)
     return _report(job, trainer, before, after)
+
+
+def _write_run_file(job: Job) -> None:
+    """Note all options, so that the run can be repeated, and resumed from any folder.
+
+    Steps that follow from --epochs are left open: who repeats the run with other epochs gets other steps.
+    """
+    changes: dict[str, Any] = {"max_steps": job.asked_steps}
+    for name in ("model", "data", "eval_data", "keep_data"):
+        source = getattr(job.options, name, None)
+        if source is not None:
+            changes[name] = remembered_name(source)
+    options = dataclasses.replace(job.options, **changes)
+    comment = f"Repeat this run: fettle {job.command} --config {resume.RUN_FILE} --output NEW-FOLDER"
+    write(options, job.output / resume.RUN_FILE, comment)
 
 
 def _interrupted(job: Job) -> Interrupted:
@@ -96,7 +122,11 @@ def is_finished(output: Path) -> bool:
 
 
 def _require_disk(job: Job) -> None:
-    """Two checkpoints are kept while a third is written, each with two moments of AdamW, then the result."""
+    """Ask for the room a new run needs; a resumed one has most of it already.
+
+    Two checkpoints are kept while a third is written, each with two moments of AdamW, then the result."""
+    if "before" in job.facts:
+        return
     trained = sum(p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad)
     require_free_space(job.output, 10 * trained + OVERHEAD_BYTES, "this run, with its checkpoints,")
 
@@ -131,7 +161,7 @@ def _report(job: Job, trainer: Run, before: Measurement, after: Measurement) -> 
         model_name=job.model_name,
         method=job.method,
         material=job.material,
-        history=trainer.progress.history,
+        history=trainer.history,
         tokens_per_second=trainer.progress.tokens_per_second,
         seconds=time.monotonic() - job.started,
         peak_memory_bytes=peak_memory_bytes(job.model.device),

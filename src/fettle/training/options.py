@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Device = Literal["cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+TrainDtype = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["cosine", "linear", "constant"]
 TrainOn = Literal["assistant", "all"]
 
@@ -25,8 +25,8 @@ class LoopOptions:
     packing: bool = _option("lay several short rows into one, each seeing only itself", True)
     epochs: float | None = _option("passes over the data (default: 3)")
     max_steps: int | None = _option("stop after this many steps; wins over --epochs")
-    batch_size: int | None = _option("rows, or packs, a step (default: by the amount of data)")
-    gradient_accumulation_steps: int | None = _option("forward passes a step (default: 1)")
+    batch_size: int | None = _option("rows, or packs, side by side (default: 1)")
+    gradient_accumulation_steps: int | None = _option("batches a step (default: by the amount of data)")
     learning_rate: float | None = _option("peak learning rate (default: by the model's size)")
     schedule: Schedule = _option("how the learning rate falls after the warm-up", "cosine")
     warmup_ratio: float = _option("share of the steps in which the learning rate rises", 0.05)
@@ -56,7 +56,7 @@ class TrainOptions(LoopOptions):
         metadata={"help": ".jsonl, .json, .csv, .parquet or .txt file, a folder of them, or a hub name"}
     )
     train_on: TrainOn = _option("take the loss on the assistant's turns only, or on all tokens", "assistant")
-    dtype: Dtype = _option("type of the frozen weights (auto: as stored)", "auto")
+    dtype: TrainDtype = _option("type of the frozen weights (auto: as stored; never fp16)", "auto")
     rank: int = _option("width of the LoRA adapters", 16)
     alpha: float | None = _option("the adapters' update is scaled by alpha / rank (default: rank)")
     dropout: float = _option("dropout on the adapters' input", 0.0)

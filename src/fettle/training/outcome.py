@@ -14,6 +14,7 @@ from fettle.training.measure import Measurement, samples, scores
 from fettle.training.options import LoopOptions
 from fettle.training.progress import Point
 from fettle.training.report import RunReport, Sample, is_correct, scores_table
+from fettle.training.resume import RUN_FILE
 from fettle.training.rows import Material
 
 REPORT = "report.html"
@@ -63,11 +64,11 @@ def describe(
         loss_curve=[(p.step, p.loss) for p in history if p.loss is not None],
         eval_curve=eval_curve,
         learning_rate_curve=[(p.step, p.learning_rate) for p in history if p.learning_rate is not None],
-        data_summary=[line for line in material.summary.lines() if "⟦" not in line],
+        data_summary=material.summary.counts(),
         example=[(segment.text, segment.is_trained) for segment in material.summary.example],
         files=[
             ("model", str(output)),
-            ("options", str(output / "run.yaml")),
+            ("options", str(output / RUN_FILE)),
             ("report", str(output / REPORT)),
         ],
         next_commands=next_commands,

@@ -1,6 +1,7 @@
 """A new model from nothing: `fettle pretrain`. The embedded model was made so."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
 from fettle.adapters.load import device_of
 from fettle.data import Row, end_of_turn, read_rows
-from fettle.data import fingerprint as data_fingerprint
 from fettle.errors import UserError
 from fettle.files import require_new_folder
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
@@ -23,8 +23,7 @@ from fettle.training.defaults import complete, length_limit, require_sensible
 from fettle.training.job import Job, is_finished, run
 from fettle.training.options import Device, PretrainOptions
 from fettle.training.outcome import Outcome
-from fettle.training.rows import prepare
-from fettle.training.sft import show_data
+from fettle.training.rows import fingerprints, prepare, show_data
 
 
 def pretrain(options: PretrainOptions, *, console: Console | None = None) -> Outcome:
@@ -37,8 +36,9 @@ def pretrain(options: PretrainOptions, *, console: Console | None = None) -> Out
     return run(_prepare(options, {}, console or Console()))
 
 
-def resume_pretraining(output: Path, *, console: Console | None = None) -> Outcome | None:
+def resume_pretraining(output: str | Path, *, console: Console | None = None) -> Outcome | None:
     """Go on with the interrupted run in `output`; None where it has come to its end already."""
+    output = Path(output)
     resume.require_run(output)
     if is_finished(output):
         return None
@@ -47,13 +47,14 @@ def resume_pretraining(output: Path, *, console: Console | None = None) -> Outco
 
 
 def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) -> Job:
+    asked_steps = options.max_steps
     rows = read_rows(options.data)
-    seen = {"data": data_fingerprint(options.data)}
-    resume.require_unchanged(facts, "data", seen["data"], f"the data ({options.data})")
+    seen = fingerprints(options)
+    resume.require_unchanged(facts, seen, options)
     longest = length_limit(options, options.context)
     tokenizer = _tokenizer(rows, options)
     material = prepare(options, tokenizer, longest, rows)
-    show_data(material.summary.lines(), material.held_out_examples, console)
+    show_data(material, options, console)
     device = cast(Device, device_of(options.device).type)
     set_seed(options.seed)
     model = new_model(options, tokenizer).to(torch.device(device))
@@ -65,20 +66,23 @@ def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) 
         weight_bytes=model.get_memory_footprint(),
         is_full=True,
     )
+    output = shlex.quote(options.output)
     return Job(
         options=options,
+        asked_steps=asked_steps,
         model=model,
         tokenizer=tokenizer,
         material=material,
         model_name=f"{FAMILIES[options.family].architecture} with {parameters / 1e6:.2f} M weights",
         method=f"all weights from random, learning rate {options.learning_rate:g}, {device}",
         command="pretrain",
-        facts=facts | seen,
-        save=lambda to: _save(model, tokenizer, options, to),
+        facts=facts | {"fingerprints": seen},
+        finish=lambda: _finish(model, options),
+        save=lambda to: save_model(model, tokenizer, to),
         last_file="config.json",
         next_commands=[
-            f'fettle generate --model {options.output} --prompt "..."',
-            f"fettle train --model {options.output} --data my_chats.jsonl --output my-model",
+            f'fettle generate --model {output} --prompt "..."',
+            f"fettle train --model {output} --data my_chats.jsonl --output my-model",
         ],
         console=console,
     )
@@ -93,11 +97,10 @@ def _tokenizer(rows: list[Row], options: PretrainOptions) -> PreTrainedTokenizer
     return tokenizer
 
 
-def _save(
-    model: DecoderForCausalLM, tokenizer: PreTrainedTokenizerBase, options: PretrainOptions, to: Path
-) -> None:
+def _finish(model: DecoderForCausalLM, options: PretrainOptions) -> None:
+    """Bring the model into the form it is saved in, so that what is scored is what is saved."""
+    model.to(getattr(torch, options.save_dtype))
     model.config.use_cache = True  # the trainer switches it off
-    save_model(model.to(getattr(torch, options.save_dtype)), tokenizer, to)
 
 
 def _texts(row: Row) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run leaves on disk so that it can go on after Ctrl-C, kill -9 or a power cut, bit for bit.
+"""What a run leaves on disk so that it can go on after Ctrl-C or kill -9, bit for bit.
 
     my-model/
       run.yaml          every option, resolved; written before the first step
@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from fettle.errors import UserError
 from fettle.files import describe_folder, write_aside
+from fettle.training.options import LoopOptions
 
 RUN_FILE, FACTS_FILE, CHECKPOINTS, MARK = "run.yaml", "facts.json", "checkpoints", "complete"
 
@@ -69,13 +70,17 @@ def write_facts(output: Path, facts: dict[str, Any]) -> None:
         aside.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def require_unchanged(facts: dict[str, Any], name: str, now: str, what: str) -> None:
-    """Raise UserError where a fingerprint noted at the start is not the one of today."""
-    if facts.get(name, now) != now:
-        raise UserError(
-            f"{what} has changed since the run began, so it cannot be resumed to the same result; put the old "
-            "one back, or start anew with another --output."
-        )
+def require_unchanged(facts: dict[str, Any], now: dict[str, str], options: LoopOptions) -> None:
+    """Raise UserError where a fingerprint noted when the run began is not today's. now: by option's name."""
+    noted = facts.get("fingerprints", now)
+    for name in now:
+        if noted.get(name) != now[name]:
+            of = "the tokenizer of " if name == "tokenizer" else ""
+            option = "model" if name == "tokenizer" else name
+            raise UserError(
+                f"{of}--{option.replace('_', '-')} {getattr(options, option)} has changed since the run began, so "
+                "it cannot be resumed to the same result; put the old one back, or start anew with another --output."
+            )
 
 
 def _step(folder: Path) -> int:

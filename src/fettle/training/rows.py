@@ -1,15 +1,19 @@
 """Rows on disk to packs for the trainer, and to questions for the before/after comparison."""
 
 from dataclasses import dataclass
+from random import Random
 
 from datasets import Dataset
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from fettle.data import (
     Example,
+    NothingToTrainOn,
     Row,
     Summary,
     Tokenized,
+    fingerprint,
     pack,
     read_rows,
     split_held_out,
@@ -27,11 +31,15 @@ FEWEST_WINDOWS = 20
 
 @dataclass(slots=True, kw_only=True)
 class Material:
-    """Everything a run learns from and is measured on."""
+    """Everything a run learns from and is measured on.
+
+    held_out_examples: examples in `held_out`. shared_rows: held-out rows that are in the training data too.
+    """
 
     train: Dataset
     held_out: Dataset | None
     held_out_examples: int
+    shared_rows: int
     asked: list[Question]
     kept: list[Question]
     summary: Summary
@@ -62,15 +70,67 @@ def prepare(
     if not held_out_rows and options.eval_data is None:
         examples, held_out_examples = _hold_out_windows(examples, options)
     length = pack_length([len(example.input_ids) for example in examples], longest)
-    kept_rows = read_rows(options.keep_data) if options.keep_data is not None else []
     return Material(
         train=_lay_out(examples, length, options.packing),
         held_out=_lay_out(held_out_examples, length, options.packing) if held_out_examples else None,
         held_out_examples=len(held_out_examples),
-        asked=questions(held_out_rows, tokenizer)[: options.samples],
-        kept=questions(kept_rows, tokenizer)[: options.samples],
+        shared_rows=_shared(train_rows, held_out_rows),
+        asked=_sample(questions(held_out_rows, tokenizer), options),
+        kept=_sample(_kept(options, tokenizer), options),
         summary=train.summary,
     )
+
+
+def fingerprints(options: TrainOptions | PretrainOptions) -> dict[str, str]:
+    """What the run's data files hold, by option, to find a change before a resume."""
+    sources = {"data": options.data, "eval_data": options.eval_data, "keep_data": options.keep_data}
+    return {name: fingerprint(source) for name, source in sources.items() if source is not None}
+
+
+def show_data(material: Material, options: LoopOptions, console: Console) -> None:
+    """Print what the data was understood to be."""
+    console.print("[bold]data[/bold]")
+    lines = material.summary.lines()
+    if material.held_out_examples:
+        lines.append(f"examples held out to measure the result: {material.held_out_examples:,}")
+    elif options.eval_fraction == 0:
+        lines.append("nothing is held out, as --eval-fraction is 0")
+    else:
+        lines.append("nothing is held out: there are too few rows")
+    if material.shared_rows:
+        lines.append(
+            f"{material.shared_rows:,} held-out rows are in the training data too: their scores say nothing "
+            "about what was not seen"
+        )
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _content(row: Row) -> str:
+    return repr((row.messages, row.prompt, row.completion, row.text))
+
+
+def _shared(train: list[Row], held_out: list[Row]) -> int:
+    seen = {_content(row) for row in train}
+    return sum(_content(row) in seen for row in held_out)
+
+
+def _sample(asked: list[Question], options: LoopOptions) -> list[Question]:
+    """At most `--samples` of them, chosen at random: a file may be sorted."""
+    if len(asked) <= options.samples:
+        return asked
+    return Random(options.seed).sample(asked, options.samples)
+
+
+def _kept(options: LoopOptions, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+    if options.keep_data is None:
+        return []
+    kept = questions(read_rows(options.keep_data), tokenizer)
+    if not kept:
+        raise UserError(
+            f"--keep-data {options.keep_data} holds no row with an answer; expected chats or prompts."
+        )
+    return kept
 
 
 def _tokenize_held_out(
@@ -80,7 +140,7 @@ def _tokenize_held_out(
         return None
     try:
         return tokenize_rows(rows, tokenizer, max_length=longest, train_on=options.train_on)
-    except UserError as error:
+    except NothingToTrainOn as error:
         if options.eval_data is None:  # a few rows of the user's own data, all too long: go without
             return None
         raise UserError(f"--eval-data {options.eval_data}: {error}") from error

@@ -1,23 +1,24 @@
 """Supervised fine-tuning with an adapter: `fettle train`, top to bottom."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from fettle.adapters.facts import AdapterFacts, write_facts
 from fettle.adapters.load import device_of, remembered_name
 from fettle.adapters.lora import adapt
-from fettle.data import fingerprint as data_fingerprint
 from fettle.data import read_rows
 from fettle.errors import UserError
 from fettle.files import require_new_folder
-from fettle.models.checkpoint import fingerprint, inspect, is_adapter, locate
+from fettle.models.checkpoint import fingerprint, inspect, is_adapter, locate, tokenizer_fingerprint
 from fettle.models.decoder import DecoderForCausalLM
-from fettle.models.load import load_model, load_tokenizer
+from fettle.models.load import Dtype, load_model, load_tokenizer, stored_dtype
 from fettle.models.save import save_tokenizer
 from fettle.options import read
 from fettle.training import resume
@@ -25,7 +26,7 @@ from fettle.training.defaults import complete, length_limit, require_sensible
 from fettle.training.job import Job, is_finished, run
 from fettle.training.options import Device, TrainOptions
 from fettle.training.outcome import Outcome
-from fettle.training.rows import prepare
+from fettle.training.rows import fingerprints, prepare, show_data
 
 
 def train(options: TrainOptions, *, console: Console | None = None) -> Outcome:
@@ -39,12 +40,13 @@ def train(options: TrainOptions, *, console: Console | None = None) -> Outcome:
     return run(_prepare(options, {}, console or Console()))
 
 
-def resume_training(output: Path, *, console: Console | None = None) -> Outcome | None:
+def resume_training(output: str | Path, *, console: Console | None = None) -> Outcome | None:
     """Go on with the interrupted run in `output`, with the options it was started with.
 
     Ends in the same weights, bit for bit, as a run that was never interrupted. None where the run has come
     to its end already.
     """
+    output = Path(output)
     resume.require_run(output)
     if is_finished(output):
         return None
@@ -55,55 +57,69 @@ def resume_training(output: Path, *, console: Console | None = None) -> Outcome 
 def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> Job:
     """Load the model, understand the data, choose what was left open."""
     folder = _base_folder(options.model)
-    inspect(folder)
+    asked_steps = options.max_steps
+    inspect(folder)  # first: what is wrong with the model is found before a row is read
     rows = read_rows(options.data)
-    seen = {"data": data_fingerprint(options.data), "base": fingerprint(folder)}
-    resume.require_unchanged(facts, "data", seen["data"], f"the data ({options.data})")
-    resume.require_unchanged(facts, "base", seen["base"], f"the base model ({options.model})")
-    device = cast(Device, device_of(options.device).type)
+    seen = fingerprints(options) | {"model": fingerprint(folder), "tokenizer": tokenizer_fingerprint(folder)}
+    resume.require_unchanged(facts, seen, options)
     tokenizer = load_tokenizer(folder)
-    base = load_model(folder, name=remembered_name(options.model), dtype=options.dtype, device=device)
+    base, device = _load_base(options, folder)
     longest = length_limit(options, base.config.max_position_embeddings)
     material = prepare(options, tokenizer, longest, rows)
-    show_data(material.summary.lines(), material.held_out_examples, console)
-
-    dtype = str(base.dtype).removeprefix("torch.")
-    parameters, weight_bytes = base.num_parameters(), base.get_memory_footprint()
+    show_data(material, options, console)
     options = complete(
         dataclasses.replace(options, device=device, max_length=longest),
         packs=len(material.train),
-        parameters=parameters,
-        weight_bytes=weight_bytes,
+        parameters=base.num_parameters(),
+        weight_bytes=base.get_memory_footprint(),
     )
-    context_tokens = fixed_context(base, longest)
-    base.set_context(context_tokens)
-    set_seed(options.seed)  # the adapter's first weights are random
-    model = adapt(
-        base,
-        rank=options.rank,
-        alpha=options.alpha,
-        dropout=options.dropout,
-        target_modules=options.target_modules or "all-linear",
-    )
+    model = _adapt(base, options)
+    context = fixed_context(base, longest)
+    name = remembered_name(options.model)
+    note = AdapterFacts(base_fingerprint=seen["model"], context_tokens=context)
+    dtype = str(base.dtype).removeprefix("torch.")
+    output = shlex.quote(options.output)
     return Job(
         options=options,
+        asked_steps=asked_steps,
         model=model,
         tokenizer=tokenizer,
         material=material,
         model_name=options.model,
         method=f"LoRA rank {options.rank}, learning rate {options.learning_rate:g}, {device}, {dtype}",
         command="train",
-        facts=facts | seen,
-        save=lambda to: _save_adapter(
-            model, tokenizer, AdapterFacts(base_fingerprint=seen["base"], context_tokens=context_tokens), to
-        ),
+        facts=facts | {"fingerprints": seen},
+        begin=lambda: base.set_context(context),
+        save=lambda to: _save_adapter(model, tokenizer, name, note, to),
         last_file="adapter_config.json",
         next_commands=[
-            f'fettle generate --model {options.output} --prompt "..."',
-            f"fettle chat --model {options.output}",
-            f"fettle export --model {options.output} --format safetensors --to {options.output}-merged",
+            f'fettle generate --model {output} --prompt "..."',
+            f"fettle chat --model {output}",
+            f"fettle export --model {output} --format safetensors --to {shlex.quote(options.output + '-merged')}",
         ],
         console=console,
+    )
+
+
+def _load_base(options: TrainOptions, folder: Path) -> tuple[DecoderForCausalLM, Device]:
+    """The frozen model on its device. Its name is its folder, where PEFT looks for its config at each save."""
+    device = device_of(options.device)
+    dtype: Dtype = options.dtype
+    if dtype == "auto" and stored_dtype(inspect(folder)) == torch.float16:
+        # fp16 loses small gradients; its weights are exact in fp32, and near enough in bf16 where memory counts
+        is_narrow = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if is_narrow else "float32"
+    return load_model(folder, dtype=dtype, device=device), cast(Device, device.type)
+
+
+def _adapt(base: DecoderForCausalLM, options: TrainOptions) -> PeftModel:
+    set_seed(options.seed)  # the adapter's first weights are random
+    return adapt(
+        base,
+        rank=options.rank,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        target_modules=options.target_modules or "all-linear",
     )
 
 
@@ -123,21 +139,11 @@ def _base_folder(name: str) -> Path:
     return folder
 
 
-def show_data(lines: list[str], held_out_examples: int, console: Console) -> None:
-    """Print what the data was understood to be."""
-    console.print("[bold]data[/bold]")
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    held_out = f"{held_out_examples:,} examples are held out to measure the result"
-    console.print(
-        held_out if held_out_examples else "none are held out: there are too few rows", highlight=False
-    )
-
-
 def _save_adapter(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, facts: AdapterFacts, to: Path
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, base_name: str, note: AdapterFacts, to: Path
 ) -> None:
-    model.save_pretrained(str(to))
+    model.peft_config["default"].base_model_name_or_path = base_name
+    model.save_pretrained(str(to), save_embedding_layers=False)
     (to / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     save_tokenizer(tokenizer, to)
-    write_facts(to, facts)
+    write_facts(to, note)

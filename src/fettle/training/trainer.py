@@ -12,14 +12,20 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig, SFTTrainer
 
 from fettle.data import collator
 from fettle.models.quiet import without_progress_bars
 from fettle.training.options import LoopOptions
-from fettle.training.progress import ProgressCallback, show_progress
+from fettle.training.progress import Point, ProgressCallback, points, show_progress
 from fettle.training.resume import CHECKPOINTS, MarkComplete, last_complete
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -66,16 +72,47 @@ class Run:
         """Train from the last complete checkpoint, if there is one; return whether the run came to its end."""
         checkpoint = last_complete(Path(self.trainer.args.output_dir).parent)
         set_seed(self.trainer.args.seed)  # whatever was measured before must not move the run
+        if checkpoint is not None and self._was_last(checkpoint):
+            self.trainer._load_from_checkpoint(str(checkpoint))  # to train from here would make one step more
+            return True
         with self.progress, self.interrupt.listening(), without_progress_bars():
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return self.trainer.state.global_step >= self.trainer.state.max_steps
 
+    def _was_last(self, checkpoint: Path) -> bool:
+        """Whether the run had made all its steps; if so its history is taken over."""
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < self.trainer.args.max_steps:
+            return False
+        self.trainer.state = state
+        return True
+
+    @property
+    def history(self) -> list[Point]:
+        """What was logged, from before a resume included."""
+        return points(self.trainer.state.log_history)
+
+    @torch.no_grad()
     def held_out(self) -> dict[str, float]:
-        """Mean loss and share of tokens predicted rightly on the held-out rows; empty where there are none."""
+        """Mean loss of the held-out tokens and the share of them predicted rightly; empty where there are none.
+
+        The mean is over tokens, not over batches as in the trainer's own evaluation, so that it does not depend
+        on how the rows were packed.
+        """
         if self.trainer.eval_dataset is None:
             return {}
-        metrics = self.trainer.evaluate()
-        return {"loss": metrics["eval_loss"], "token_accuracy": metrics["eval_mean_token_accuracy"]}
+        model = self.trainer.model
+        was_training = model.training
+        model.eval()
+        loss, right, tokens = 0.0, 0, 0
+        for batch in self.trainer.get_eval_dataloader():
+            inputs = self.trainer._prepare_inputs(batch)
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)  # TRL's: zero where not trained
+            loss -= float(outputs.log_probs.double().sum())
+            right += int(outputs.is_top1.sum())
+            tokens += int(outputs.label_mask.sum())
+        model.train(was_training)
+        return {"loss": loss / max(1, tokens), "token_accuracy": right / max(1, tokens)}
 
 
 def build(
