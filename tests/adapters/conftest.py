@@ -41,7 +41,9 @@ def make_bases(family: str, layers: int = 2, hidden: int = 32) -> Bases:
         pad_token_id=0,
         tie_word_embeddings=False,
     )
-    stock = AutoModelForCausalLM.from_config(config).eval()
+    # transformers before 5.23 runs Gemma 2 by the fused attention, which leaves the soft cap out
+    written_out = {"attn_implementation": "eager"} if config.model_type == "gemma2" else {}
+    stock = AutoModelForCausalLM.from_config(config, **written_out).eval()
     with torch.no_grad():
         for parameter in stock.parameters():
             if parameter.dim() == 2:

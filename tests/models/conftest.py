@@ -158,7 +158,10 @@ class Pair:
 @functools.cache
 def make_pair(case: Case) -> Pair:
     torch.manual_seed(0)
-    stock = AutoModelForCausalLM.from_config(case.config())
+    config = case.config()
+    # transformers before 5.23 runs Gemma 2 by the fused attention, which leaves the soft cap out
+    written_out = {"attn_implementation": "eager"} if config.model_type == "gemma2" else {}
+    stock = AutoModelForCausalLM.from_config(config, **written_out)
     randomise(stock)
     ours = causal_lm_class(case.family)(case.config())
     ours.load_state_dict(stock.state_dict())

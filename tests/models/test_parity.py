@@ -1,5 +1,6 @@
 """Stock transformers is the oracle: logits, hidden states, loss, gradients and greedy generation, in fp32."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -225,6 +226,11 @@ def test_greedy_generation_across_longrope_contexts(
     longrope_pair: Any, tokens: torch.Tensor, use_cache: bool
 ) -> None:
     """A short prompt that grows beyond the original context: keys made with the short factors are stale."""
+    remakes = "next_sequence_length" in inspect.getsource(
+        type(longrope_pair.stock).prepare_inputs_for_generation
+    )
+    if use_cache and not remakes:
+        pytest.skip("this release of transformers drops the stale keys and never makes them again")
     prompts = tokens[:, :10]
     for kwargs in ({}, {"attention_mask": torch.tensor([[0] * 4 + [1] * 6, [1] * 10, [0] * 9 + [1]])}):
         stock, ours = (greedy(model, prompts, use_cache=use_cache, **kwargs) for model in longrope_pair.both)
