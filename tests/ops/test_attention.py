@@ -2,8 +2,17 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fettle.ops.attention import Documents, packed_attention, softcap_attention
+from fettle.ops import attention
+from fettle.ops.attention import (
+    Documents,
+    KeptAttention,
+    packed_attention,
+    packed_attention_reference,
+    softcap_attention,
+)
 
 PACKS = [
     [1],
@@ -92,6 +101,90 @@ def test_a_broken_document_harms_no_other(softcap: float | None) -> None:
     assert after[7:16].isnan().all()
     assert torch.equal(after[:7], before[:7])
     assert torch.equal(after[16:], before[16:])
+
+
+@pytest.mark.parametrize("rules", [{}, {"window": 300}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("lengths", [[700], [257, 100, 1]], ids=str)
+def test_bf16_is_as_exact_as_stock_attention(lengths: list[int], rules: dict) -> None:
+    """Stock: PyTorch's fused attention of one document of 512 tokens; its error hardly depends on the length."""
+    errors = {}
+    for name in ("stock", "ours"):
+        is_ours = name == "ours"
+        tokens = sum(lengths) if is_ours else 512
+        inputs = [x.bfloat16().requires_grad_() for x in make(tokens, (4, 4, 32))]
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        documents = Documents.from_starts(starts_of(lengths if is_ours else [tokens]))
+        asked = rules if is_ours else {}
+        if is_ours:
+            out = packed_attention(*inputs, documents, scale=0.3, **asked)
+        else:
+            q, k, v = (x.transpose(0, 1)[None] for x in inputs)
+            stock = torch.nn.functional.scaled_dot_product_attention
+            out = stock(q, k, v, is_causal=True, scale=0.3)[0].transpose(0, 1)
+        expected = packed_attention_reference(*exact, documents, scale=0.3, **asked)
+        grad = torch.randn_like(out)
+        found = (out, *torch.autograd.grad(out, inputs, grad))
+        right = (expected, *torch.autograd.grad(expected, exact, grad.double()))
+        errors[name] = [float((a - b).norm() / b.norm()) for a, b in zip(found, right, strict=True)]
+    assert all(ours < 1.3 * stock for ours, stock in zip(errors["ours"], errors["stock"], strict=True)), (
+        errors
+    )
+
+
+@pytest.mark.parametrize("rules", [{}, {"window": 40}, {"softcap": 2.0}], ids=str)
+def test_memory_grows_with_the_tokens_not_their_square(rules: dict) -> None:
+    tokens = 4096
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                sizes.append(result.untyped_storage().nbytes() // result.element_size())
+            return result
+
+    inputs = [x.requires_grad_() for x in make(tokens, (1, 1, 8))]
+    documents = Documents.from_starts(starts_of([tokens]))
+    with Sizes():
+        packed_attention(*inputs, documents, scale=0.3, **rules).sum().backward()
+    assert 0 < max(sizes) < tokens**2 // 4
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    q, k, v = make(20, HEADS[0])
+    v.requires_grad_()
+    packed_attention(q, k, v, Documents.from_starts(starts_of([20])), scale=0.6).sum().backward()
+    assert q.grad is None and k.grad is None and v.grad is not None
+
+
+@pytest.mark.parametrize("softcap", [None, 0.8], ids=["plain", "softcap"])
+def test_a_redone_layer_reuses_what_was_kept(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    forward = attention._forward
+    monkeypatch.setattr(attention, "_forward", lambda *given: calls.append(1) or forward(*given))
+    documents = Documents.from_starts(starts_of([33, 7]))
+    inputs = [x.requires_grad_() for x in make(40, HEADS[0])]
+    grad = torch.randn(40, 4, 6)
+
+    def layer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: KeptAttention | None) -> torch.Tensor:
+        out = packed_attention(q * 1.5, k, v, documents, scale=0.6, softcap=softcap, kept=kept)
+        return torch.tanh(out)
+
+    plain = layer(*inputs, None)
+    expected = torch.autograd.grad(plain, inputs, grad)
+    calls.clear()
+    redone = torch.utils.checkpoint.checkpoint(layer, *inputs, KeptAttention(), use_reentrant=False)
+    found = torch.autograd.grad(redone, inputs, grad)
+    assert len(calls) == 1
+    assert torch.equal(redone, plain)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_reference_is_the_formula() -> None:
+    inputs = [x.double() for x in make(42, HEADS[0])]
+    documents = Documents.from_starts(starts_of([2, 7, 33]))
+    found = packed_attention_reference(*inputs, documents, scale=0.6, window=5, softcap=0.8)
+    torch.testing.assert_close(found, dense_formula(inputs, visible([2, 7, 33], 5), 0.6, 0.8))
 
 
 def test_documents_know_their_tokens_lengths() -> None:

@@ -11,6 +11,9 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fettle.ops import apply_rotary, gated_activation, rms_norm
+from fettle.ops.gated_activation import gated_activation_reference
+from fettle.ops.rms_norm import rms_norm_reference
+from fettle.ops.rotary import apply_rotary_reference
 
 Function = Callable[..., torch.Tensor]
 
@@ -152,3 +155,63 @@ def test_gated_activation(activation: Any, formula: Any, shape: tuple[int, ...])
         lambda gate, up: formula(gate) * up,
         [torch.randn(shape) * 3, torch.randn(shape)],
     )
+
+
+# --- all three ---------------------------------------------------------------------------------------------
+
+ANGLES = torch.randn(2, 2, 5, 4)
+
+PAIRS = {
+    "rms_norm": (
+        lambda x: rms_norm(x, torch.linspace(-1, 1, 6, dtype=x.dtype), EPS),
+        lambda x: rms_norm_reference(x, torch.linspace(-1, 1, 6, dtype=x.dtype), EPS),
+    ),
+    "rotary": (
+        lambda x: apply_rotary(x, *ANGLES.to(x.dtype)),
+        lambda x: apply_rotary_reference(x, *ANGLES.to(x.dtype)),
+    ),
+    "gated_activation": (
+        lambda x: gated_activation(x, x.flip(-1), silu),
+        lambda x: gated_activation_reference(x, x.flip(-1), silu),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", PAIRS)
+def test_values_equal_the_reference_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    function, reference = PAIRS[name]
+    contiguous = torch.randn(2, 3, 5, 6).to(dtype)
+    for x in (contiguous, contiguous.transpose(1, 2).contiguous().transpose(1, 2), contiguous[:, :0]):
+        assert torch.equal(function(x), reference(x))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_gradients_add_up_where_an_input_is_used_twice(name: str) -> None:
+    function, reference = PAIRS[name]
+    wide = torch.randn(2, 7, 5, 6).transpose(1, 2)[:, :, :3].transpose(1, 2)
+    assert_same(lambda x: function(x) + function(function(x)), lambda x: twice(reference, x), [wide])
+
+
+def twice(function: Function, x: torch.Tensor) -> torch.Tensor:
+    return function(x) + function(function(x))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_second_derivative_is_refused(name: str) -> None:
+    """Backward is written by hand and has no derivative of its own: better no number than a wrong one."""
+    x = torch.randn(2, 3, 5, 6, requires_grad=True)
+    (grad,) = torch.autograd.grad(PAIRS[name][0](x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_no_gradient_is_computed_for_a_frozen_weight(is_frozen: bool) -> None:
+    """Only the weight's gradient sums over rows."""
+    x, weight = torch.randn(3, 5, requires_grad=True), torch.randn(5, requires_grad=not is_frozen)
+    output = rms_norm(x, weight, EPS)
+    with torch.profiler.profile() as profile:
+        output.backward(torch.ones(3, 5))
+    assert x.grad is not None
+    assert ("aten::sum" in {event.key for event in profile.key_averages()}) is not is_frozen

@@ -1,6 +1,30 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467, equation 4)."""
+"""Root-mean-square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467, equation 4).
+
+    y = n * weight,  n = x * rstd,  rstd = 1 / sqrt(mean(x^2) + eps)
+
+With d = grad * weight: grad_x = rstd * (d - n * mean(d * n)), grad_weight = sum over rows of grad * n.
+Saved for backward: x, weight and rstd (one fp32 number per row). Redone in backward: n.
+"""
+
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
+
+from fettle.ops.dispatch import uses_triton
+
+ROWS = 256  # the CPU path's fp32 temporaries are this many rows high
+
+
+def rms_norm_reference(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: bool = False
+) -> torch.Tensor:
+    """The formula in plain PyTorch: the specification of `rms_norm`."""
+    x_fp32 = x.float()
+    normalised = x_fp32 * torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + eps)
+    if offset:
+        return (normalised * (1.0 + weight.float())).to(x.dtype)
+    return weight * normalised.to(x.dtype)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: bool = False) -> torch.Tensor:
@@ -9,8 +33,75 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: bool 
     x: (..., hidden); weight: (hidden,). With `offset` the weight is stored as its distance from one and
     the product is taken before rounding (Gemma); without, the normalised x is rounded first (Llama).
     """
-    x_fp32 = x.float()
-    normalised = x_fp32 * torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + eps)
-    if offset:
-        return (normalised * (1.0 + weight.float())).to(x.dtype)
-    return weight * normalised.to(x.dtype)
+    if weight.dtype != x.dtype:  # the product's dtype is then PyTorch's to decide
+        return rms_norm_reference(x, weight, eps, offset=offset)
+    output: torch.Tensor = _RMSNorm.apply(x, weight, eps, offset)
+    return output
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: bool) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if uses_triton(x):
+            from fettle.ops.kernels.rms_norm import rms_norm_forward
+
+            output, rstd = rms_norm_forward(rows, weight, eps, offset)
+        else:
+            output, rstd = _forward(rows, weight, eps, offset)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.offset = offset
+        return output.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
+        arguments = (grad, rows, weight, rstd, ctx.offset, ctx.needs_input_grad[1])
+        if uses_triton(x):
+            from fettle.ops.kernels.rms_norm import rms_norm_backward
+
+            grad_x, grad_weight = rms_norm_backward(*arguments)
+        else:
+            grad_x, grad_weight = _backward(*arguments)
+        return grad_x.view(x.shape), grad_weight, None, None
+
+
+def _forward(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    output = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rstd = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+    for start in range(0, len(x), ROWS):
+        block = slice(start, start + ROWS)
+        x_fp32 = x[block].float()
+        rstd[block] = torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + eps)
+        normalised = x_fp32 * rstd[block]
+        if offset:
+            output[block] = normalised.mul_(1.0 + weight.float())
+        else:
+            torch.mul(weight, normalised.to(x.dtype), out=output[block])
+    return output, rstd
+
+
+def _backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    offset: bool,
+    needs_weight_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    scale = weight.float() + 1.0 if offset else weight.float()
+    grad_weight = torch.zeros_like(scale) if needs_weight_grad else None
+    for start in range(0, len(x), ROWS):
+        block = slice(start, start + ROWS)
+        normalised, grad_fp32 = x[block].float() * rstd[block], grad[block].float()
+        if grad_weight is not None:
+            grad_weight += (grad_fp32 * normalised).sum(0)
+        grad_normalised = grad_fp32 * scale
+        mean = (grad_normalised * normalised).mean(-1, keepdim=True)
+        grad_x[block] = grad_normalised.sub_(normalised.mul_(mean)).mul_(rstd[block])
+    return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)

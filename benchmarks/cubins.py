@@ -1,0 +1,133 @@
+"""What each kernel takes of a GPU: registers, spilled bytes, shared memory. Compiles; needs no GPU.
+
+python benchmarks/cubins.py
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fettle.ops.kernels import attention, gated_activation, nf4, rms_norm, rotary
+
+TARGETS = {75: "fp16", 80: "bf16", 90: "bf16"}
+SHARED_LIMIT = {75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+FLOATS = "scale eps nested_offset".split()
+FP32_POINTERS = "rstd partials table absmax code_book nested_absmax logsumexp delta".split()
+HALF_POINTERS = """x weight output grad grad_x gate up grad_gate grad_up product cos sin query key value out
+    grad_query grad_key grad_value""".split()
+POINTERS = dict.fromkeys(FP32_POINTERS, "*fp32") | {"packed": "*u8", "starts": "*i32", "ends": "*i32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A kernel with the constants that it is launched with, at a common size."""
+
+    kernel: Any
+    size: str
+    constants: dict[str, Any]
+    warps: int = 4
+    is_pointwise: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """registers a thread; spilled: bytes of a thread's local memory; shared: bytes a block."""
+
+    registers: int
+    spilled: int
+    shared: int
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """Every kernel of fettle.ops.kernels."""
+    for hidden in (128, 3072, 8192):
+        layout = rms_norm.layout(hidden)
+        warps = layout.pop("num_warps")
+        yield Case(rms_norm.rms_norm_forward_kernel, f"{hidden}", {"OFFSET": False, **layout}, warps)
+        for needed in (False, True):
+            constants = {"OFFSET": False, "NEEDS_WEIGHT_GRAD": needed, **layout}
+            size = f"{hidden} with weight" if needed else f"{hidden}"
+            yield Case(rms_norm.rms_norm_backward_kernel, size, constants, warps)
+    for inverse in (False, True):
+        constants = {"IS_INVERSE": inverse, "HEADS": rotary.HEADS, "BLOCK": 64}
+        yield Case(rotary.rotary_kernel, "inverse" if inverse else "96", constants)
+    for is_silu in (True, False):
+        constants = {"IS_SILU": is_silu, "BLOCK": gated_activation.BLOCK}
+        for kernel in (
+            gated_activation.gated_activation_forward_kernel,
+            gated_activation.gated_activation_backward_kernel,
+        ):
+            yield Case(kernel, "silu" if is_silu else "gelu", constants)
+    sizes = {"BLOCK": nf4.BLOCK, "NESTED_BLOCK": nf4.NESTED_BLOCK, "BLOCKS": nf4.BLOCKS}
+    for nested in (False, True):
+        yield Case(nf4.nf4_dequantize_kernel, "nested" if nested else "plain", {"IS_NESTED": nested, **sizes})
+    yield from _attention(capability)
+
+
+def _attention(capability: int) -> Iterator[Case]:
+    channels = 96
+    block = attention.block_size(channels, 2, capability)
+    constants = {"GROUP": 2, "D": channels, "PADDED": 128, "SOFTCAP": 0.0, "QUERIES": block, "KEYS": block}
+    for kernel in (
+        attention.forward_kernel,
+        attention.query_gradient_kernel,
+        attention.key_value_gradient_kernel,
+    ):
+        yield Case(kernel, f"{channels}", constants, is_pointwise=False)
+
+
+def usage(case: Case, capability: int) -> Usage:
+    """Compile the kernel for a GPU of this compute capability and read what it takes."""
+    kinds = POINTERS | dict.fromkeys(HALF_POINTERS, f"*{TARGETS[capability]}") | dict.fromkeys(FLOATS, "fp32")
+    if case.constants.get("IS_NESTED"):
+        kinds["absmax"] = "*u8"
+    signature = {
+        name: "constexpr" if name in case.constants else kinds.get(name, "i32")
+        for name in case.kernel.arg_names
+    }
+    # As at a launch: memory begins at multiples of 16 bytes, and so do rows.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and name not in ("rows", "heads", "x_channel"))
+    }
+    built = triton.compile(
+        ASTSource(case.kernel, signature, case.constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": case.warps, "num_stages": 1 if not case.is_pointwise else 3},
+    )
+    return _read(built.asm["cubin"], built.metadata.shared)
+
+
+def _read(cubin: bytes, shared: int) -> Usage:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return Usage(found["REG"], found["STACK"] + found["LOCAL"], shared)
+
+
+def main() -> None:
+    """Print the table."""
+    print(f"{'kernel':36}{'size':18}{'target':>8}{'registers':>11}{'spilled':>9}{'shared':>9}")
+    for capability in TARGETS:
+        for case in cases(capability):
+            found = usage(case, capability)
+            print(f"{case.kernel.__name__:36}{case.size:18}{f'sm_{capability}':>8}", end="")
+            print(f"{found.registers:11}{found.spilled:9}{found.shared:9}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The gated MLP of a decoder layer with low-rank updates, as one function.
+
+    y = down(a(gate(x)) * up(x)),  each of the three a frozen matrix plus scale * (. A^T) B^T
+
+Autograd's own graph keeps x, gate, up, a(gate), their product and every low-rank middle. Saved here: x and,
+with keep="gates", gate and up; with keep="input" they too are redone. Redone always: the product and the
+middles. The frozen matrices get no gradient; NF4 ones are unpacked once forward and once backward.
+
+Tokens are worked on in tiles, so that what is redone never exists for all of them at once. The tile does not
+depend on what is kept, which makes the results equal bit for bit.
+
+Shapes: T tokens, E hidden size, I intermediate size.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from fettle.ops.gated_activation import gated_activation_backward, gated_activation_forward
+from fettle.ops.lora_linear import LowRank
+from fettle.ops.nf4 import Nf4, dense
+
+Keep = Literal["gates", "input"]
+
+TILE_TOKENS = {"cpu": 512, "cuda": 8192}
+"""From about so many tokens on, a matrix product runs at the device's full speed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A frozen matrix (outputs, inputs), without bias, and its update, if it has one."""
+
+    weight: torch.Tensor | Nf4
+    update: LowRank | None
+
+
+@dataclass(frozen=True, slots=True)
+class MLP:
+    """gate_up: one fused projection with 2I outputs, the gate's first, or the gate's and the up's."""
+
+    gate_up: tuple[Projection, ...]
+    down: Projection
+    activation_name: str
+
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        outputs = self.gate_up[0].weight.shape[0]
+        return outputs if len(self.gate_up) == 2 else outputs // 2
+
+    def adapters(self) -> list[torch.Tensor | None]:
+        """A and B of every projection; None, None for one without an update."""
+        updates = [projection.update for projection in (*self.gate_up, self.down)]
+        return [t for u in updates for t in ((u.a, u.b) if u else (None, None))]
+
+
+def lora_mlp_reference(x: torch.Tensor, mlp: MLP) -> torch.Tensor:
+    """The formula above in plain PyTorch: the specification of `lora_mlp`."""
+
+    def project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
+        output = F.linear(x, dense(projection.weight, x.dtype))
+        if (update := projection.update) is None:
+            return output
+        return output + update.scale * F.linear(F.linear(x, update.a.to(x.dtype)), update.b.to(x.dtype))
+
+    gate, up = torch.cat([project(x, p) for p in mlp.gate_up], -1).chunk(2, -1)
+    activated = F.silu(gate) if mlp.activation_name == "silu" else F.gelu(gate, approximate="tanh")
+    return project(activated * up, mlp.down)
+
+
+def lora_mlp(x: torch.Tensor, mlp: MLP, *, keep: Keep = "gates", skip_output: bool = False) -> torch.Tensor:
+    """Return the MLP's output; gradients flow to x and to the adapters. x: (..., E).
+
+    skip_output: leave the output empty, where only what backward needs is wanted (a layer being redone).
+    """
+    output: torch.Tensor = _LoraMLP.apply(x, mlp, keep, skip_output, *mlp.adapters())
+    return output
+
+
+class _LoraMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, mlp: MLP, keep: Keep, skip_output: bool, *_: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.mlp = mlp
+        output = torch.empty_like(x, memory_format=torch.contiguous_format)
+        rows, kept = x.reshape(-1, x.shape[-1]), []
+        if keep == "gates":
+            kept = [x.new_empty(len(rows), mlp.intermediate_size) for _ in range(2)]
+        ctx.save_for_backward(x, *kept)
+        if keep == "input" and skip_output:
+            return output
+        gate_up = _unpack_gate_up(mlp, x.dtype)
+        down = None if skip_output else _Linear(mlp.down.update, dense(mlp.down.weight, x.dtype))
+        for tile in _tiles(rows):
+            gate, up = (linear.forward(rows[tile]) for linear in gate_up)
+            for whole, part in zip(kept, (gate, up), strict=False):
+                whole[tile] = part
+            if down is not None:
+                product = gated_activation_forward(gate, up, mlp.activation_name)
+                output.view(rows.shape)[tile] = down.forward(product)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *kept = ctx.saved_tensors
+        mlp: MLP = ctx.mlp
+        rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
+        gate_up = _unpack_gate_up(mlp, x.dtype)
+        down = _Linear(mlp.down.update, dense(mlp.down.weight, x.dtype))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        for tile in _tiles(rows):
+            if kept:
+                gate, up = (whole[tile] for whole in kept)
+            else:
+                gate, up = (linear.forward(rows[tile]) for linear in gate_up)
+            middle = down.middle_gradient(grad[tile])
+            grad_product = down.input_gradient(grad[tile], middle)
+            *grad_gate_up, product = gated_activation_backward(grad_product, gate, up, mlp.activation_name)
+            down.add_gradients(grad[tile], middle, product)
+            del grad_product, product, gate, up
+            grad_tile: torch.Tensor | None = None
+            for linear, grad_part in zip(gate_up, grad_gate_up, strict=True):
+                middle = linear.middle_gradient(grad_part)
+                linear.add_gradients(grad_part, middle, rows[tile])
+                if grad_x is not None:
+                    grad_tile = linear.input_gradient(grad_part, middle, grad_tile)
+            if grad_x is not None and grad_tile is not None:
+                grad_x[tile] = grad_tile
+        adapters = _adapter_gradients(mlp, gate_up, down)
+        return (None if grad_x is None else grad_x.view_as(x)), None, None, None, *adapters
+
+
+class _Linear:
+    """One unpacked matrix with its update, and the sums of the update's gradients over the tiles."""
+
+    def __init__(self, update: LowRank | None, weight: torch.Tensor) -> None:
+        self.update, self.weight = update, weight
+        self.gradients: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = F.linear(x, self.weight)
+        return self.update.add_to(output, x) if self.update else output
+
+    def middle_gradient(self, grad: torch.Tensor) -> torch.Tensor | None:
+        return self.update.middle_gradient(grad) if self.update else None
+
+    def input_gradient(
+        self, grad: torch.Tensor, middle: torch.Tensor | None, onto: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The gradient of the input, added to `onto` where that is given."""
+        grad_x = grad @ self.weight if onto is None else onto.addmm_(grad, self.weight)
+        if self.update is not None and middle is not None:
+            self.update.add_input_gradient(grad_x, middle)
+        return grad_x
+
+    def add_gradients(self, grad: torch.Tensor, middle: torch.Tensor | None, x: torch.Tensor) -> None:
+        if self.update is None or middle is None:
+            return
+        of_tile = self.update.gradients(grad, middle, x)
+        if self.gradients is None:
+            self.gradients = of_tile
+        else:
+            for total, part in zip(self.gradients, of_tile, strict=True):
+                total.add_(part)
+
+
+def _unpack_gate_up(mlp: MLP, dtype: torch.dtype) -> tuple[_Linear, _Linear]:
+    """The gate's matrix and the up's; a fused one is halved, and its halves share A."""
+    if len(mlp.gate_up) == 2:
+        gate, up = (_Linear(p.update, dense(p.weight, dtype)) for p in mlp.gate_up)
+        return gate, up
+    (fused,) = mlp.gate_up
+    halves = dense(fused.weight, dtype).chunk(2)
+    if fused.update is None:
+        return _Linear(None, halves[0]), _Linear(None, halves[1])
+    a, b, scale = fused.update.a, fused.update.b.chunk(2), fused.update.scale
+    return _Linear(LowRank(a, b[0], scale), halves[0]), _Linear(LowRank(a, b[1], scale), halves[1])
+
+
+def _adapter_gradients(
+    mlp: MLP, gate_up: tuple[_Linear, _Linear], down: _Linear
+) -> list[torch.Tensor | None]:
+    """In the order of `MLP.adapters`."""
+    found = [linear.gradients or (None, None) for linear in (*gate_up, down)]
+    if len(mlp.gate_up) == 1 and mlp.gate_up[0].update is not None:
+        (gate_a, gate_b), (up_a, up_b), of_down = found
+        assert gate_a is not None and gate_b is not None and up_a is not None and up_b is not None
+        return [gate_a + up_a, torch.cat((gate_b, up_b)), *of_down]
+    if len(mlp.gate_up) == 1:
+        return [None, None, *found[2]]
+    return [gradient for pair in found for gradient in pair]
+
+
+def _tiles(rows: torch.Tensor) -> list[slice]:
+    size = TILE_TOKENS.get(rows.device.type, TILE_TOKENS["cuda"])
+    return [slice(start, start + size) for start in range(0, len(rows), size)]

@@ -1,0 +1,111 @@
+"""What a model's head says of given next tokens, without its logits ever existing for all of them at once.
+
+    logits = cap * tanh(h W^T / cap) or h W^T;  log_prob = logits[label] - logsumexp(logits)
+
+Work goes in chunks of tokens, (chunk, V) each. With a frozen head the gradient of a log-probability by its
+hidden state, (onehot - softmax) W, is taken in the forward pass already, while the chunk's logits are at hand,
+and backward only scales it: two passes of products instead of three. Saved for backward then: that gradient,
+(T, E). With a trainable head: h, W and labels; the logits are redone.
+
+Shapes: T tokens, E hidden size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+"""Of fp32 logits in a chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """log_probs (with gradient) and entropy (without): fp32 (T,), in nats; is_top1: bool (T,), whether the
+    label is the most likely token."""
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    is_top1: torch.Tensor
+
+
+def token_log_probs_reference(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None = None
+) -> TokenScores:
+    """The formula above in plain PyTorch: the specification of `token_log_probs`."""
+    logits = _cap((hidden @ weight.T).float(), softcap)
+    log_probs = torch.log_softmax(logits, -1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return TokenScores(
+        log_probs.gather(1, labels[:, None])[:, 0], entropy.detach(), logits.argmax(-1) == labels
+    )
+
+
+def token_log_probs(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None = None
+) -> TokenScores:
+    """Score `labels` (T,) after `hidden` (T, E) with the head `weight` (V, E); gradients flow to both."""
+    log_probs, entropy, is_top1 = _TokenLogProbs.apply(hidden, weight, labels, softcap)
+    return TokenScores(log_probs, entropy, is_top1)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
+    ) -> tuple[torch.Tensor, ...]:
+        is_trained, has_gradient = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
+        scores = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
+        is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        slope = torch.empty_like(hidden) if has_gradient and not is_trained else None
+        for chunk in _chunks(hidden, weight):
+            logits = _cap((hidden[chunk] @ weight.T).float(), softcap)
+            is_top1[chunk] = logits.argmax(-1) == labels[chunk]
+            label_logits = logits.gather(1, labels[chunk, None])[:, 0]
+            factor = None if slope is None or softcap is None else 1 - (logits / softcap).square_()
+            logsumexp = torch.logsumexp(logits, -1)
+            probs = logits.sub_(logsumexp[:, None])
+            entropy_of = probs.exp().mul_(probs).sum(-1).neg_()
+            scores[0, chunk], scores[1, chunk] = label_logits - logsumexp, entropy_of
+            if slope is not None:
+                grad_logits = _score_gradient(probs.exp_(), labels[chunk], factor)
+                torch.mm(grad_logits.to(weight.dtype), weight, out=slope[chunk])
+        ctx.softcap = softcap
+        ctx.save_for_backward(*((hidden, weight, labels) if is_trained else (slope,)))
+        ctx.mark_non_differentiable(scores[1], is_top1)
+        return scores[0], scores[1], is_top1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad = grads[0]
+        if not ctx.needs_input_grad[1]:
+            (slope,) = ctx.saved_tensors
+            return (slope * grad[:, None]).to(slope.dtype), None, None, None
+        hidden, weight, labels = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for chunk in _chunks(hidden, weight):
+            logits = _cap((hidden[chunk] @ weight.T).float(), ctx.softcap)
+            factor = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square_()
+            slope = _score_gradient(torch.softmax(logits, -1), labels[chunk], factor)
+            grad_logits = slope.mul_(grad[chunk, None]).to(weight.dtype)
+            torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+            grad_weight += (grad_logits.T @ hidden[chunk]).float()
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def _cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _score_gradient(probs: torch.Tensor, labels: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """(onehot - probs) * factor, in place of `probs` (chunk, V). factor: the soft cap's own slope."""
+    slope = probs.neg_()
+    slope[torch.arange(len(labels), device=labels.device), labels] += 1
+    return slope if factor is None else slope.mul_(factor)
+
+
+def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
+    limit = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+    size = max(1, limit // (4 * weight.shape[0]))
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]
