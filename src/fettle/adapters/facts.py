@@ -3,11 +3,13 @@
 base_fingerprint: of the base weights it was trained on, so that another base is refused.
 context_tokens: the context LongRoPE's factors were fixed for in training (see models/rope.py), null where each
 document decided by its own length.
+quantization: how the base's weights were held in training; the adapter belongs to those weights.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from fettle.errors import UserError
 from fettle.models.checkpoint import fingerprint
@@ -21,6 +23,7 @@ class AdapterFacts:
 
     base_fingerprint: str
     context_tokens: int | None = None
+    quantization: Literal["nf4"] | None = None
 
 
 def write_facts(folder: Path, facts: AdapterFacts) -> None:

@@ -32,7 +32,8 @@ def load(
     facts = read_facts(folder)
     if facts is not None:
         require_trained_on(facts, folder, base_folder)
-    base = load_model(base_folder, name=base_name, dtype=dtype, device=where)
+    quantization = None if facts is None else facts.quantization
+    base = load_model(base_folder, name=base_name, dtype=dtype, device=where, quantization=quantization)
     if facts is not None:
         base.set_context(facts.context_tokens)
     has_tokenizer = (folder / "tokenizer.json").exists()

@@ -19,6 +19,10 @@ from fettle.errors import UserError, reason_of
 from fettle.models.checkpoint import ADAPTER_WEIGHTS, read_adapter_config
 from fettle.models.safetensors_header import read_places
 from fettle.ops import lora_linear
+from fettle.ops.lora_linear import LowRank
+from fettle.ops.lora_mlp import Projection
+from fettle.quantization.layers import matrix_of
+from fettle.quantization.nf4 import Nf4Linear
 
 
 class LoraLinear(PeftLoraLinear):
@@ -30,7 +34,15 @@ class LoraLinear(PeftLoraLinear):
             return super().forward(x, *args, **kwargs)
         base = self.get_base_layer()
         lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
-        return lora_linear(x, base.weight, base.bias, lora_a, lora_b, self.scaling[name])
+        return lora_linear(x, matrix_of(base), base.bias, lora_a, lora_b, self.scaling[name])
+
+    def projection(self) -> Projection | None:
+        """What `lora_mlp` needs of the layer, or None where it cannot serve it."""
+        name, base = self._fast_adapter((), {}), self.get_base_layer()
+        if name is None or base.bias is not None:
+            return None
+        update = LowRank(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        return Projection(matrix_of(base), update)
 
     def _fast_adapter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """The name of the one adapter the fast path can serve, or None where PEFT's forward must."""
@@ -46,7 +58,7 @@ class LoraLinear(PeftLoraLinear):
         # Under autocast forward and backward would run in different types; on the meta device a product
         # with a weight that holds nothing returns garbage instead of failing.
         is_awkward = torch.is_autocast_enabled(weight.device.type) or weight.is_meta
-        is_covered = type(base) is nn.Linear and is_frozen and not has_dropout and not is_awkward
+        is_covered = type(base) in (nn.Linear, Nf4Linear) and is_frozen and not has_dropout and not is_awkward
         return name if is_covered else None
 
 
@@ -140,7 +152,7 @@ def _read_config(folder: Path) -> LoraConfig:
 
 
 def _use_our_layer(config: LoraConfig) -> None:
-    config._register_custom_module({nn.Linear: LoraLinear})
+    config._register_custom_module({nn.Linear: LoraLinear, Nf4Linear: LoraLinear})
 
 
 def _require_fit(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:

@@ -12,6 +12,7 @@ from fettle.files import require_free_space, require_new_folder, write_aside
 from fettle.models.checkpoint import inspect, is_adapter, locate
 from fettle.models.load import Dtype
 from fettle.models.save import save_model
+from fettle.quantization.layers import dequantize_linears
 
 _BYTES_A_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -33,6 +34,7 @@ def export_safetensors(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> 
         needed = weights * _BYTES_A_WEIGHT[dtype]
     require_free_space(to, needed + 20 * 10**6, "the exported model")
     model, tokenizer = load(name, dtype=dtype)
+    dequantize_linears(model)  # an adapter trained on quantised weights is merged onto those, as they are
     full = merge(model, tokenizer) if isinstance(model, PeftModel) else model
     _write_down_context(full)
     with write_aside(to) as aside:

@@ -7,32 +7,33 @@ input (`position_ids` that restart), never a dense mask, and never leak from one
 Shapes: B batch, N tokens a row, H heads, K key-value heads, D channels a head, E hidden size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
+from fettle.memory.policies import Keeping, Policy, run_layer
 from fettle.models.families import FAMILIES, Family, option
-from fettle.models.packing import find_documents
+from fettle.models.mlp import DecoderMLP
+from fettle.models.packing import find_documents, row_documents
 from fettle.models.rope import DecoderRotaryEmbedding
 from fettle.ops import (
     Documents,
     apply_rotary,
-    gated_activation,
     packed_attention,
     rms_norm,
     softcap_attention,
 )
+from fettle.ops.attention import KeptAttention
 
 
 class DecoderRMSNorm(nn.Module):
@@ -117,6 +118,7 @@ class DecoderAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         documents: Documents | None,
         past_key_values: Cache | None,
+        kept: KeptAttention | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         query, key, value = self.project(x)
@@ -127,12 +129,13 @@ class DecoderAttention(nn.Module):
             out = packed_attention(
                 query,
                 key,
-                value,
+                value.contiguous(),  # a slice of a fused projection would keep all of it for backward
                 documents,
                 scale=self.scaling,
                 window=self.sliding_window,
                 softcap=self.softcap,
                 dropout=dropout,
+                kept=kept,
             )
         else:
             if past_key_values is not None:
@@ -156,51 +159,39 @@ class DecoderAttention(nn.Module):
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
 
 
-class DecoderMLP(nn.Module):
-    def __init__(self, config: PreTrainedConfig, family: Family) -> None:
-        super().__init__()
-        hidden, intermediate = config.hidden_size, config.intermediate_size
-        bias = bool(option(config, "mlp_bias", False))
-        self.is_fused = family.has_fused_projections
-        if self.is_fused:
-            self.gate_up_proj = nn.Linear(hidden, 2 * intermediate, bias=False)
-        else:
-            self.gate_proj = nn.Linear(hidden, intermediate, bias=bias)
-            self.up_proj = nn.Linear(hidden, intermediate, bias=bias)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=bias)
-        self.activation = ACT2FN[option(config, "hidden_activation") or config.hidden_act]
+class DecoderLayer(nn.Module):
+    """One layer. policy: what of its forward pass is kept for backward; set by the memory plan."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = (
-            self.gate_up_proj(x).chunk(2, -1) if self.is_fused else (self.gate_proj(x), self.up_proj(x))
-        )
-        return self.down_proj(gated_activation(gate, up, self.activation))
-
-
-class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: PreTrainedConfig, family: Family, layer_idx: int) -> None:
         super().__init__()
+        self.policy = Policy.KEEP
         self.self_attn = DecoderAttention(config, family, layer_idx)
         self.mlp = DecoderMLP(config, family)
         self.has_sandwich_norms = family.has_sandwich_norms
-        names = ["input_layernorm", "post_attention_layernorm"]
+        norm = partial(DecoderRMSNorm, config.hidden_size, config.rms_norm_eps, family.has_norm_offset)
+        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
         if self.has_sandwich_norms:
-            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-        for name in names:
-            setattr(
-                self, name, DecoderRMSNorm(config.hidden_size, config.rms_norm_eps, family.has_norm_offset)
-            )
+            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
         self.residual_dropout = nn.Dropout(option(config, "resid_pdrop", 0.0))
 
     def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        attended = self.self_attn(self.input_layernorm(x), **kwargs)
+        if self.training and torch.is_grad_enabled():
+            return run_layer(self.policy, partial(self.compute, **kwargs), x)
+        return self.compute(x, Keeping(), **kwargs)
+
+    def compute(self, x: torch.Tensor, keeping: Keeping, **kwargs: Any) -> torch.Tensor:
+        """x: (B, N, E). keeping: what the layer's parts may keep for backward."""
+        mlp = partial(
+            self.mlp, keep=keeping.mlp, skip_output=keeping.is_redone and not self.has_sandwich_norms
+        )
+        attended = self.self_attn(keeping.redoable(self.input_layernorm, x), kept=keeping.attention, **kwargs)
         if self.has_sandwich_norms:
             x = x + self.residual_dropout(self.post_attention_layernorm(attended))
             return x + self.residual_dropout(
-                self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+                self.post_feedforward_layernorm(mlp(keeping.redoable(self.pre_feedforward_layernorm, x)))
             )
         x = x + self.residual_dropout(attended)
-        return x + self.residual_dropout(self.mlp(self.post_attention_layernorm(x)))
+        return x + self.residual_dropout(mlp(keeping.redoable(self.post_attention_layernorm, x)))
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -216,6 +207,15 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
+    ) -> None:
+        """Transformers' and TRL's switch: redo every layer, or none. A memory plan chooses layer by layer."""
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
+        layers = (module for module in self.modules() if isinstance(module, DecoderLayer))
+        for index, layer in enumerate(layers):
+            layer.policy = Policy.REDO if enable and index % every_n_layers == 0 else Policy.KEEP
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -253,21 +253,24 @@ class Decoder(DecoderPreTrainedModel):
         """input_ids: (B, N). `position_ids` (B, N) that restart within a row mark packed documents."""
         x = self.embed(input_ids, inputs_embeds)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        documents = None
+        packed = None
         if position_ids is None:
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
         elif seen == 0:
-            documents = find_documents(position_ids.expand(x.shape[0], -1), attention_mask)
-        if documents is not None and past_key_values is not None:
+            packed = find_documents(position_ids.expand(x.shape[0], -1), attention_mask)
+        if packed is not None and past_key_values is not None:
             raise ValueError(
                 "packed rows (position_ids that restart) cannot fill a cache; pass use_cache=False"
             )
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and documents is None and not self.training:
+        if use_cache and past_key_values is None and packed is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
+        documents = packed
+        if packed is None and self.training and past_key_values is None and self._has_own_attention:
+            documents = row_documents(x, attention_mask)
 
         masks = self.masks(x, attention_mask, position_ids, past_key_values) if documents is None else {}
-        lengths = None if documents is None else documents.lengths.view(x.shape[:2])
+        lengths = None if packed is None else packed.lengths.view(x.shape[:2])
         cos_sin = self.rotary_emb(x, position_ids, lengths)
         every_state = [x] if output_hidden_states else []
         for layer, is_sliding in zip(self.layers, self.is_sliding, strict=True):
@@ -287,6 +290,11 @@ class Decoder(DecoderPreTrainedModel):
             past_key_values=past_key_values,
             hidden_states=(*every_state[:-1], x) if output_hidden_states else None,
         )
+
+    @property
+    def _has_own_attention(self) -> bool:
+        """Whether training may compute attention its own way: not where the user chose another on purpose."""
+        return self.config._attn_implementation in ("sdpa", "eager")
 
     def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -332,6 +340,12 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         self.vocab_size: int = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def set_policies(self, policies: Sequence[Policy]) -> None:
+        """Choose what each layer keeps for backward, first layer first."""
+        for layer, policy in zip(self.model.layers, policies, strict=True):
+            assert isinstance(layer, DecoderLayer)
+            layer.policy = policy
 
     def set_context(self, tokens: int | None) -> None:
         """Fix LongRoPE's factors for a context of `tokens`; None lets each document decide (see rope.py)."""

@@ -6,7 +6,7 @@ Code that a checkpoint ships is never run.
 
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -15,6 +15,7 @@ from fettle.errors import UserError, reason_of
 from fettle.models.checkpoint import Checkpoint, inspect, require_tokenizer
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.families import family_of
+from fettle.models.quantized import is_nf4, load_nf4
 from fettle.models.quiet import without_progress_bars
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -24,25 +25,42 @@ _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def load_model(
-    folder: Path, *, name: str | None = None, dtype: Dtype = "auto", device: str | torch.device = "cpu"
+    folder: Path,
+    *,
+    name: str | None = None,
+    dtype: Dtype = "auto",
+    device: str | torch.device = "cpu",
+    quantization: Literal["nf4"] | None = None,
 ) -> DecoderForCausalLM:
     """Load a full checkpoint. `name` is what its user and adapters call it (default: the folder).
 
+    quantization: "nf4" holds the layers' matrices in four bits; a checkpoint stored so is loaded so in any case.
     Raises UserError for whatever is wrong with the folder: see `fettle.models.checkpoint`.
     """
     checkpoint = inspect(folder)
     config = read_config(checkpoint)
-    require_complete(checkpoint, config)
+    chosen = stored_dtype(checkpoint) if dtype == "auto" else getattr(torch, dtype)
+    if not is_nf4(checkpoint):
+        require_complete(checkpoint, config)
+    if quantization == "nf4" or is_nf4(checkpoint):
+        model = load_nf4(checkpoint, config, chosen, torch.device(device))
+    else:
+        model = _load_plain(checkpoint, config, chosen).to(torch.device(device))
+    model.name_or_path = model.config._name_or_path = name or str(folder)
+    return model
+
+
+def _load_plain(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> DecoderForCausalLM:
+    """Through transformers' own loader."""
     with without_progress_bars():
-        model = causal_lm_class(config.model_type).from_pretrained(
-            str(folder),
+        model: DecoderForCausalLM = causal_lm_class(config.model_type).from_pretrained(
+            str(checkpoint.folder),
             config=config,
-            dtype=stored_dtype(checkpoint) if dtype == "auto" else getattr(torch, dtype),
+            dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
         )
-    model.name_or_path = model.config._name_or_path = name or str(folder)
-    return model.to(torch.device(device))
+    return model
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -64,13 +82,14 @@ def read_config(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]  # a fa
     """Return the family's config object for a checkpoint, without what only remote code would need."""
     where = f"{checkpoint.folder}/config.json"
     family = family_of(checkpoint.config["model_type"], where)
-    if checkpoint.config.get("quantization_config"):
+    if checkpoint.quantization_config and not is_nf4(checkpoint):
         raise UserError(
-            f"{where}: the checkpoint is already quantised; "
+            f"{where}: the checkpoint is already quantised, in another way than bitsandbytes' NF4; "
             "fettle needs the original one in bf16, fp16 or fp32."
         )
     try:
-        config = family.config.from_dict({k: v for k, v in checkpoint.config.items() if k != "auto_map"})
+        ignored = ("auto_map", "quantization_config")
+        config = family.config.from_dict({k: v for k, v in checkpoint.config.items() if k not in ignored})
     except Exception as error:
         raise UserError(
             f"{where}: not a valid {checkpoint.config['model_type']} config: {reason_of(error)}"
@@ -119,8 +138,10 @@ def _expected_shapes(checkpoint: Checkpoint, config) -> dict[str, tuple[int, ...
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating-point type most of the checkpoint's weights are stored in."""
-    counts = Counter(kind for kind, _ in checkpoint.tensors.values())
+    """The floating-point type most of the checkpoint's weights are stored in, NF4's bytes and scales left out."""
+    scales = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map")
+    kinds = (kind for name, (kind, _) in checkpoint.tensors.items() if not name.endswith(scales))
+    counts = Counter(kind for kind in kinds if kind != "U8" or not is_nf4(checkpoint))
     kind = counts.most_common(1)[0][0]
     if kind not in _STORED:
         raise UserError(

@@ -35,3 +35,23 @@ def find_documents(
         return None
     is_start = torch.cat((torch.ones_like(breaks[:, :1]), breaks), dim=1)
     return Documents.from_starts(is_start.flatten())
+
+
+def row_documents(
+    x: torch.Tensor, attention_mask: torch.Tensor | dict[str, torch.Tensor] | None
+) -> Documents | None:
+    """Return each row of x (B, N, ...) as one document, the padding after it as another.
+
+    None for padding before it, where stock models predict a row's first token from the padding, and for a mask
+    that says more than what is padding.
+    """
+    is_start = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    is_start[:, 0] = True
+    if attention_mask is not None:
+        if isinstance(attention_mask, dict) or attention_mask.shape != is_start.shape:
+            return None
+        is_real = attention_mask.bool()
+        if not is_real[:, 0].all():
+            return None
+        is_start[:, 1:] |= is_real[:, 1:] != is_real[:, :-1]
+    return Documents.from_starts(is_start.flatten())

@@ -1,0 +1,134 @@
+"""Models with their layers' matrices in NF4: quantised on arrival, or stored so already.
+
+Tensor by tensor: one is read, quantised and let go before the next, so that memory never holds more than the
+quantised model and one tensor. The files are read, not mapped: mapped pages would count as this process's.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from fettle.errors import UserError
+from fettle.models.checkpoint import Checkpoint
+from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
+from fettle.models.rope import DecoderRotaryEmbedding
+from fettle.models.safetensors_header import Place, read_places
+from fettle.models.save import save_model
+from fettle.ops.nf4 import nf4_quantize
+from fettle.quantization.nf4 import STATE_KEY, Nf4Linear, from_tensors
+
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+}
+
+
+def is_nf4(checkpoint: Checkpoint) -> bool:
+    """Whether the stored weights are in bitsandbytes' NF4."""
+    config = checkpoint.quantization_config or {}
+    return bool(config.get("load_in_4bit")) and config.get("bnb_4bit_quant_type") == "nf4"
+
+
+def load_nf4(
+    checkpoint: Checkpoint, config: Any, dtype: torch.dtype, device: torch.device
+) -> DecoderForCausalLM:
+    """Return the model with NF4 layers; everything outside the layers' matrices is held in `dtype`.
+
+    Raises UserError where a stored matrix is in another layout than fettle's.
+    """
+    with torch.device("meta"):
+        model = causal_lm_class(config.model_type)(config).to(dtype)
+    model.model.rotary_emb = DecoderRotaryEmbedding(config).to(device)  # computed, not stored
+    stored = _Stored(checkpoint, device)
+    for name, module in list(model.model.named_modules(prefix="model")):
+        if isinstance(module, nn.Linear) and _becomes_nf4(name, checkpoint):
+            model.set_submodule(name, _nf4_layer(name, module, stored, dtype))
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta and name in stored.places:
+            _assign(model, name, stored.read(name).to(dtype))
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    _require_whole(model, checkpoint)
+    if (checkpoint.folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(str(checkpoint.folder))
+    return model.eval()
+
+
+def save_nf4(model: DecoderForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a model with NF4 layers into `folder`, in the layout that transformers and bitsandbytes load."""
+    model.config.quantization_config = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
+        "llm_int8_skip_modules": ["lm_head"],
+    }
+    save_model(model, tokenizer, folder)
+
+
+class _Stored:
+    """The tensors of a checkpoint, read one at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.files = checkpoint.tensor_files
+        self.device = device
+        self.places: dict[str, Place] = {}
+        for file in checkpoint.weight_files:
+            self.places |= read_places(file)
+
+    def read(self, name: str) -> torch.Tensor:
+        place, file = self.places[name], self.files[name]
+        if place.header.dtype not in _DTYPES:
+            raise UserError(
+                f"{file}: '{name}' is of type {place.header.dtype}; expected F32, BF16, F16 or U8."
+            )
+        content = torch.empty(place.end - place.start, dtype=torch.uint8)
+        with open(file, "rb") as stream:
+            stream.seek(place.start)
+            done = 0
+            while done < content.numel():  # one call reads 2 GB at most
+                done += stream.readinto(content[done:].numpy())  # type: ignore[arg-type]
+        return content.view(_DTYPES[place.header.dtype]).view(place.header.shape).to(self.device)
+
+
+def _becomes_nf4(layer: str, checkpoint: Checkpoint) -> bool:
+    """All matrices of a plain checkpoint; of a quantised one those that are stored so."""
+    return not is_nf4(checkpoint) or f"{layer}.{STATE_KEY}" in checkpoint.tensors
+
+
+def _nf4_layer(name: str, linear: nn.Linear, stored: _Stored, dtype: torch.dtype) -> Nf4Linear:
+    bias = None if linear.bias is None else stored.read(f"{name}.bias").to(dtype)
+    if f"{name}.{STATE_KEY}" not in stored.places:
+        return Nf4Linear(nf4_quantize(stored.read(f"{name}.weight").to(dtype)), bias)
+    names = [each for each in stored.places if each.startswith(f"{name}.weight")]
+    tensors = {each.removeprefix(f"{name}."): stored.read(each) for each in names}
+    where = f"{stored.files[names[0]]}: '{name}.weight'"
+    nf4 = from_tensors(tensors, where)
+    if nf4.shape != linear.weight.shape:
+        raise UserError(
+            f"{where} has shape {tuple(nf4.shape)}, and config.json asks for {tuple(linear.weight.shape)}; "
+            "the weights and config.json are of different models."
+        )
+    return Nf4Linear(nf4, bias)
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor))
+
+
+def _require_whole(model: nn.Module, checkpoint: Checkpoint) -> None:
+    missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    if missing:
+        raise UserError(
+            f"{checkpoint.folder}: {len(missing)} tensors are missing, '{missing[0]}' the first; the checkpoint is "
+            "incomplete or its config.json is another model's."
+        )

@@ -1,0 +1,1 @@
+"""Linear layers whose frozen weights are stored in few bits."""

@@ -1,0 +1,41 @@
+"""A model's linear layers into NF4 and back, and the matrix of any of them."""
+
+import torch
+from torch import nn
+
+from fettle.ops.nf4 import Nf4
+from fettle.quantization.nf4 import Nf4Linear, dense_weight
+
+HEAD = "lm_head"
+"""The output head stays as it is: its rounding would show in every token."""
+
+
+def matrix_of(linear: nn.Linear) -> torch.Tensor | Nf4:
+    """The matrix of a linear layer as the ops take it."""
+    return linear.nf4 if isinstance(linear, Nf4Linear) else linear.weight
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any layer of `model` is in NF4."""
+    return any(isinstance(module, Nf4Linear) for module in model.modules())
+
+
+def quantize_linears(model: nn.Module) -> None:
+    """Put every linear layer of `model` but its head into NF4, one after the other."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name.rpartition(".")[2] != HEAD:
+            model.set_submodule(name, Nf4Linear.from_linear(module))
+
+
+def dequantize_linears(model: nn.Module) -> None:
+    """Replace every NF4 layer by the plain layer that computes the same."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Nf4Linear):
+            model.set_submodule(name, _plain(module))
+
+
+def _plain(layer: Nf4Linear) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(dense_weight(layer), requires_grad=False)
+    linear.register_parameter("bias", layer.bias)
+    return linear
