@@ -1,0 +1,123 @@
+"""What a training step keeps in memory, in bytes: by counting, not by trying.
+
+A step's peak is what stays throughout (weights, adapters, optimiser), what the layers keep for backward, and the
+working memory of whichever part is at work when most is kept. `peak_of_policies` walks through the backward
+pass, where kept memory falls layer by layer while each layer at work needs its own room.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from fettle.memory.policies import Policy
+from fettle.memory.shapes import Shapes
+from fettle.ops.lora_mlp import TILE_TOKENS
+from fettle.ops.token_log_probs import CHUNK_BYTES
+
+NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256
+"""A weight in NF4: its code, its share of a block's scale in one byte, and of that scale's own scale."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is trained on what.
+
+    tokens: of all rows side by side; documents: how many of equal length they hold. targets: adapted matrices,
+    None for all; rank 0: the whole model is trained, in fp32. references: forward passes without gradient a
+    step, as preference methods make for their reference model.
+    """
+
+    tokens: int
+    documents: int = 1
+    rank: int = 16
+    targets: tuple[str, ...] | None = None
+    dtype: torch.dtype = torch.bfloat16
+    is_nf4: bool = False
+    has_dropout: bool = False
+    references: int = 0
+    device_type: str = "cpu"
+
+    @property
+    def item(self) -> int:
+        """Bytes of an activation."""
+        return self.dtype.itemsize
+
+    @property
+    def runs_whole_mlp(self) -> bool:
+        """Whether the MLP runs as one function, which can redo its inside."""
+        return self.rank > 0 and not self.has_dropout
+
+    def with_tokens(self, tokens: int) -> "Workload":
+        """The same with rows of another total length."""
+        return replace(self, tokens=tokens)
+
+
+def weight_bytes(shapes: Shapes, work: Workload) -> int:
+    """The model's weights as held: NF4 takes the layers' matrices, the rest keeps its dtype."""
+    matrices = shapes.layers * shapes.layer_weights
+    rest = shapes.parameters - matrices
+    return int(matrices * (NF4_BYTES if work.is_nf4 else work.item) + rest * work.item)
+
+
+def trained_bytes(shapes: Shapes, work: Workload) -> tuple[int, int, int]:
+    """Adapters, their gradients, and AdamW's two moments: all fp32. A whole model has no adapters beside it."""
+    count = shapes.adapter_parameters(work.rank, None if work.targets is None else list(work.targets))
+    if work.rank == 0:
+        return 0, 4 * shapes.parameters, 8 * shapes.parameters
+    return 4 * count, 4 * count, 8 * count
+
+
+def kept_by_layer(shapes: Shapes, work: Workload, policy: Policy) -> int:
+    """What one layer keeps from forward to backward, its input included."""
+    s, hidden = shapes, shapes.hidden
+    attention_result = s.query * work.item + 4 * s.heads  # and the fp32 logsumexp
+    if policy >= Policy.REDO:
+        per_token = hidden * work.item if policy == Policy.REDO else 0
+    elif policy == Policy.KEEP_ATTENTION:
+        per_token = hidden * work.item + attention_result
+    else:
+        elements = 2 * hidden + s.query + 2 * s.key  # inputs of both norms; q, k, v
+        elements += 2 * hidden if s.has_sandwich_norms else 0
+        elements += s.query + s.key if s.has_qk_norm else 0
+        elements += 2 * s.intermediate if policy < Policy.REDO_MLP or not work.runs_whole_mlp else 0
+        elements += s.intermediate if not work.runs_whole_mlp else 0
+        elements += 2 * hidden if policy == Policy.KEEP else 0
+        per_token = elements * work.item + attention_result + 8  # and the norms' fp32 factors
+    return work.tokens * per_token
+
+
+def working_bytes(shapes: Shapes, work: Workload, policy: Policy) -> int:
+    """The most one layer needs in its own backward pass, beside what it kept: in its MLP or its attention."""
+    s, hidden = shapes, shapes.hidden
+    redone = 3 * hidden + 2 * s.query + 2 * s.key if policy >= Policy.KEEP_ATTENTION else 0
+    redone += hidden if policy in (Policy.DROP, Policy.REDO_MLP) else 0
+    tile = min(work.tokens, TILE_TOKENS[work.device_type])
+    inside = (4 if policy < Policy.REDO_MLP else 6) * s.intermediate + hidden
+    mlp = work.tokens * (2 * hidden + redone) * work.item + tile * inside * work.item
+    attention = work.tokens * (2 * hidden + 2 * s.query + 2 * (s.query + 2 * s.key) + redone) * work.item
+    return max(
+        mlp + _unpacked(work, 3 * hidden * s.intermediate), attention + _unpacked(work, s.query * hidden)
+    )
+
+
+def _unpacked(work: Workload, weights: int) -> int:
+    return weights * work.item if work.is_nf4 else 0
+
+
+def head_bytes(shapes: Shapes, work: Workload) -> int:
+    """The head at work: a chunk's logits several times over, the last hidden states and their gradient."""
+    chunk = min(CHUNK_BYTES[work.device_type], 4 * shapes.vocabulary * work.tokens)
+    return int(3.5 * chunk) + 4 * work.tokens * shapes.hidden * work.item
+
+
+def peak_of_policies(shapes: Shapes, work: Workload, policies: list[Policy]) -> tuple[int, int]:
+    """Return the bytes kept by all layers, and the most that these come to with gradients and working memory."""
+    kept = {policy: kept_by_layer(shapes, work, policy) for policy in set(policies)}
+    working = {policy: working_bytes(shapes, work, policy) for policy in set(policies)}
+    gradients = trained_bytes(shapes, work)[1] // len(policies)  # each layer leaves its own
+    left = total = sum(kept[policy] for policy in policies)
+    peak = total + head_bytes(shapes, work)
+    for done, policy in enumerate(reversed(policies)):
+        peak = max(peak, left + working[policy] + (done + 1) * gradients)
+        left -= kept[policy]
+    return total, peak

@@ -1,0 +1,132 @@
+"""The plan: which policy each layer gets, so that the step is fastest within the budget.
+
+Exact search: all ways to give the layers at most three policies by counts. Layers that are redone come first,
+as backward reaches them last, when most of what was kept is gone.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fettle.memory.costs import (
+    Workload,
+    peak_of_policies,
+    trained_bytes,
+    weight_bytes,
+)
+from fettle.memory.policies import Policy
+from fettle.memory.probe import Rates, attention_passes, visible_pairs
+from fettle.memory.shapes import Shapes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """policies: of each layer. Bytes: activations are what the layers keep for backward; workspace is what comes
+    on top at the worst moment: gradients, the head or a layer at work. base: the process without a model."""
+
+    policies: tuple[Policy, ...]
+    base: int
+    weights: int
+    adapters: int
+    optimizer: int
+    activations: int
+    workspace: int
+    seconds: float
+    tokens: int
+    share_of_limit: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment of a step."""
+        fixed = self.base + self.weights + self.adapters + self.optimizer
+        return fixed + self.activations + self.workspace
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    def counts(self) -> dict[Policy, int]:
+        """How many layers have each policy."""
+        return {policy: n for policy in Policy if (n := self.policies.count(policy))}
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """Everything a plan is made from. accumulation: batches a step; base: bytes of the process without a model."""
+
+    shapes: Shapes
+    rates: Rates
+    accumulation: int = 1
+    base: int = 0
+
+    def best(self, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> Plan | None:
+        """The fastest plan whose peak is within `budget` bytes, or None."""
+        best: Plan | None = None
+        for policies in _choices(self.shapes.layers, allowed):
+            plan = self.plan(work, policies)
+            if plan.peak <= budget and (best is None or plan.seconds < best.seconds):
+                best = plan
+        return best
+
+    def leanest(self, work: Workload, allowed: tuple[Policy, ...]) -> Plan:
+        """The plan with the lowest peak."""
+        plans = (self.plan(work, policies) for policies in _choices(self.shapes.layers, allowed))
+        return min(plans, key=lambda plan: (plan.peak, plan.seconds))
+
+    def longest(self, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> int:
+        """The most tokens of one document that fit the budget with the leanest policy, at most the context."""
+        low, high = 0, self.shapes.context
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.plan(work.with_tokens(middle), (max(allowed),) * self.shapes.layers).peak <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    def plan(self, work: Workload, policies: tuple[Policy, ...]) -> Plan:
+        """What these policies cost."""
+        adapters, _, optimizer = trained_bytes(self.shapes, work)
+        kept, peak = peak_of_policies(self.shapes, work, list(policies))
+        seconds = self._seconds(work, policies)
+        return Plan(
+            policies=policies,
+            base=self.base,
+            weights=weight_bytes(self.shapes, work),
+            adapters=adapters,
+            optimizer=optimizer,
+            activations=kept,
+            workspace=peak - kept,
+            seconds=seconds,
+            tokens=self.accumulation * work.tokens,
+            share_of_limit=self.accumulation * self._floor_seconds(work) / seconds,
+        )
+
+    def _seconds(self, work: Workload, policies: tuple[Policy, ...]) -> float:
+        rates, total = self.rates, 0.0
+        for policy, window in zip(policies, self.shapes.windows, strict=True):
+            pairs = work.documents * visible_pairs(work.tokens // work.documents, window)
+            total += rates.layers[policy].at(work.tokens)
+            total += (attention_passes(policy) * rates.attention + rates.attention_backward) * pairs
+            total += work.references * (rates.forward.at(work.tokens) + rates.attention * pairs)
+        total += (1 + work.references) * rates.head * work.tokens
+        trained = trained_bytes(self.shapes, work)[1] // 4
+        return self.accumulation * total + rates.update * trained
+
+    def _floor_seconds(self, work: Workload) -> float:
+        """Products that cannot be avoided, at the speed of bare products: forward, input gradients, references."""
+        s = self.shapes
+        weights = s.layers * s.layer_weights + s.head
+        passes = (3 if work.rank == 0 else 2) + work.references
+        pairs = sum(work.documents * visible_pairs(work.tokens // work.documents, w) for w in s.windows)
+        attention = pairs * 4 * s.query * (3.5 + work.references)
+        return float(2 * weights * work.tokens * passes + attention) / self.rates.products
+
+
+def _choices(layers: int, allowed: tuple[Policy, ...]) -> Iterator[tuple[Policy, ...]]:
+    """All assignments by counts of at most three policies, the leanest first."""
+    kinds = sorted(allowed, reverse=True)
+    for chosen in itertools.combinations(kinds, min(3, len(kinds))):
+        for cuts in itertools.combinations_with_replacement(range(layers + 1), len(chosen) - 1):
+            bounds = itertools.pairwise((0, *cuts, layers))
+            yield tuple(
+                p for p, (first, last) in zip(chosen, bounds, strict=True) for _ in range(last - first)
+            )

@@ -1,0 +1,240 @@
+"""How fast this device is at this model: one real layer and a piece of its head, run and timed.
+
+A layer's seconds are a fixed part (unpacking, launches), a part by token, and attention, which grows with the
+documents' square and is timed by itself. Two lengths tell the first two apart. Weights are random: none of
+the model's own are needed.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from fettle.adapters.lora import adapt
+from fettle.memory.costs import Workload
+from fettle.memory.policies import Policy
+from fettle.memory.shapes import Shapes
+from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
+from fettle.ops.attention import Documents, packed_attention
+from fettle.ops.token_log_probs import token_log_probs
+from fettle.quantization.layers import quantize_linears
+
+LENGTHS = {"cpu": (128, 512), "cuda": (1024, 4096)}
+ATTENTION_LENGTH = {"cpu": 1024, "cuda": 8192}
+SLICE = 4096
+"""Rows of the head that are timed; the rest goes by proportion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """seconds = fixed + per_token * tokens."""
+
+    fixed: float
+    per_token: float
+
+    @classmethod
+    def through(cls, first: tuple[int, float], second: tuple[int, float]) -> "Line":
+        """Both (tokens, seconds). Neither part is negative: noise may tilt the line too far."""
+        (tokens, seconds), (more_tokens, more_seconds) = first, second
+        per_token = max(0.0, more_seconds - seconds) / (more_tokens - tokens)
+        per_token = min(per_token, more_seconds / more_tokens)
+        return cls(more_seconds - per_token * more_tokens, per_token)
+
+    def at(self, tokens: int) -> float:
+        return self.fixed + self.per_token * tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What the probe measured. layers: forward and backward of one layer without its attention, by policy;
+    forward: without gradient. attention, attention_backward: seconds for one pair of tokens that see each
+    other, all heads. head: seconds a labelled token. products: multiply-adds a second of bare matrix
+    products, times two. update: seconds of the optimiser by trained element."""
+
+    layers: dict[Policy, Line]
+    forward: Line
+    attention: float
+    attention_backward: float
+    head: float
+    products: float
+    update: float
+
+
+def probe(config: PreTrainedConfig, shapes: Shapes, work: Workload, device: torch.device) -> Rates:
+    """Measure. Takes seconds; memory: one layer."""
+    model = _one_layer(config, work, device)
+    attention, attention_backward = _time_attention(shapes, work, device)
+    pairs = {n: visible_pairs(n, shapes.windows[0]) for n in LENGTHS[device.type]}
+
+    def line(policy: Policy, *, is_trained: bool) -> Line:
+        points = []
+        for tokens in LENGTHS[device.type]:
+            seconds = _time_layer(model, policy, tokens, work, device, is_trained=is_trained)
+            share = attention_passes(policy) * attention + attention_backward if is_trained else attention
+            points.append((tokens, max(0.1 * seconds, seconds - share * pairs[tokens])))
+        return Line.through(*points)
+
+    line(Policy.KEEP, is_trained=True)  # warm-up
+    layers: dict[Policy, Line] = {}
+    for policy in Policy:
+        if policy == Policy.PARK:  # its copies run beside the products
+            layers[policy] = layers[Policy.REDO]
+            continue
+        measured = line(policy, is_trained=True)
+        # A leaner policy does the same and more: where it looks faster, that is noise.
+        slower = max([measured, *layers.values()], key=lambda each: each.at(LENGTHS[device.type][1]))
+        layers[policy] = slower
+    return Rates(
+        layers=layers,
+        forward=line(Policy.KEEP, is_trained=False),
+        attention=attention,
+        attention_backward=attention_backward,
+        head=_time_head(shapes, work, device),
+        products=_time_products(shapes, work, device),
+        update=_time_update(device),
+    )
+
+
+def attention_passes(policy: Policy) -> int:
+    """How often a policy computes attention's forward pass."""
+    return 2 if policy >= Policy.REDO else 1
+
+
+def visible_pairs(tokens: int, window: int | None) -> float:
+    """Pairs (query, key) of a causal document, over the last `window` tokens."""
+    if window is None or tokens <= window:
+        return tokens * (tokens + 1) / 2
+    return window * (window + 1) / 2 + (tokens - window) * float(window)
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """The least of `repeats` runs, the device's queue emptied before and after."""
+    best = float("inf")
+    for _ in range(repeats):
+        _synchronize(device)
+        start = time.perf_counter()
+        run()
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _one_layer(config: PreTrainedConfig, work: Workload, device: torch.device) -> DecoderForCausalLM:
+    small = copy.deepcopy(config)
+    small.num_hidden_layers, small.vocab_size, small.pad_token_id = 1, 8, None
+    small.eos_token_id = small.bos_token_id = None
+    if getattr(small, "layer_types", None) is not None:
+        small.layer_types = small.layer_types[:1]
+    with torch.device("meta"):
+        model = causal_lm_class(config.model_type)(small).to(work.dtype)
+    rotary = type(model.model.rotary_emb)(small)
+    model.model.rotary_emb = None
+    model = model.to_empty(device=device)
+    model.model.rotary_emb = rotary.to(device)
+    for parameter in model.parameters():
+        _fill(parameter)
+    if work.is_nf4:
+        quantize_linears(model)
+    if work.rank > 0:
+        targets = "all-linear" if work.targets is None else list(work.targets)
+        adapt(model, rank=work.rank, target_modules=targets)
+    return model.train()
+
+
+def _fill(parameter: nn.Parameter) -> None:
+    """Small random numbers, one block over and over: making billions of them takes longer than the probe."""
+    block = torch.randn(1 << 16, device=parameter.device).mul_(0.02).to(parameter.dtype)
+    flat = parameter.data.view(-1)
+    for start in range(0, flat.numel(), block.numel()):
+        part = flat[start : start + block.numel()]
+        part.copy_(block[: part.numel()])
+
+
+def _time_layer(
+    model: DecoderForCausalLM,
+    policy: Policy,
+    tokens: int,
+    work: Workload,
+    device: torch.device,
+    *,
+    is_trained: bool,
+) -> float:
+    hidden = model.config.hidden_size
+    x = torch.randn(1, tokens, hidden, device=device).to(work.dtype).requires_grad_(is_trained)
+    grad = torch.randn(1, tokens, hidden, device=device).to(work.dtype)
+    model.set_policies([policy])
+
+    def run() -> None:
+        with torch.set_grad_enabled(is_trained):
+            out = model.model(inputs_embeds=x, use_cache=False).last_hidden_state
+        if is_trained:
+            out.backward(grad)
+
+    if device.type == "cuda":
+        run()
+    return seconds_of(run, device, repeats=3 if device.type == "cuda" else 1)
+
+
+def _time_attention(shapes: Shapes, work: Workload, device: torch.device) -> tuple[float, float]:
+    """Seconds a visible pair, forward and backward, measured on one long document without a window."""
+    tokens = ATTENTION_LENGTH[device.type]
+    size = shapes.query // shapes.heads
+    make = (
+        (tokens, shapes.heads, size),
+        (tokens, shapes.key // size, size),
+        (tokens, shapes.key // size, size),
+    )
+    query, key, value = (torch.randn(s, device=device).to(work.dtype).requires_grad_() for s in make)
+    is_start = torch.zeros(tokens, dtype=torch.bool, device=device)
+    is_start[0] = True
+    documents = Documents.from_starts(is_start)
+
+    def forward() -> torch.Tensor:
+        return packed_attention(query, key, value, documents, scale=size**-0.5)
+
+    grad = torch.randn_like(forward())
+    forward().backward(grad)
+    out = forward()
+    pairs = visible_pairs(tokens, None)
+    ahead = seconds_of(forward, device, repeats=2) / pairs
+    return ahead, seconds_of(lambda: out.backward(grad), device) / pairs
+
+
+def _time_head(shapes: Shapes, work: Workload, device: torch.device) -> float:
+    tokens, rows = LENGTHS[device.type][0], min(SLICE, shapes.vocabulary)
+    weight = torch.randn(rows, shapes.hidden, device=device).to(work.dtype)
+    hidden = torch.randn(tokens, shapes.hidden, device=device).to(work.dtype).requires_grad_()
+    labels = torch.zeros(tokens, dtype=torch.long, device=device)
+
+    def run() -> None:
+        token_log_probs(hidden, weight, labels).log_probs.sum().backward()
+
+    run()
+    return seconds_of(run, device, repeats=2) / tokens * shapes.vocabulary / rows
+
+
+def _time_products(shapes: Shapes, work: Workload, device: torch.device) -> float:
+    """Operations a second of the layer's largest product, alone."""
+    tokens = LENGTHS[device.type][1]
+    x = torch.randn(tokens, shapes.hidden, device=device).to(work.dtype)
+    weight = torch.randn(shapes.hidden, shapes.intermediate, device=device).to(work.dtype)
+    x @ weight
+    seconds = seconds_of(lambda: x @ weight, device, repeats=5)
+    return 2 * tokens * shapes.hidden * shapes.intermediate / seconds
+
+
+def _time_update(device: torch.device) -> float:
+    parameter = nn.Parameter(torch.zeros(1 << 20, device=device))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.step()
+    return seconds_of(optimizer.step, device, repeats=2) / parameter.numel()

@@ -1,0 +1,62 @@
+"""Outputs that are cheaper to compute again than to keep until backward, such as those of norms."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class _Recipe:
+    """How to make an output again, for as many times as it was saved: kept between them, then let go."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
+        self.function, self.x = function, x.detach()
+        self.uses = 0
+        self.output: torch.Tensor | None = None
+
+    def make(self) -> torch.Tensor:
+        if self.output is None:
+            with torch.no_grad():
+                self.output = self.function(self.x)
+        output, self.uses = self.output, self.uses - 1
+        if self.uses <= 0:
+            self.output = None
+        return output
+
+
+class RedoableOutputs(torch.autograd.graph.saved_tensors_hooks):
+    """Within the block, whoever saves the output of a function called through `run` saves how to redo it.
+
+    The function's input must be kept for backward anyway, or nothing is gained.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._pack, self._unpack)
+        # Outputs stay alive until the block ends, so that an address means one tensor.
+        self.recipes: dict[int, tuple[torch.Tensor, _Recipe]] = {}
+
+    def __exit__(self, *args: Any) -> None:
+        self.recipes.clear()
+        super().__exit__(*args)
+
+    def run(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Return `function(x)`."""
+        output = function(x)
+        self.recipes[output.data_ptr()] = (output, _Recipe(function, x))
+        return output
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        found = self.recipes.get(tensor.data_ptr())
+        if found is None or found[0].numel() != tensor.numel():
+            return tensor
+        recipe = found[1]
+        recipe.uses += 1
+        return recipe, tensor.shape
+
+    @staticmethod
+    def _unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        recipe, shape = packed
+        output: torch.Tensor = recipe.make()
+        return output.view(shape)

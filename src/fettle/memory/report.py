@@ -1,0 +1,97 @@
+"""The plan as a table, as JSON, and as advice where nothing fits."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fettle.errors import UserError
+from fettle.files import human_bytes
+from fettle.memory.costs import Workload
+from fettle.memory.plan import Plan, Planner
+from fettle.memory.policies import Policy
+
+NAMES = {
+    Policy.KEEP: "keep everything",
+    Policy.DROP: "redo norms",
+    Policy.REDO_MLP: "redo the MLP",
+    Policy.KEEP_ATTENTION: "redo all but attention",
+    Policy.REDO: "redo the layer",
+    Policy.PARK: "redo the layer, its input parked in host memory",
+}
+
+
+def rows(plan: Plan) -> list[tuple[str, int]]:
+    """Where the memory goes, in bytes; the rows add up to the peak."""
+    return [
+        ("program and libraries", plan.base),
+        ("weights", plan.weights),
+        ("adapters", plan.adapters),
+        ("optimizer", plan.optimizer),
+        ("activations", plan.activations),
+        ("gradients, head and workspace", plan.workspace),
+    ]
+
+
+def show_plan(plan: Plan, console: Console, *, budget: int, longest: int | None = None) -> None:
+    """Print the table, the policies and what the run will cost."""
+    table = Table(title="memory", title_justify="left", title_style="bold", box=None, padding=(0, 2))
+    table.add_column("part")
+    table.add_column("", justify="right")
+    for name, size in rows(plan):
+        table.add_row(name, human_bytes(size))
+    table.add_section()
+    table.add_row("peak", f"{human_bytes(plan.peak)} of {human_bytes(budget)}", style="bold")
+    console.print(table)
+    layers = ", ".join(f"{count} {NAMES[policy]}" for policy, count in plan.counts().items())
+    lines = [
+        f"layers: {layers}",
+        f"speed: {plan.seconds:.2g} s a step of {plan.tokens:,} tokens, {plan.tokens_per_second:,.0f} tokens/s, "
+        f"{100 * plan.share_of_limit:.0f}% of what bare matrix products would allow",
+    ]
+    if longest is not None:
+        lines.append(f"longest context that fits: {longest:,} tokens")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def as_dict(plan: Plan, *, budget: int, longest: int) -> dict[str, Any]:
+    """The same as data; bytes and seconds as plain numbers."""
+    return {
+        "budget_bytes": budget,
+        "peak_bytes": plan.peak,
+        "memory_bytes": dict(rows(plan)),
+        "layers": {policy.name.lower(): count for policy, count in plan.counts().items()},
+        "seconds_per_step": plan.seconds,
+        "tokens_per_step": plan.tokens,
+        "tokens_per_second": plan.tokens_per_second,
+        "share_of_limit": plan.share_of_limit,
+        "longest_context_tokens": longest,
+    }
+
+
+def refusal(planner: Planner, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> UserError:
+    """What the least would be, and what each change would save."""
+    least = planner.leanest(work, allowed)
+    changes: list[tuple[str, int]] = []
+
+    def consider(text: str, changed: Workload, policies: tuple[Policy, ...] = allowed) -> None:
+        saved = least.peak - planner.leanest(changed, policies).peak
+        if saved > 0.01 * least.peak:
+            changes.append((text, saved))
+
+    from dataclasses import replace
+
+    if not work.is_nf4:
+        consider("--quantization nf4", replace(work, is_nf4=True))
+    if work.rank > 8:
+        consider("--rank 8", replace(work, rank=8))
+    if work.tokens > 256:
+        consider(f"rows of half the length ({work.tokens // 2:,} tokens)", work.with_tokens(work.tokens // 2))
+    if Policy.REDO not in allowed:
+        consider("without --no-gradient-checkpointing", work, tuple(Policy)[:-1])
+    advice = "; ".join(f"{text} saves {human_bytes(saved)}" for text, saved in changes)
+    return UserError(
+        f"{human_bytes(budget)} of memory is too little: the least this run needs is {human_bytes(least.peak)}. "
+        + (f"What would bring it down: {advice}." if advice else "Only a smaller model needs less.")
+    )
