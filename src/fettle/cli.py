@@ -10,7 +10,7 @@ from typing import Any
 
 from fettle.errors import Interrupted, UserError
 from fettle.options import Parser, add_options, resolve
-from fettle.training.options import PretrainOptions, TrainOptions
+from fettle.training.options import PlanOptions, PretrainOptions, TrainOptions
 
 INTERRUPTED = 130
 """The exit code of a program ended by Ctrl-C."""
@@ -68,6 +68,9 @@ def _parser() -> Parser:
     command = add("train", _train, "fine-tune a model on your data with a LoRA adapter")
     add_options(command, TrainOptions)
     _add_resume(command)
+
+    command = add("plan", _plan, "say beforehand what a run takes: memory, time, the longest context")
+    add_options(command, PlanOptions)
 
     command = add("generate", _generate, "complete one prompt; prints the completion alone")
     _add_model(command)
@@ -147,6 +150,12 @@ def _train(options: dict[str, Any]) -> None:
     from fettle.training.sft import resume_training, train
 
     _fit(options, TrainOptions, train, resume_training)
+
+
+def _plan(options: dict[str, Any]) -> None:
+    from fettle.training.planning import plan
+
+    plan(resolve(PlanOptions, options, options.pop("config", None)))
 
 
 def _pretrain(options: dict[str, Any]) -> None:

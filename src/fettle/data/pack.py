@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def pack(examples: Sequence[Example], max_length: int) -> Dataset:
-    """Return packs of at most `max_length` tokens with columns input_ids, labels and seq_lengths.
+    """Return packs of at most `max_length` tokens with columns input_ids, labels, seq_lengths and rows.
 
     Raises `ValueError` for an example longer than a pack.
     """
@@ -42,7 +42,7 @@ def pack(examples: Sequence[Example], max_length: int) -> Dataset:
 
 
 def unpacked(examples: Sequence[Example]) -> Dataset:
-    """Return one row per example, with columns input_ids and labels."""
+    """Return one row per example, with columns input_ids, labels and rows."""
     return _dataset([[example] for example in examples], has_lengths=False)
 
 
@@ -67,5 +67,6 @@ def _dataset(packs: Sequence[Sequence[Example]], has_lengths: bool) -> Dataset:
     }
     if has_lengths:
         columns["seq_lengths"] = [[len(example.input_ids) for example in pack] for pack in packs]
-    features = Features({name: List(Value("int32")) for name in columns})
-    return Dataset.from_dict(columns, features=features)
+    features = Features({name: List(Value("int32")) for name in columns} | {"rows": List(Value("string"))})
+    rows = [[str(example.where) for example in pack] for pack in packs]
+    return Dataset.from_dict(columns | {"rows": rows}, features=features)

@@ -95,6 +95,8 @@ def complete(
     an_epoch = math.ceil(packs / (batch * accumulation))
     steps = options.max_steps or max(1, math.ceil(epochs * an_epoch))
     checkpointing = options.gradient_checkpointing
+    if checkpointing is None and is_full:  # else the memory plan decides, layer by layer
+        checkpointing = weight_bytes > CHECKPOINTED_BYTES
     return dataclasses.replace(
         options,
         batch_size=batch,
@@ -102,7 +104,7 @@ def complete(
         epochs=epochs,
         max_steps=steps,
         learning_rate=options.learning_rate or learning_rate(parameters, is_full=is_full),
-        gradient_checkpointing=weight_bytes > CHECKPOINTED_BYTES if checkpointing is None else checkpointing,
+        gradient_checkpointing=checkpointing,
         eval_steps=options.eval_steps or max(1, math.ceil(steps / 5)),
         save_steps=options.save_steps or max(1, math.ceil(steps / 10)),
     )

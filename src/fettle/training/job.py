@@ -22,6 +22,7 @@ from fettle.training import resume
 from fettle.training.measure import Measurement, measure
 from fettle.training.options import PretrainOptions, TrainOptions
 from fettle.training.outcome import REPORT, Outcome, describe, show_samples
+from fettle.training.planning import Followed
 from fettle.training.progress import peak_memory_bytes
 from fettle.training.report import Sample, write_report
 from fettle.training.rows import Material
@@ -37,7 +38,7 @@ class Job:
 
     options: complete. asked_steps: `--max-steps` as the user gave it. facts: what is known from before a resume.
     begin: called before training, finish: after it, before the scores. save: writes the result into a folder;
-    last_file: the file whose presence makes it a result.
+    last_file: the file whose presence makes it a result. memory: the plan that the run follows.
     """
 
     options: TrainOptions | PretrainOptions
@@ -55,6 +56,7 @@ class Job:
     last_file: str
     next_commands: list[str]
     console: Console
+    memory: Followed | None = None
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -84,6 +86,7 @@ def _run(job: Job) -> Outcome:
         job.options,
         job.output,
         job.console,
+        job.memory,
     )
     before = _before(job, trainer)
     show_samples([Sample(a.prompt, a.expected, a.answer, None) for a in before.answers[:3]], job.console)
@@ -91,10 +94,20 @@ def _run(job: Job) -> Outcome:
     job.begin()
     if not trainer.train():
         raise _interrupted(job)
+    _show_cost(job, trainer)
     job.finish()
     after = _measure(job, trainer)
     _save(job)
     return _report(job, trainer, before, after)
+
+
+def _show_cost(job: Job, trainer: Run) -> None:
+    """Predicted against measured."""
+    if job.memory is None:
+        return
+    speed = trainer.progress.tokens_per_second
+    for line in job.memory.outcome(peak_memory_bytes(job.model.device), speed):
+        job.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _write_run_file(job: Job) -> None:

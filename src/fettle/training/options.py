@@ -9,6 +9,7 @@ from typing import Any, Literal
 Device = Literal["cpu", "cuda"]
 TrainDtype = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["cosine", "linear", "constant"]
+Quantization = Literal["nf4"]
 TrainOn = Literal["assistant", "all"]
 
 
@@ -33,7 +34,7 @@ class LoopOptions:
     weight_decay: float = _option("AdamW's weight decay", 0.0)
     max_grad_norm: float = _option("gradients longer than this are shortened to it", 1.0)
     gradient_checkpointing: bool | None = _option(
-        "redo activations in the backward pass to save memory (default: for models over 1 GB)"
+        "redo every layer in the backward pass, or none (default: as many as the memory asks for)"
     )
     eval_fraction: float = _option("share of the rows held out to measure the result", 0.05)
     eval_data: str | None = _option("rows to measure on instead, in any form that --data takes")
@@ -57,6 +58,10 @@ class TrainOptions(LoopOptions):
     )
     train_on: TrainOn = _option("take the loss on the assistant's turns only, or on all tokens", "assistant")
     dtype: TrainDtype = _option("type of the frozen weights (auto: as stored; never fp16)", "auto")
+    quantization: Quantization | None = _option(
+        "hold the frozen weights in 4 bits (default: as --dtype says)"
+    )
+    memory: str | None = _option("memory the run may use, as 8GB (default: what the device has free)")
     rank: int = _option("width of the LoRA adapters", 16)
     alpha: float | None = _option("the adapters' update is scaled by alpha / rank (default: rank)")
     dropout: float = _option("dropout on the adapters' input", 0.0)
@@ -80,3 +85,22 @@ class PretrainOptions(LoopOptions):
     key_value_heads: int | None = _option("key-value heads (default: as many as heads)")
     context: int = _option("longest text the model is made for, in tokens", 2048)
     save_dtype: Literal["float32", "bfloat16"] = _option("type of the saved weights", "bfloat16")
+
+
+@dataclass(kw_only=True, slots=True)
+class PlanOptions:
+    """Options of `fettle plan`."""
+
+    model: str = field(metadata={"help": "folder with a config.json, hub name, or fettle-tiny"})
+    context: int | None = _option("tokens of a row (default: the model's context, at most 2048)")
+    memory: str | None = _option("memory the run may use, as 16GB (default: what the device has free)")
+    method: Literal["sft", "dpo"] = _option(
+        "sft: a row a batch; dpo: a pair of rows, and a pass of the reference model", "sft"
+    )
+    rank: int = _option("width of the LoRA adapters", 16)
+    quantization: Quantization | None = _option("hold the frozen weights in 4 bits")
+    dtype: Literal["bfloat16", "float32"] = _option("type of the weights", "bfloat16")
+    batch_size: int = _option("rows, or pairs, side by side", 1)
+    gradient_accumulation_steps: int = _option("batches a step", 1)
+    device: Device | None = _option("where to compute (default: cuda where there is one)")
+    json: bool = _option("print the plan as JSON", False)

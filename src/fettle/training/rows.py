@@ -44,6 +44,13 @@ class Material:
     kept: list[Question]
     summary: Summary
 
+    @property
+    def train_lengths(self) -> list[list[int]]:
+        """Tokens of each document of each pack."""
+        if "seq_lengths" in self.train.column_names:
+            return list(self.train["seq_lengths"])
+        return [[len(ids)] for ids in self.train["input_ids"]]
+
 
 def split(options: LoopOptions, rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """Training rows and held-out rows: those of `--eval-data`, or a share of the data itself."""

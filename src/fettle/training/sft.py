@@ -21,11 +21,13 @@ from fettle.models.decoder import DecoderForCausalLM
 from fettle.models.load import Dtype, load_model, load_tokenizer, stored_dtype
 from fettle.models.save import save_tokenizer
 from fettle.options import read
+from fettle.quantization.layers import is_quantized
 from fettle.training import resume
 from fettle.training.defaults import complete, length_limit, require_sensible
 from fettle.training.job import Job, is_finished, run
-from fettle.training.options import Device, TrainOptions
+from fettle.training.options import Device, Quantization, TrainOptions
 from fettle.training.outcome import Outcome
+from fettle.training.planning import follow
 from fettle.training.rows import fingerprints, prepare, show_data
 
 
@@ -73,11 +75,13 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
         parameters=base.num_parameters(),
         weight_bytes=base.get_memory_footprint(),
     )
+    memory = follow(options, base, material.train_lengths, console)
     model = _adapt(base, options)
     context = fixed_context(base, longest)
     name = remembered_name(options.model)
-    note = AdapterFacts(base_fingerprint=seen["model"], context_tokens=context)
-    dtype = str(base.dtype).removeprefix("torch.")
+    quantization: Quantization | None = "nf4" if is_quantized(base) else None
+    note = AdapterFacts(base_fingerprint=seen["model"], context_tokens=context, quantization=quantization)
+    dtype = quantization or str(base.dtype).removeprefix("torch.")
     output = shlex.quote(options.output)
     return Job(
         options=options,
@@ -98,6 +102,7 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
             f"fettle export --model {output} --format safetensors --to {shlex.quote(options.output + '-merged')}",
         ],
         console=console,
+        memory=memory,
     )
 
 
@@ -109,7 +114,8 @@ def _load_base(options: TrainOptions, folder: Path) -> tuple[DecoderForCausalLM,
         # fp16 loses small gradients; its weights are exact in fp32, and near enough in bf16 where memory counts
         is_narrow = device.type == "cuda" and torch.cuda.is_bf16_supported()
         dtype = "bfloat16" if is_narrow else "float32"
-    return load_model(folder, dtype=dtype, device=device), cast(Device, device.type)
+    base = load_model(folder, dtype=dtype, device=device, quantization=options.quantization)
+    return base, cast(Device, device.type)
 
 
 def _adapt(base: DecoderForCausalLM, options: TrainOptions) -> PeftModel:

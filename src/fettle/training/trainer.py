@@ -1,5 +1,6 @@
 """TRL's SFT trainer, as it is, set up for rows that are already tokenised and packed."""
 
+import dataclasses
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,13 +21,15 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from fettle.data import collator
 from fettle.models.quiet import without_progress_bars
 from fettle.training.options import LoopOptions
+from fettle.training.planning import Followed
 from fettle.training.progress import Point, ProgressCallback, points, show_progress
 from fettle.training.resume import CHECKPOINTS, MarkComplete, last_complete
+from fettle.training.steps import Trainer
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -64,7 +67,7 @@ class StopOnInterrupt(TrainerCallback):
 class Run:
     """A trainer ready to go, with what watches over it."""
 
-    trainer: SFTTrainer
+    trainer: Trainer
     progress: ProgressCallback
     interrupt: StopOnInterrupt
 
@@ -123,12 +126,20 @@ def build(
     options: LoopOptions,
     output: Path,
     console: Console,
+    memory: Followed | None = None,
 ) -> Run:
-    """Return TRL's trainer for packs made by `fettle.data.pack`; `options` must be complete."""
+    """Return TRL's trainer for packs made by `fettle.data.pack`; `options` must be complete.
+
+    memory: the plan in effect; without one `options.gradient_checkpointing` redoes all layers or none.
+    """
     interrupt = StopOnInterrupt()
-    trainer = SFTTrainer(
+    trainer = Trainer(
         model=model,
-        args=sft_config(options, output, has_held_out=held_out_packs is not None),
+        args=sft_config(
+            options if memory is None else dataclasses.replace(options, gradient_checkpointing=False),
+            output,
+            has_held_out=held_out_packs is not None,
+        ),
         train_dataset=train_packs,
         eval_dataset=held_out_packs,
         processing_class=tokenizer,
@@ -138,7 +149,10 @@ def build(
             MarkComplete(),
             interrupt,
         ],
+        **({} if memory is None else {"step_leaner": memory.step_leaner}),
     )
+    if memory is not None:
+        memory.apply()
     return Run(trainer, show_progress(trainer, console), interrupt)
 
 
@@ -163,7 +177,7 @@ def sft_config(options: LoopOptions, output: Path, *, has_held_out: bool) -> SFT
         warmup_steps=round(options.warmup_ratio * options.max_steps),
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
-        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing=bool(options.gradient_checkpointing),
         eval_strategy="steps" if has_held_out else "no",
         eval_steps=options.eval_steps,
         save_strategy="steps",

@@ -1,0 +1,168 @@
+"""From a run's options to the plan it follows, and from a run to what it really took."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from rich.console import Console
+from transformers import PreTrainedConfig
+
+from fettle.adapters.load import device_of
+from fettle.errors import UserError
+from fettle.files import human_bytes
+from fettle.memory.budget import free_bytes, parse_bytes
+from fettle.memory.costs import Workload
+from fettle.memory.plan import Plan, Planner
+from fettle.memory.policies import Policy
+from fettle.memory.probe import probe
+from fettle.memory.report import as_dict, refusal, show_plan
+from fettle.memory.shapes import Shapes
+from fettle.models.config import config_of
+from fettle.models.decoder import DecoderForCausalLM
+from fettle.models.families import Family
+from fettle.quantization.layers import is_quantized
+from fettle.training.options import PlanOptions, TrainOptions
+
+PROGRAM_BYTES = {"cpu": 520_000_000, "cuda": 0}
+"""The process before it has a model; on a GPU only what tensors take is counted."""
+
+
+def plan(options: PlanOptions, console: Console | None = None) -> Plan:
+    """Print what a run would cost, from the model's config alone. Raises UserError where it cannot fit."""
+    console = console or Console()
+    config, family = config_of(options.model)
+    context = options.context or min(2048, config.max_position_embeddings)
+    for name in ("context", "rank", "batch_size", "gradient_accumulation_steps"):
+        if (getattr(options, name) or 1) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected 1 or more.")
+    if context > config.max_position_embeddings:
+        raise UserError(
+            f"--context is {context}, and the model's is {config.max_position_embeddings} tokens; ask for at most that."
+        )
+    device = device_of(options.device)
+    budget = free_bytes(device) if options.memory is None else parse_bytes(options.memory)
+    pair = 2 if options.method == "dpo" else 1
+    work = Workload(
+        tokens=pair * options.batch_size * context,
+        documents=pair * options.batch_size,
+        rank=options.rank,
+        dtype=getattr(torch, options.dtype),
+        is_nf4=options.quantization == "nf4",
+        references=pair - 1,
+        device_type=device.type,
+    )
+    planner = _planner(
+        config, family, work, device, options.gradient_accumulation_steps, PROGRAM_BYTES[device.type]
+    )
+    allowed = allowed_policies(work, None)
+    best = planner.best(work, budget, allowed)
+    if best is None:
+        raise refusal(planner, work, budget, allowed)
+    longest = planner.longest(work, budget, allowed)
+    if options.json:
+        print(json.dumps(as_dict(best, budget=budget, longest=longest), indent=2))
+    else:
+        show_plan(best, console, budget=budget, longest=longest)
+    return best
+
+
+def _planner(
+    config: PreTrainedConfig,
+    family: Family,
+    work: Workload,
+    device: torch.device,
+    accumulation: int,
+    base: int,
+) -> Planner:
+    shapes = Shapes.of(config, family)
+    return Planner(shapes, probe(config, shapes, work, device), accumulation, base)
+
+
+def allowed_policies(work: Workload, gradient_checkpointing: bool | None) -> tuple[Policy, ...]:
+    """What the device and the user leave to choose from. Parking needs a host beside the device."""
+    policies = [Policy.KEEP, Policy.DROP]
+    if gradient_checkpointing is not False:
+        policies += [Policy.REDO_MLP] if work.runs_whole_mlp else []
+        policies += [Policy.KEEP_ATTENTION, Policy.REDO]
+        policies += [Policy.PARK] if work.device_type == "cuda" else []
+    if gradient_checkpointing:
+        policies = [policy for policy in policies if policy >= Policy.KEEP_ATTENTION]
+    return tuple(policies)
+
+
+@dataclass(slots=True)
+class Followed:
+    """A plan put into effect on a model, with what to do when it proves too generous."""
+
+    planner: Planner
+    work: Workload
+    plan: Plan
+    budget: int
+    allowed: tuple[Policy, ...]
+    model: DecoderForCausalLM
+    console: Console
+
+    def apply(self) -> None:
+        """Give every layer its policy."""
+        self.model.set_policies(self.plan.policies)
+
+    def step_leaner(self) -> bool:
+        """Take the fastest plan with a peak at least a tenth lower; False where there is none."""
+        leaner = self.planner.best(self.work, int(0.9 * self.plan.peak), self.allowed)
+        if leaner is None:
+            least = self.planner.leanest(self.work, self.allowed)
+            leaner = least if least.peak < self.plan.peak else None
+        if leaner is None:
+            return False
+        self.console.print(
+            f"out of memory at a planned peak of {human_bytes(self.plan.peak)}: the step is repeated with a plan of "
+            f"{human_bytes(leaner.peak)}",
+            highlight=False,
+        )
+        self.plan = leaner
+        self.apply()
+        return True
+
+    def outcome(self, peak_bytes: int, tokens_per_second: float | None) -> list[str]:
+        """Predicted against measured; a step's seconds at the measured speed."""
+        lines = [f"peak memory: {human_bytes(self.plan.peak)} predicted, {human_bytes(peak_bytes)} measured"]
+        if tokens_per_second:
+            seconds = self.plan.tokens / tokens_per_second
+            lines.append(f"a full step: {self.plan.seconds:.2g} s predicted, {seconds:.2g} s measured")
+        return lines
+
+
+def follow(
+    options: TrainOptions,
+    model: DecoderForCausalLM,
+    lengths: Sequence[Sequence[int]],
+    console: Console,
+) -> Followed:
+    """Plan the run, print the plan and put it into effect. lengths: of the documents of each pack."""
+    device = model.device
+    budget = free_bytes(device) if options.memory is None else parse_bytes(options.memory)
+    assert options.batch_size and options.gradient_accumulation_steps
+    work = Workload(
+        tokens=options.batch_size * max(sum(pack) for pack in lengths),
+        documents=max(1, round(options.batch_size * sum(map(len, lengths)) / len(lengths))),
+        rank=options.rank,
+        targets=None if options.target_modules is None else tuple(options.target_modules),
+        dtype=model.dtype,
+        is_nf4=is_quantized(model),
+        has_dropout=options.dropout > 0,
+        device_type=device.type,
+    )
+    base = PROGRAM_BYTES[device.type]
+    if device.type == "cpu":  # as it is, the data included
+        base = max(base, psutil.Process().memory_info().rss - model.get_memory_footprint())
+    planner = _planner(model.config, model.family, work, device, options.gradient_accumulation_steps, base)
+    allowed = allowed_policies(work, options.gradient_checkpointing)
+    best = planner.best(work, budget, allowed)
+    if best is None:
+        raise refusal(planner, work, budget, allowed)
+    followed = Followed(planner, work, best, budget, allowed, model, console)
+    followed.apply()
+    show_plan(best, console, budget=budget)
+    return followed

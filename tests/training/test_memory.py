@@ -1,0 +1,146 @@
+"""A run keeps to its plan, survives running out of memory, and stops before a broken update."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from fettle.errors import UserError
+from fettle.memory.policies import Policy
+from fettle.models import decoder
+from fettle.training import sft
+from fettle.training.options import PlanOptions, TrainOptions
+from fettle.training.planning import plan
+from fettle.training.sft import train
+from fettle.training.steps import rows_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
+
+
+def run(model, data, output, **options) -> str:
+    settings = {"max_steps": 3, "learning_rate": 0.02, "samples": 1, "device": "cpu"} | options
+    console = Console(file=io.StringIO(), width=200)
+    train(TrainOptions(model=str(model), data=str(data), output=str(output), **settings), console=console)
+    return console.file.getvalue()
+
+
+def run_layers_with(monkeypatch, function) -> None:
+    """Let `function` run the layers once the plan, which runs one as well, is made."""
+    follow = sft.follow
+
+    def then_replace(*args):
+        followed = follow(*args)
+        monkeypatch.setattr(decoder, "run_layer", function)
+        return followed
+
+    monkeypatch.setattr(sft, "follow", then_replace)
+
+
+def adapter(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_the_plan_comes_first_and_is_compared_at_the_end(small_model, chats, tmp_path):
+    text = run(small_model, chats, tmp_path / "out")
+    assert text.index("peak") < text.index("training")
+    assert "peak memory:" in text and "predicted" in text and "measured" in text
+
+
+def test_running_out_of_memory_changes_nothing_but_the_plan(small_model, chats, tmp_path, monkeypatch):
+    """The second step fails once, in its second batch; the same step is made again, with a leaner plan."""
+    settings = {"gradient_accumulation_steps": 2, "max_length": 64, "max_steps": 3}
+    run(small_model, chats, tmp_path / "smooth", **settings)
+    run_layer, calls = decoder.run_layer, []
+
+    def fail_once(policy, compute, x):
+        calls.append(policy)
+        if len(calls) == 2 * (2 + 1) + 2:  # two layers a batch; the last layer of the fourth batch
+            raise torch.OutOfMemoryError("out of memory")
+        return run_layer(policy, compute, x)
+
+    run_layers_with(monkeypatch, fail_once)
+    text = run(small_model, chats, tmp_path / "bumpy", **settings)
+    assert text.count("out of memory") == 1
+    assert calls[-1] > calls[0], "no leaner policy was taken"
+    smooth, bumpy = adapter(tmp_path / "smooth"), adapter(tmp_path / "bumpy")
+    assert all(torch.equal(smooth[name], bumpy[name]) for name in smooth)
+
+
+def test_out_of_memory_with_the_leanest_plan_ends_the_run(small_model, chats, tmp_path, monkeypatch):
+    def fail(policy, compute, x):
+        raise torch.OutOfMemoryError("out of memory")
+
+    run_layers_with(monkeypatch, fail)
+    with pytest.raises(UserError, match="leanest plan"):
+        run(small_model, chats, tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_stops_before_the_update(small_model, chats, tmp_path, monkeypatch, value):
+    run_layer, calls = decoder.run_layer, []
+
+    def break_third_step(policy, compute, x):
+        calls.append(policy)
+        return run_layer(policy, compute, x) * (value if len(calls) == 6 else 1)
+
+    run_layers_with(monkeypatch, break_third_step)
+    with pytest.raises(UserError, match=r"loss is nan at step 3.*chats.jsonl, (row|line) \d+"):
+        run(small_model, chats, tmp_path / "out", save_steps=50, max_steps=4)
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-2"
+    assert all(tensor.isfinite().all() for tensor in adapter(checkpoint).values())
+
+
+def test_a_budget_nothing_fits_in(small_model, chats, tmp_path):
+    with pytest.raises(UserError, match=r"the least this run needs is .* [MG]B"):
+        run(small_model, chats, tmp_path / "out", memory="1MB")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", ["lots", "16", "0GB", "-3GB", "1e3MB"])
+def test_a_malformed_budget(small_model, size, cli):
+    ended = cli("plan", "--model", small_model, f"--memory={size}", "--device", "cpu")
+    if size == "16":  # 16 bytes is an amount, if a small one
+        assert ended.code == 2 and "too little" in ended.err
+    else:
+        assert ended.code == 2 and "such as 16GB" in ended.err
+
+
+def test_a_plan_needs_no_weights(small_model, tmp_path, cli):
+    (tmp_path / "config.json").write_text((small_model / "config.json").read_text())
+    ended = cli("plan", "--model", tmp_path, "--memory", "4GB", "--json", "--device", "cpu")
+    found = json.loads(ended.out)
+    assert ended.code == 0 and found["peak_bytes"] <= found["budget_bytes"] == 4_000_000_000
+    assert sum(found["memory_bytes"].values()) == found["peak_bytes"]
+    assert sum(found["layers"].values()) == 2
+    assert found["longest_context_tokens"] == 256
+
+
+def test_a_context_beyond_the_models(small_model, cli):
+    ended = cli("plan", "--model", small_model, "--context", 257, "--device", "cpu")
+    assert ended.code == 2 and "256" in ended.err
+
+
+def test_pairs_take_more_than_rows(small_model):
+    quiet = Console(file=io.StringIO())
+    rows, pairs = (
+        plan(PlanOptions(model=str(small_model), method=method, device="cpu"), quiet)
+        for method in ("sft", "dpo")
+    )
+    assert pairs.peak > rows.peak and pairs.tokens == 2 * rows.tokens
+
+
+def test_rows_are_found_by_their_tokens():
+    from datasets import Dataset
+
+    packs = Dataset.from_dict({"input_ids": [[1, 2, 3], [1, 4], [4, 5]], "rows": [["a", "b"], ["c"], ["d"]]})
+    assert rows_of(packs, [1, 2, 3, 4, 5]) == ["a", "b", "d"]
+    assert rows_of(packs, [9, 9]) == []
+
+
+def test_policies_are_ordered_from_most_memory_to_least():
+    assert list(Policy) == sorted(Policy)
