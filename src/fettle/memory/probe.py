@@ -181,7 +181,7 @@ def _time_layer(
 
     if device.type == "cuda":
         run()
-    return seconds_of(run, device, repeats=3 if device.type == "cuda" else 1)
+    return seconds_of(run, device, repeats=3 if device.type == "cuda" else 2)
 
 
 def _time_attention(shapes: Shapes, work: Workload, device: torch.device) -> tuple[float, float]:

@@ -5,7 +5,8 @@
 With `softcap` the scores s become softcap * tanh(s / softcap) first (Gemma 2, arXiv 2408.00118, section 2).
 
 A pack is several documents laid end to end. A dense mask over the whole pack costs tokens^2 memory and
-computes mostly zeros. On a GPU a Triton kernel walks each token's own document. Elsewhere documents of similar
+computes mostly zeros. On a GPU FlashAttention-2 takes the documents' bounds, and a Triton kernel serves what that
+does not (a soft cap, fp32, GPUs before Ampere). Elsewhere documents of similar
 length (equal up to the next power of two) are gathered into one right-padded batch: under a causal rule the
 padding lies after every real query, so no mask is needed. Cost: the documents' own length^2, at most 4 times that.
 
@@ -22,7 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from fettle.ops.attention_cpu import Rules, tiled_backward, tiled_forward
-from fettle.ops.dispatch import uses_triton
+from fettle.ops.attention_flash import flash_backward, flash_forward
+from fettle.ops.dispatch import uses_flash_attention, uses_triton
 
 SMALLEST_GROUP = 16
 """Documents shorter than this share one group: below it a call costs more than the padding."""
@@ -47,10 +49,13 @@ class Documents:
     """How a flat row of T tokens divides into documents; made once per batch, used by every layer.
 
     lengths: (T,) each token's own document's length. starts: (T,) int32, where each token's document begins.
+    bounds: int32, where the documents begin, and T. longest: in tokens.
     """
 
     lengths: torch.Tensor
     starts: torch.Tensor
+    bounds: torch.Tensor
+    longest: int
     groups: tuple[Group, ...]
 
     @classmethod
@@ -65,7 +70,8 @@ class Documents:
             chosen = torch.tensor([i for i, s in enumerate(sizes) if s == size], device=starts.device)
             groups.append(_group(starts[chosen], lengths[chosen]))
         per_token = torch.stack((lengths, starts)).repeat_interleave(lengths, dim=1)
-        return cls(per_token[0], per_token[1].int(), tuple(groups))
+        bounds = torch.cat((starts[:1], ends)).int()
+        return cls(per_token[0], per_token[1].int(), bounds, int(lengths.max()), tuple(groups))
 
 
 def _group(starts: torch.Tensor, lengths: torch.Tensor) -> Group:
@@ -165,6 +171,8 @@ def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, rules: Rules
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out, (T, H, D), and the logsumexp of the scores, (H, T)."""
+    if rules.softcap is None and uses_flash_attention(query):
+        return flash_forward(query, key, value, documents.bounds, documents.longest, rules)
     if uses_triton(query):
         from fettle.ops.kernels.attention import attention_forward
 
@@ -192,10 +200,12 @@ def _backward(
     documents: Documents,
     rules: Rules,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    saved = (query, key, value, out, logsumexp)
+    if rules.softcap is None and uses_flash_attention(query):
+        return flash_backward(grad, saved, documents.bounds, documents.longest, rules)
     if uses_triton(query):
         from fettle.ops.kernels.attention import attention_backward
 
-        saved = (query, key, value, out, logsumexp)
         return attention_backward(grad, *saved, documents.starts, **rules._asdict())
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
     for group in documents.groups:

@@ -124,7 +124,7 @@ def _tiles(query: torch.Tensor, window: int | None) -> list[Tile]:
 
 
 def _scratch(query: torch.Tensor, tiles: list[Tile], dtype: torch.dtype) -> torch.Tensor:
-    """Room for the largest tile's scores. Allocating a tile each time costs more than computing it."""
+    """Room for the largest tile's scores."""
     scores = max(math.prod(side.stop - side.start for side in tile) for tile in tiles)
     return torch.empty(query.shape[1] * scores, dtype=dtype, device=query.device)
 

@@ -30,3 +30,11 @@ def _has_triton() -> bool:
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+def uses_flash_attention(query: torch.Tensor) -> bool:
+    """Whether PyTorch's FlashAttention-2 takes `query` (..., D): 16 bits, D up to 256, Ampere or later."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    channels = query.shape[-1]
+    return channels <= 256 and channels % 8 == 0 and torch.cuda.get_device_capability(query.device) >= (8, 0)

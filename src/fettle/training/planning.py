@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from fettle.adapters.load import device_of
 from fettle.errors import UserError
 from fettle.files import human_bytes
+from fettle.memory.allocator import keep_freed_memory, return_freed_memory
 from fettle.memory.budget import free_bytes, parse_bytes
 from fettle.memory.costs import Workload
 from fettle.memory.plan import Plan, Planner
@@ -77,7 +78,11 @@ def _planner(
     base: int,
 ) -> Planner:
     shapes = Shapes.of(config, family)
-    return Planner(shapes, probe(config, shapes, work, device), accumulation, base)
+    if device.type == "cpu":
+        keep_freed_memory()  # before the probe, which is to see what the run will
+    rates = probe(config, shapes, work, device)
+    return_freed_memory()  # what the probe's layer took
+    return Planner(shapes, rates, accumulation, base)
 
 
 def allowed_policies(work: Workload, gradient_checkpointing: bool | None) -> tuple[Policy, ...]:

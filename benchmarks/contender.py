@@ -1,0 +1,301 @@
+"""One contender trains for a few steps in this process and prints what it took, as one line of JSON.
+
+    python benchmarks/contender.py fettle --config CONFIG.json --tokens 1024 --memory 10.7GB
+    python benchmarks/contender.py trl --config CONFIG.json --tokens 1024
+
+Both get the same weights (random, drawn by the parameter's name), the same packs and TRL's own trainer; trl is
+transformers + PEFT + TRL as they come, trl-liger the same with Liger's kernels. `compare.py` runs them in turn.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from trl import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+CONTENDERS = ("fettle", "trl", "trl-liger", "unsloth")
+BLOCK = 1 << 20
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
+    started = time.perf_counter()
+    make = {"fettle": fettle_trainer, "trl": trl_trainer, "trl-liger": trl_trainer, "unsloth": unsloth_trainer}
+    clock = Clock(device)
+    trainer, plan = make[options.contender](options, device, clock)
+    built_bytes = resident_bytes() if device.type == "cpu" else torch.cuda.memory_allocated()
+    load_peak = peak_bytes(device)
+    reset_peak(device)
+    loaded = time.perf_counter() - started
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result = {
+        "contender": options.contender,
+        "losses": losses,
+        "seconds": clock.seconds,
+        "peak_bytes": peak_bytes(device),
+        "load_peak_bytes": load_peak,
+        "model_bytes": built_bytes,
+        "load_seconds": loaded,
+        "plan": plan,
+    }
+    print("RESULT " + json.dumps(result), flush=True)
+
+
+class Clock(TrainerCallback):
+    """Seconds of each step; the GPU's queue is emptied at both ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._synchronize()
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._synchronize()
+        self.seconds.append(time.perf_counter() - self.begin)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most bytes held since the last reset: by PyTorch on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # of the high-water mark
+
+
+# --- the same model, data and adapters for everyone --------------------------------------------------------
+
+
+def fill(name: str, tensor: torch.Tensor) -> None:
+    """Random numbers that hang on the name alone, the same in every process: a block, over and over."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    block = torch.randn(BLOCK, generator=generator).mul_(0.02).to(tensor.dtype).to(tensor.device)
+    flat = tensor.data.view(-1)
+    for start in range(0, flat.numel(), BLOCK):
+        part = flat[start : start + BLOCK]
+        part.copy_(block[: part.numel()])
+    if tensor.dim() == 1:
+        tensor.data.add_(1)
+
+
+def fill_adapter(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            fill(name, parameter)
+
+
+def materialise(model: nn.Module, device: torch.device) -> nn.Module:
+    """Weights for a model made on the meta device; its rotary embedding is made anew."""
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = None
+    model.to_empty(device=device)
+    model.model.rotary_emb = type(rotary)(model.config).to(device)
+    for name, parameter in model.named_parameters():
+        fill(name, parameter)
+    model.tie_weights()
+    return model
+
+
+def config_of(options: argparse.Namespace) -> Any:
+    content = json.loads(Path(options.config).read_text())
+    content.pop("auto_map", None)
+    content.pop("quantization_config", None)
+    if options.layers:
+        content["num_hidden_layers"] = options.layers
+        if content.get("layer_types"):
+            content["layer_types"] = content["layer_types"][: options.layers]
+    return AutoConfig.for_model(**content)
+
+
+def packs(options: argparse.Namespace, vocabulary: int) -> Dataset:
+    """Random tokens: `rows` packs of `documents` equal documents."""
+    generator = torch.Generator().manual_seed(1)
+    length = options.tokens // options.documents
+    rows = [
+        torch.randint(3, min(vocabulary, 32000), (options.tokens,), generator=generator).tolist()
+        for _ in range(options.steps)
+    ]
+    return Dataset.from_dict(
+        {"input_ids": rows, "labels": rows, "seq_lengths": [[length] * options.documents] * len(rows)}
+    )
+
+
+def sft_config(options: argparse.Namespace, device: torch.device, **changes: Any) -> SFTConfig:
+    """TRL's defaults but for what makes runs comparable."""
+    return SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=options.steps,
+        per_device_train_batch_size=1,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+        save_strategy="no",
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=False,
+        **changes,
+    )
+
+
+
+def tokenizer_of(options: argparse.Namespace) -> Any:
+    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+# --- contenders --------------------------------------------------------------------------------------------
+
+
+def trl_trainer(options: argparse.Namespace, device: torch.device, clock: Clock) -> tuple[Any, None]:
+    from peft import LoraConfig
+    from trl import SFTTrainer
+
+    config = config_of(options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = materialise(model, device)
+    changes: dict[str, Any] = {"use_liger_kernel": True} if options.contender == "trl-liger" else {}
+    if options.no_checkpointing:
+        changes["gradient_checkpointing"] = False
+    trainer = SFTTrainer(
+        model=model,
+        args=sft_config(options, device, **changes),
+        train_dataset=packs(options, config.vocab_size),
+        processing_class=tokenizer_of(options),
+        data_collator=DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True),
+        peft_config=LoraConfig(
+            r=options.rank, lora_alpha=options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+        callbacks=[clock],
+    )
+    fill_adapter(trainer.model)
+    return trainer, None
+
+
+def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clock) -> tuple[Any, Any]:
+    from rich.console import Console
+
+    from fettle.adapters.lora import adapt
+    from fettle.models.decoder import causal_lm_class
+    from fettle.training.options import TrainOptions
+    from fettle.training.planning import follow
+    from fettle.training.steps import Trainer
+
+    config = config_of(options)
+    with torch.device("meta"):
+        model = causal_lm_class(config.model_type)(config).to(torch.bfloat16)
+    model = materialise_nf4(model, device) if options.quantization else materialise(model, device)
+    dataset = packs(options, config.vocab_size)
+    run = TrainOptions(
+        model="", data="", output="", rank=options.rank, memory=options.memory, batch_size=1,
+        gradient_accumulation_steps=1, gradient_checkpointing={None: None, "none": False, "all": True}[options.redo],
+    )  # fmt: skip
+    followed = follow(run, model, list(dataset["seq_lengths"]), Console(stderr=True))
+    adapted = adapt(model, rank=options.rank)
+    fill_adapter(adapted)
+    trainer = Trainer(
+        model=adapted,
+        args=sft_config(options, device, gradient_checkpointing=False, bf16=False),
+        train_dataset=dataset,
+        processing_class=tokenizer_of(options),
+        data_collator=DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True),
+        callbacks=[clock],
+        step_leaner=followed.step_leaner,
+    )
+    followed.apply()
+    plan = followed.plan
+    return trainer, {
+        "peak_bytes": plan.peak,
+        "seconds": plan.seconds,
+        "layers": {policy.name: count for policy, count in plan.counts().items()},
+    }
+
+
+def materialise_nf4(model: Any, device: torch.device) -> Any:
+    """As `materialise`, each matrix quantised before the next is made."""
+    from fettle.quantization.nf4 import Nf4Linear
+
+    for name, module in list(model.model.named_modules(prefix="model")):
+        if isinstance(module, nn.Linear):
+            module.to_empty(device=device)
+            for leaf, parameter in module.named_parameters():
+                fill(f"{name}.{leaf}", parameter)
+            model.set_submodule(name, Nf4Linear.from_linear(module))
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(model.config).to(device)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            real = nn.Parameter(torch.empty_like(parameter, device=device))
+            fill(name, real)
+            model.get_submodule(owner).register_parameter(leaf, real)
+    model.tie_weights()
+    return model
+
+
+def unsloth_trainer(options: argparse.Namespace, device: torch.device, clock: Clock) -> tuple[Any, None]:
+    raise SystemExit("unsloth is not installed here; see benchmarks/README.md for how to add it.")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("contender", choices=CONTENDERS)
+    parser.add_argument("--config", required=True, help="a config.json")
+    parser.add_argument("--layers", type=int, help="fewer layers than the config's")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a pack")
+    parser.add_argument("--documents", type=int, default=1, help="equal documents in a pack")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
+    parser.add_argument("--memory", help="fettle's budget")
+    parser.add_argument("--quantization", choices=["nf4"], help="fettle's weights")
+    parser.add_argument("--redo", choices=["none", "all"], help="fettle: no layer is redone, or every one")
+    parser.add_argument("--no-checkpointing", action="store_true", help="TRL: nothing is redone")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""FlashAttention-2's CUDA kernels (arXiv 2307.08691), as PyTorch carries them, over documents laid end to end.
+
+The fastest way on Ampere and later; it knows no soft cap. Its backward adds up with atomics, so that the last
+bits may differ between runs unless `torch.use_deterministic_algorithms(True)` is set.
+"""
+
+import torch
+
+from fettle.ops.attention_cpu import Rules
+
+
+def flash_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    rules: Rules,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out, (T, H, D), and the logsumexp of the scores, (H, T).
+
+    query: (T, H, D); key, value: (T, K, D). bounds: int32, where documents begin, and T. longest: in tokens.
+    """
+    out, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
+        *(query, key, value, bounds, bounds, longest, longest, 0.0, True, False), **_options(rules)
+    )
+    return out, logsumexp
+
+
+def flash_backward(
+    grad: torch.Tensor,
+    saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    bounds: torch.Tensor,
+    longest: int,
+    rules: Rules,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of query, key and value. saved: query, key, value, out, logsumexp."""
+    random = torch.zeros(2, dtype=torch.uint64, device=grad.device)  # asked for, without dropout not read
+    grads = torch.ops.aten._flash_attention_backward(
+        *(grad.contiguous(), *saved, bounds, bounds, longest, longest, 0.0, True, random, random),
+        **_options(rules),
+    )
+    return grads[0], grads[1], grads[2]
+
+
+def _options(rules: Rules) -> dict[str, float | int]:
+    windows = {} if rules.window is None else {"window_size_left": rules.window - 1, "window_size_right": 0}
+    return {"scale": rules.scale, **windows}
