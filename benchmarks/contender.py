@@ -1,7 +1,7 @@
 """One contender trains for a few steps in this process and prints what it took, as one line of JSON.
 
-    python benchmarks/contender.py fettle --config CONFIG.json --tokens 1024 --memory 10.7GB
-    python benchmarks/contender.py trl --config CONFIG.json --tokens 1024
+    python benchmarks/contender.py fettle --model phi-3.5-mini --tokens 1024 --memory 10.7GB
+    python benchmarks/contender.py trl --model phi-3.5-mini --tokens 1024
 
 Both get the same weights (random, drawn by the parameter's name), the same packs and TRL's own trainer; trl is
 transformers + PEFT + TRL as they come, trl-liger the same with Liger's kernels. `compare.py` runs them in turn.
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from shapes import SHAPES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
@@ -28,30 +29,42 @@ BLOCK = 1 << 20
 
 
 def main() -> None:
-    options = _options()
+    options = parser().parse_args()
     torch.set_num_threads(options.threads or torch.get_num_threads())
+    print("RESULT " + json.dumps(run(options)), flush=True)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Build the contender, train, and return what it took."""
     device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
     started = time.perf_counter()
-    make = {"fettle": fettle_trainer, "trl": trl_trainer, "trl-liger": trl_trainer, "unsloth": unsloth_trainer}
+    make = {
+        "fettle": fettle_trainer,
+        "trl": trl_trainer,
+        "trl-liger": trl_trainer,
+        "unsloth": unsloth_trainer,
+    }
     clock = Clock(device)
+    reset_peak(device)
     trainer, plan = make[options.contender](options, device, clock)
-    built_bytes = resident_bytes() if device.type == "cpu" else torch.cuda.memory_allocated()
     load_peak = peak_bytes(device)
     reset_peak(device)
     loaded = time.perf_counter() - started
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    result = {
+    return {
         "contender": options.contender,
-        "losses": losses,
+        "model": options.model or options.config,
+        "tokens": options.tokens,
+        "documents": options.documents,
+        "quantization": options.quantization,
+        "memory": options.memory,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "seconds": clock.seconds,
         "peak_bytes": peak_bytes(device),
         "load_peak_bytes": load_peak,
-        "model_bytes": built_bytes,
         "load_seconds": loaded,
         "plan": plan,
     }
-    print("RESULT " + json.dumps(result), flush=True)
 
 
 class Clock(TrainerCallback):
@@ -79,10 +92,6 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return _status("VmHWM")
-
-
-def resident_bytes() -> int:
-    return _status("VmRSS")
 
 
 def _status(name: str) -> int:
@@ -133,7 +142,7 @@ def materialise(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def config_of(options: argparse.Namespace) -> Any:
-    content = json.loads(Path(options.config).read_text())
+    content = dict(SHAPES[options.model]) if options.model else json.loads(Path(options.config).read_text())
     content.pop("auto_map", None)
     content.pop("quantization_config", None)
     if options.layers:
@@ -176,10 +185,9 @@ def sft_config(options: argparse.Namespace, device: torch.device, **changes: Any
     )
 
 
-
 def tokenizer_of(options: argparse.Namespace) -> Any:
-    from transformers import PreTrainedTokenizerFast
     from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
@@ -279,10 +287,14 @@ def unsloth_trainer(options: argparse.Namespace, device: torch.device, clock: Cl
     raise SystemExit("unsloth is not installed here; see benchmarks/README.md for how to add it.")
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> argparse.ArgumentParser:
+    """The command line; `gpu.py` makes its own runs with it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("contender", choices=CONTENDERS)
-    parser.add_argument("--config", required=True, help="a config.json")
+    parser.add_argument("--model", choices=sorted(SHAPES), help="a shape of shapes.py")
+    parser.add_argument("--config", help="a config.json instead")
     parser.add_argument("--layers", type=int, help="fewer layers than the config's")
     parser.add_argument("--tokens", type=int, default=1024, help="of a pack")
     parser.add_argument("--documents", type=int, default=1, help="equal documents in a pack")
@@ -294,7 +306,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quantization", choices=["nf4"], help="fettle's weights")
     parser.add_argument("--redo", choices=["none", "all"], help="fettle: no layer is redone, or every one")
     parser.add_argument("--no-checkpointing", action="store_true", help="TRL: nothing is redone")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":
