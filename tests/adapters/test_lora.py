@@ -14,6 +14,7 @@ from torch import nn
 
 import fettle.adapters.lora
 import fettle.models.mlp
+import fettle.models.projections
 from fettle.adapters.lora import LoraLinear, adapt, attach
 from fettle.errors import UserError
 
@@ -62,6 +63,11 @@ def fast_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for every adapted layer that goes through fettle's own functions."""
     calls: list[int] = []
     linear, whole = fettle.adapters.lora.lora_linear, fettle.models.mlp.lora_mlp
+    several = fettle.models.projections.lora_linears
+
+    def count_several(x: torch.Tensor, layers: Any) -> Any:
+        calls.extend(1 for layer in layers if layer.update)
+        return several(x, layers)
 
     def count_linear(*args: Any) -> torch.Tensor:
         calls.append(1)
@@ -73,6 +79,7 @@ def fast_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(fettle.adapters.lora, "lora_linear", count_linear)
     monkeypatch.setattr(fettle.models.mlp, "lora_mlp", count_whole)
+    monkeypatch.setattr(fettle.models.projections, "lora_linears", count_several)
     return calls
 
 

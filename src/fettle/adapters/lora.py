@@ -19,8 +19,7 @@ from fettle.errors import UserError, reason_of
 from fettle.models.checkpoint import ADAPTER_WEIGHTS, read_adapter_config
 from fettle.models.safetensors_header import read_places
 from fettle.ops import lora_linear
-from fettle.ops.lora_linear import LowRank
-from fettle.ops.lora_mlp import Projection
+from fettle.ops.lora_linear import LowRank, Projection
 from fettle.quantization.layers import matrix_of
 from fettle.quantization.nf4 import Nf4Linear
 
@@ -37,12 +36,12 @@ class LoraLinear(PeftLoraLinear):
         return lora_linear(x, matrix_of(base), base.bias, lora_a, lora_b, self.scaling[name])
 
     def projection(self) -> Projection | None:
-        """What `lora_mlp` needs of the layer, or None where it cannot serve it."""
+        """What the ops need of the layer, or None where PEFT's own forward must run."""
         name, base = self._fast_adapter((), {}), self.get_base_layer()
-        if name is None or base.bias is not None:
+        if name is None:
             return None
         update = LowRank(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
-        return Projection(matrix_of(base), update)
+        return Projection(matrix_of(base), update, base.bias)
 
     def _fast_adapter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """The name of the one adapter the fast path can serve, or None where PEFT's forward must."""

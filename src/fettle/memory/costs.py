@@ -82,6 +82,7 @@ def kept_by_layer(shapes: Shapes, work: Workload, policy: Policy) -> int:
         elements += 2 * s.intermediate if policy < Policy.REDO_MLP or not work.runs_whole_mlp else 0
         elements += s.intermediate if not work.runs_whole_mlp else 0
         elements += 2 * hidden if policy == Policy.KEEP else 0
+        elements += work.rank * sum(name.startswith(("q", "k", "v", "o")) for name in s.matrices)  # x A^T
         per_token = elements * work.item + attention_result + 8  # and the norms' fp32 factors
     return work.tokens * per_token
 

@@ -25,6 +25,7 @@ from fettle.memory.policies import Keeping, Policy, run_layer
 from fettle.models.families import FAMILIES, Family, option
 from fettle.models.mlp import DecoderMLP
 from fettle.models.packing import find_documents, row_documents
+from fettle.models.projections import project
 from fettle.models.rope import DecoderRotaryEmbedding
 from fettle.ops import (
     Documents,
@@ -105,7 +106,7 @@ class DecoderAttention(nn.Module):
             query_size, key_size = self.heads * self.head_dim, self.key_value_heads * self.head_dim
             query, key, value = self.qkv_proj(x).split((query_size, key_size, key_size), dim=-1)
         else:
-            query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            query, key, value = project(x, self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (t.view(*t.shape[:-1], -1, self.head_dim) for t in (query, key, value))
         if self.has_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)

@@ -1,18 +1,15 @@
 """The decoder's MLP: through one function wherever its matrices are frozen, through its modules elsewhere."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from fettle.models.families import Family, option
+from fettle.models.projections import projection_of
 from fettle.ops import gated_activation
 from fettle.ops.gated_activation import activation_name_of
-from fettle.ops.lora_mlp import MLP, Keep, Projection, lora_mlp
-from fettle.quantization.layers import matrix_of
-from fettle.quantization.nf4 import Nf4Linear
+from fettle.ops.lora_mlp import MLP, Keep, lora_mlp
 
 
 class DecoderMLP(nn.Module):
@@ -42,20 +39,9 @@ class DecoderMLP(nn.Module):
     def _as_function(self) -> MLP | None:
         """What `lora_mlp` works on, or None where a matrix is trained or has something it does not cover."""
         modules = [self.gate_up_proj] if self.is_fused else [self.gate_proj, self.up_proj]
-        *gate_up, down = (_projection_of(module) for module in (*modules, self.down_proj))
+        found = [projection_of(module) for module in (*modules, self.down_proj)]
+        covered = [each for each in found if each is not None and each.bias is None]
         name = activation_name_of(self.activation)
-        found = [projection for projection in gate_up if projection is not None]
-        if name is None or down is None or len(found) < len(modules):
+        if name is None or len(covered) < len(found):
             return None
-        return MLP(tuple(found), down, name)
-
-
-def _projection_of(module: Any) -> Projection | None:
-    """The frozen matrix of a linear layer, with the update of its adapter; None where there is more to it."""
-    if module._forward_hooks or module._forward_pre_hooks:  # somebody wants to see the module run
-        return None
-    if hasattr(module, "projection"):
-        found: Projection | None = module.projection()
-        return found
-    is_plain = type(module) in (nn.Linear, Nf4Linear) and module.bias is None
-    return Projection(matrix_of(module), None) if is_plain and not module.weight.requires_grad else None
+        return MLP(tuple(covered[:-1]), covered[-1], name)

@@ -1,19 +1,23 @@
-"""A frozen linear layer with a low-rank update (Hu et al., 2021, arXiv 2106.09685, equation 3).
+"""Frozen linear layers with low-rank updates (Hu et al., 2021, arXiv 2106.09685, equation 3).
 
     y = x W^T + bias + scale * (x A^T) B^T
 
-Autograd's own graph for this keeps x A^T and a second copy of x where adapters are fp32, and PEFT casts
-x up to the adapters' dtype. Here the adapters may be fp32 masters over bf16 weights: they, being small,
-are cast to x's dtype. Saved for backward: x and references to W, A, B. Redone in backward: x A^T
-(2 * tokens * inputs * rank operations), and the unpacking of W where it is NF4. W and its bias are frozen
-and get no gradient.
+Autograd's own graph for this keeps a second copy of x where adapters are fp32, and PEFT casts x up to the
+adapters' dtype. Here the adapters may be fp32 masters over bf16 weights: they, being small, are cast to x's
+dtype. Layers of one input (query, key and value) share their products with it: one x A^T for all A, one sum for
+the gradient of x. Saved for backward: x, the middles x A^T (tokens * rank each) and references to W, A, B.
+Redone in backward: the unpacking of W where it is NF4. W and its bias are frozen and get no gradient.
+
+Shapes: T tokens; inputs, outputs and rank of each layer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fettle.ops.nf4 import Nf4, dense
 
@@ -26,24 +30,51 @@ class LowRank:
     b: torch.Tensor
     scale: float
 
-    def add_to(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Add `scale * (x A^T) B^T` to `output` (T, outputs), in place. x: (T, inputs)."""
-        return output.addmm_(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype).T, alpha=self.scale)
+    def add_to(self, output: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
+        """Add `scale * middle B^T` to `output` (T, outputs), in place. middle: x A^T, (T, rank)."""
+        return output.addmm_(middle, compute_copy(self.b, output.dtype).T, alpha=self.scale)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        """X A^T, (T, rank)."""
+        return F.linear(x, compute_copy(self.a, x.dtype))
 
     def middle_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """D loss / d (x A^T), (T, rank), given that of the output, (T, outputs)."""
-        return (grad @ self.b.to(grad.dtype)) * self.scale
+        product = grad @ compute_copy(self.b, grad.dtype)
+        return product if self.scale == 1 else product.mul_(self.scale)
 
     def add_input_gradient(self, grad_x: torch.Tensor, grad_middle: torch.Tensor) -> torch.Tensor:
         """Add the update's share to `grad_x` (T, inputs), in place."""
-        return grad_x.addmm_(grad_middle, self.a.to(grad_x.dtype))
+        return grad_x.addmm_(grad_middle, compute_copy(self.a, grad_x.dtype))
 
-    def gradients(
-        self, grad: torch.Tensor, grad_middle: torch.Tensor, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of A and B, in the dtypes of A and B."""
-        grad_b = grad.T @ F.linear(x, self.a.to(x.dtype))
-        return (grad_middle.T @ x).to(self.a.dtype), grad_b.mul_(self.scale).to(self.b.dtype)
+    def b_gradient(self, grad: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
+        """The gradient of B in B's dtype."""
+        grad_b = (grad.T @ middle).to(self.b.dtype)
+        return grad_b if self.scale == 1 else grad_b.mul_(self.scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A frozen linear layer and its update, if it has one. weight: (outputs, inputs)."""
+
+    weight: torch.Tensor | Nf4
+    update: LowRank | None
+    bias: torch.Tensor | None = None
+
+
+_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def compute_copy(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return an adapter's matrix in `dtype`. On a GPU, where a launch is dear, the copy lasts until the parameter
+    is changed: all passes of a step share one."""
+    if parameter.dtype == dtype or not parameter.is_cuda:
+        return parameter.to(dtype)
+    version, copy = _copies.get(parameter, (None, None))
+    if copy is None or version != parameter._version or copy.dtype != dtype:
+        copy = parameter.detach().to(dtype)
+        _copies[parameter] = parameter._version, copy
+    return copy
 
 
 def lora_linear_reference(
@@ -71,38 +102,81 @@ def lora_linear(
 
     x: (..., inputs); weight: (outputs, inputs); lora_a: (rank, inputs); lora_b: (outputs, rank).
     """
-    output: torch.Tensor = _LoraLinear.apply(x, weight, bias, lora_a, lora_b, scale)
+    (output,) = lora_linears(x, [Projection(weight, LowRank(lora_a, lora_b, scale), bias)])
     return output
 
 
-class _LoraLinear(torch.autograd.Function):
+def lora_linears(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
+    """Return the outputs of layers that share the input x (..., inputs); gradients flow to x and the adapters."""
+    updates = [layer.update for layer in layers if layer.update is not None]
+    adapters = [update.a for update in updates] + [update.b for update in updates]
+    outputs: tuple[torch.Tensor, ...] = _LoraLinears.apply(x, tuple(layers), *adapters)
+    return outputs
+
+
+class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor | Nf4,
-        bias: torch.Tensor | None,
-        lora_a: torch.Tensor,
-        lora_b: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, lora_a, lora_b)
-        ctx.weight, ctx.scale = weight, scale
+        ctx: Any, x: torch.Tensor, layers: tuple[Projection, ...], *adapters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
-        output = F.linear(rows, dense(weight, x.dtype), bias)
-        LowRank(lora_a, lora_b, scale).add_to(output, rows)
-        return output.view(*x.shape[:-1], output.shape[-1])
+        middles = _middles(rows, _updates(layers))
+        remaining, outputs = iter(middles), []
+        for layer in layers:
+            output = F.linear(rows, dense(layer.weight, x.dtype), layer.bias)
+            if layer.update is not None:
+                layer.update.add_to(output, next(remaining))
+            outputs.append(output.view(*x.shape[:-1], output.shape[-1]))
+        ctx.layers = layers
+        ctx.save_for_backward(x, *adapters, *middles)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, lora_a, lora_b = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        rows = x.reshape(-1, x.shape[-1])
-        update = LowRank(lora_a, lora_b, ctx.scale)
-        grad_middle = update.middle_gradient(grad)
-        grad_x = grad_a = grad_b = None
+        layers, (x, *saved) = ctx.layers, ctx.saved_tensors
+        updates = _updates(layers)
+        rows, middles = x.reshape(-1, x.shape[-1]), saved[2 * len(updates) :]
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        adapted = [grad for grad, layer in zip(flat, layers, strict=True) if layer.update is not None]
+        grad_middles = [update.middle_gradient(grad) for update, grad in zip(updates, adapted, strict=True)]
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = update.add_input_gradient(grad @ dense(ctx.weight, x.dtype), grad_middle).view_as(x)
-        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            grad_a, grad_b = update.gradients(grad, grad_middle, rows)
-        return grad_x, None, None, grad_a, grad_b, None
+            grad_x = _input_gradient(flat, layers, x.dtype)
+            for update, grad_middle in zip(updates, grad_middles, strict=True):
+                update.add_input_gradient(grad_x, grad_middle)
+            grad_x = grad_x.view_as(x)
+        needed = ctx.needs_input_grad[2:]
+        grads_a: list[torch.Tensor | None] = [None] * len(updates)
+        if any(needed[: len(updates)]):
+            ranks = [update.a.shape[0] for update in updates]
+            together = (_side_by_side(grad_middles).T @ rows).split(ranks)
+            grads_a = [part.to(update.a.dtype) for part, update in zip(together, updates, strict=True)]
+        grads_b = [update.b_gradient(*pair) for update, *pair in zip(updates, adapted, middles, strict=True)]
+        found = [grad if needs else None for grad, needs in zip([*grads_a, *grads_b], needed, strict=True)]
+        return grad_x, None, *found
+
+
+def _updates(layers: Sequence[Projection]) -> list[LowRank]:
+    return [layer.update for layer in layers if layer.update is not None]
+
+
+def _middles(rows: torch.Tensor, updates: Sequence[LowRank]) -> tuple[torch.Tensor, ...]:
+    """X A^T of every update, from one product."""
+    if len(updates) < 2:
+        return tuple(update.middle(rows) for update in updates)
+    together = torch.cat([compute_copy(update.a, rows.dtype) for update in updates])
+    return F.linear(rows, together).split([update.a.shape[0] for update in updates], dim=1)
+
+
+def _input_gradient(
+    grads: Sequence[torch.Tensor], layers: Sequence[Projection], dtype: torch.dtype
+) -> torch.Tensor:
+    """The frozen matrices' share of the gradient of x, (T, inputs)."""
+    total = grads[0] @ dense(layers[0].weight, dtype)
+    for grad, layer in zip(grads[1:], layers[1:], strict=True):
+        total.addmm_(grad, dense(layer.weight, dtype))
+    return total
+
+
+def _side_by_side(middles: Sequence[torch.Tensor]) -> torch.Tensor:
+    return middles[0] if len(middles) == 1 else torch.cat(tuple(middles), dim=1)

@@ -19,21 +19,13 @@ import torch
 import torch.nn.functional as F
 
 from fettle.ops.gated_activation import gated_activation_backward, gated_activation_forward
-from fettle.ops.lora_linear import LowRank
-from fettle.ops.nf4 import Nf4, dense
+from fettle.ops.lora_linear import LowRank, Projection
+from fettle.ops.nf4 import dense
 
 Keep = Literal["gates", "input"]
 
 TILE_TOKENS = {"cpu": 512, "cuda": 8192}
 """From about so many tokens on, a matrix product runs at the device's full speed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """A frozen matrix (outputs, inputs), without bias, and its update, if it has one."""
-
-    weight: torch.Tensor | Nf4
-    update: LowRank | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +136,7 @@ class _Linear:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output = F.linear(x, self.weight)
-        return self.update.add_to(output, x) if self.update else output
+        return self.update.add_to(output, self.update.middle(x)) if self.update else output
 
     def middle_gradient(self, grad: torch.Tensor) -> torch.Tensor | None:
         return self.update.middle_gradient(grad) if self.update else None
@@ -161,7 +153,8 @@ class _Linear:
     def add_gradients(self, grad: torch.Tensor, middle: torch.Tensor | None, x: torch.Tensor) -> None:
         if self.update is None or middle is None:
             return
-        of_tile = self.update.gradients(grad, middle, x)
+        grad_b = self.update.b_gradient(grad, self.update.middle(x))
+        of_tile = (middle.T @ x).to(self.update.a.dtype), grad_b
         if self.gradients is None:
             self.gradients = of_tile
         else:

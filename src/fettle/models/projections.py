@@ -1,0 +1,31 @@
+"""Linear layers as the ops take them: the frozen matrix, the adapter's update, the bias."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fettle.ops.lora_linear import Projection, lora_linears
+from fettle.quantization.layers import matrix_of
+from fettle.quantization.nf4 import Nf4Linear
+
+
+def projection_of(layer: Any) -> Projection | None:
+    """The layer's frozen matrix with its update; None where it is trained itself or there is more to it."""
+    if layer._forward_hooks or layer._forward_pre_hooks:  # somebody wants to see the module run
+        return None
+    if hasattr(layer, "projection"):
+        found: Projection | None = layer.projection()
+        return found
+    is_plain = type(layer) in (nn.Linear, Nf4Linear) and not layer.weight.requires_grad
+    is_plain = is_plain and (layer.bias is None or not layer.bias.requires_grad)
+    return Projection(matrix_of(layer), None, layer.bias) if is_plain else None
+
+
+def project(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
+    """The layers' outputs for one input: through one function in training where all of them allow it."""
+    found = [projection_of(layer) for layer in layers] if torch.is_grad_enabled() else [None]
+    known = [projection for projection in found if projection is not None]
+    if len(known) == len(layers) and any(projection.update for projection in known):
+        return lora_linears(x, known)
+    return tuple(layer(x) for layer in layers)
