@@ -71,9 +71,17 @@ def run_layer(policy: Policy, compute: Compute, x: torch.Tensor) -> torch.Tensor
     keeping = Keeping("input", attention)
     with parked(x) if policy == Policy.PARK else nullcontext():
         output: torch.Tensor = checkpoint(
-            compute, x, keeping, use_reentrant=False, context_fn=lambda: (nullcontext(), _redoing(keeping))
+            *(compute, x, keeping),
+            use_reentrant=False,
+            preserve_rng_state=not is_capturing(),  # which a graph cannot; it has no dropout
+            context_fn=lambda: (nullcontext(), _redoing(keeping)),
         )
     return output
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being recorded."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from transformers.utils import can_return_tuple
 
 from fettle.memory.policies import Keeping, Policy, run_layer
 from fettle.models.families import FAMILIES, Family, option
+from fettle.models.graphs import LayerGraphs
 from fettle.models.mlp import DecoderMLP
 from fettle.models.packing import find_documents, row_documents
 from fettle.models.projections import project
@@ -237,7 +238,20 @@ class Decoder(DecoderPreTrainedModel):
         self.norm = DecoderRMSNorm(config.hidden_size, config.rms_norm_eps, family.has_norm_offset)
         self.rotary_emb = DecoderRotaryEmbedding(config)
         self.gradient_checkpointing = False
+        self.graphs: LayerGraphs | None = None
         self.post_init()
+
+    def use_graphs(self, tokens: int) -> None:
+        """Replay training's rows of up to `tokens` tokens as CUDA graphs; for frozen embeddings without dropout."""
+
+        def layers(
+            x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], documents: Documents
+        ) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x, cos_sin=cos_sin, attention_mask=None, documents=documents, past_key_values=None)
+            return x
+
+        self.graphs = LayerGraphs(layers, self.layers.parameters(), tokens)
 
     @can_return_tuple
     def forward(
@@ -273,6 +287,10 @@ class Decoder(DecoderPreTrainedModel):
         masks = self.masks(x, attention_mask, position_ids, past_key_values) if documents is None else {}
         lengths = None if packed is None else packed.lengths.view(x.shape[:2])
         cos_sin = self.rotary_emb(x, position_ids, lengths)
+        if self.graphs is not None and documents is not None and self.training and torch.is_grad_enabled():
+            if not output_hidden_states and self.graphs.serves(x):
+                x = self.graphs.run(x, cos_sin, documents)
+                return BaseModelOutputWithPast(last_hidden_state=self.norm(x))
         every_state = [x] if output_hidden_states else []
         for layer, is_sliding in zip(self.layers, self.is_sliding, strict=True):
             x = layer(

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fettle.ops.nf4 import Nf4, dense
 
@@ -32,20 +31,20 @@ class LowRank:
 
     def add_to(self, output: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
         """Add `scale * middle B^T` to `output` (T, outputs), in place. middle: x A^T, (T, rank)."""
-        return output.addmm_(middle, compute_copy(self.b, output.dtype).T, alpha=self.scale)
+        return output.addmm_(middle, self.b.to(output.dtype).T, alpha=self.scale)
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
         """X A^T, (T, rank)."""
-        return F.linear(x, compute_copy(self.a, x.dtype))
+        return F.linear(x, self.a.to(x.dtype))
 
     def middle_gradient(self, grad: torch.Tensor) -> torch.Tensor:
         """D loss / d (x A^T), (T, rank), given that of the output, (T, outputs)."""
-        product = grad @ compute_copy(self.b, grad.dtype)
+        product = grad @ self.b.to(grad.dtype)
         return product if self.scale == 1 else product.mul_(self.scale)
 
     def add_input_gradient(self, grad_x: torch.Tensor, grad_middle: torch.Tensor) -> torch.Tensor:
         """Add the update's share to `grad_x` (T, inputs), in place."""
-        return grad_x.addmm_(grad_middle, compute_copy(self.a, grad_x.dtype))
+        return grad_x.addmm_(grad_middle, self.a.to(grad_x.dtype))
 
     def b_gradient(self, grad: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
         """The gradient of B in B's dtype."""
@@ -60,21 +59,6 @@ class Projection:
     weight: torch.Tensor | Nf4
     update: LowRank | None
     bias: torch.Tensor | None = None
-
-
-_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def compute_copy(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return an adapter's matrix in `dtype`. On a GPU, where a launch is dear, the copy lasts until the parameter
-    is changed: all passes of a step share one."""
-    if parameter.dtype == dtype or not parameter.is_cuda:
-        return parameter.to(dtype)
-    version, copy = _copies.get(parameter, (None, None))
-    if copy is None or version != parameter._version or copy.dtype != dtype:
-        copy = parameter.detach().to(dtype)
-        _copies[parameter] = parameter._version, copy
-    return copy
 
 
 def lora_linear_reference(
@@ -164,7 +148,7 @@ def _middles(rows: torch.Tensor, updates: Sequence[LowRank]) -> tuple[torch.Tens
     """X A^T of every update, from one product."""
     if len(updates) < 2:
         return tuple(update.middle(rows) for update in updates)
-    together = torch.cat([compute_copy(update.a, rows.dtype) for update in updates])
+    together = torch.cat([update.a.to(rows.dtype) for update in updates])
     return F.linear(rows, together).split([update.a.shape[0] for update in updates], dim=1)
 
 

@@ -112,6 +112,11 @@ class Followed:
     def apply(self) -> None:
         """Give every layer its policy."""
         self.model.set_policies(self.plan.policies)
+        can_replay = self.work.device_type == "cuda" and not self.work.has_dropout
+        if can_replay and Policy.PARK not in self.plan.policies:
+            self.model.model.use_graphs(self.work.tokens)
+        else:
+            self.model.model.graphs = None
 
     def step_leaner(self) -> bool:
         """Take the fastest plan with a peak at least a tenth lower; False where there is none."""

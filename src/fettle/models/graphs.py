@@ -1,0 +1,118 @@
+"""All layers' forward and backward pass as two CUDA graphs, replayed at every step.
+
+A step of a small model spends more time launching kernels from Python than running them. A graph is launched
+once for all of its kernels. It is fixed in shape, so rows are padded to one length with a document of their own;
+and in place, so inputs are copied in, and the adapters' gradients are added up inside the graph.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fettle.ops import Documents
+
+Layers = Callable[..., torch.Tensor]
+
+SHORTEST = 0.6
+"""Rows below this share of the graph's length run without it: padding would cost more than launching."""
+
+
+class LayerGraphs:
+    """The graphs of one model for rows of up to `tokens` tokens; captured when first asked to `run`.
+
+    layers: calls every layer, (x, cos_sin, documents) -> x. It must do the same in every call, without dropout.
+    """
+
+    def __init__(self, layers: Layers, parameters: Iterable[nn.Parameter], tokens: int) -> None:
+        self.layers, self.tokens = layers, tokens
+        self.trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self.calls = 0
+        self.captured: _Captured | None = None
+
+    def serves(self, x: torch.Tensor) -> bool:
+        """Whether to run x (B, N, E) here. The first call is not: it warms up what is compiled on first use."""
+        is_fit = x.shape[0] == 1 and SHORTEST * self.tokens <= x.shape[1] <= self.tokens
+        self.calls += is_fit
+        return is_fit and self.calls > 1 and not x.requires_grad
+
+    def run(
+        self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], documents: Documents
+    ) -> torch.Tensor:
+        """Return what the layers return for x (1, N, E); gradients go to the trained parameters alone."""
+        needed = len(documents.bounds) + 1  # one more for the padding
+        if self.captured is None or len(self.captured.documents.bounds) < needed:
+            self.captured = None  # its memory, first
+            self.captured = _Captured(self, x, cos_sin, 1 << (needed - 1).bit_length())
+        captured = self.captured
+        captured.take(x, cos_sin, documents)
+        if self.trained[0].grad is None:
+            captured.begin_sum()
+        output: torch.Tensor = _Replay.apply(captured, self.trained[0])
+        return output[:, : x.shape[1]]
+
+
+class _Captured:
+    def __init__(
+        self, owner: LayerGraphs, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], bounds: int
+    ) -> None:
+        tokens, device = owner.tokens, x.device
+        self.trained = owner.trained
+        self.x = x.new_zeros(1, tokens, x.shape[-1])
+        self.cos_sin = tuple(each.new_zeros(1, tokens, each.shape[-1]) for each in cos_sin)
+        self.documents = Documents(
+            lengths=torch.empty(0, device=device),
+            starts=torch.zeros(tokens, dtype=torch.int32, device=device),
+            bounds=torch.full((bounds,), tokens, dtype=torch.int32, device=device),
+            longest=tokens,
+            groups=(),
+        )
+        self.documents.bounds[0] = 0
+        self.sums = torch.zeros(sum(p.numel() for p in self.trained), device=device)
+        sizes = [parameter.numel() for parameter in self.trained]
+        self.views = [part.view_as(p) for part, p in zip(self.sums.split(sizes), self.trained, strict=True)]
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward), torch.enable_grad():
+            self.output = owner.layers(self.x, self.cos_sin, self.documents)
+        self.grad = torch.zeros_like(self.output)
+        with torch.cuda.graph(self.backward, pool=self.forward.pool()):
+            gradients = torch.autograd.grad(self.output, self.trained, self.grad)
+            torch._foreach_add_(self.views, list(gradients))
+        self.output = self.output.detach()
+
+    def take(self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], documents: Documents) -> None:
+        """Copy the inputs in; what is beyond them is padding, a document of its own."""
+        length = x.shape[1]
+        for static, given in zip((self.x, *self.cos_sin), (x, *cos_sin), strict=True):
+            static[:, :length].copy_(given)
+            static[:, length:].zero_()
+        starts, bounds = self.documents.starts, self.documents.bounds
+        starts[:length].copy_(documents.starts)
+        starts[length:].fill_(length)
+        bounds[: len(documents.bounds)].copy_(documents.bounds)
+        bounds[len(documents.bounds) :].fill_(self.x.shape[1])
+
+    def begin_sum(self) -> None:
+        """Start the step's gradients at zero: they are views of one tensor."""
+        self.sums.zero_()
+        for parameter, view in zip(self.trained, self.views, strict=True):
+            parameter.grad = view
+
+
+class _Replay(torch.autograd.Function):
+    """`anchor`, any trained parameter, makes autograd come back here; its gradient is summed in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, captured: _Captured, anchor: torch.Tensor) -> torch.Tensor:
+        ctx.captured = captured
+        captured.forward.replay()
+        return captured.output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
+        ctx.captured.grad.copy_(grads[0])
+        ctx.captured.backward.replay()
+        return None, None
