@@ -19,7 +19,7 @@ from machine import circumstances
 from shapes import SHAPES
 
 OUT = Path(__file__).parent / "results" / "predictions.json"
-STEPS = 4
+STEPS = 3
 
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False, "rms_norm_eps": 1e-5}
 SMALL: dict[str, dict[str, Any]] = {

@@ -64,6 +64,8 @@ def trained_bytes(shapes: Shapes, work: Workload) -> tuple[int, int, int]:
     count = shapes.adapter_parameters(work.rank, None if work.targets is None else list(work.targets))
     if work.rank == 0:
         return 0, 4 * shapes.parameters, 8 * shapes.parameters
+    if work.device_type == "cuda":  # the graph's own gradients, and the step's sums of them
+        return 4 * count, 8 * count, 8 * count
     return 4 * count, 4 * count, 8 * count
 
 
@@ -108,7 +110,7 @@ def _unpacked(work: Workload, weights: int) -> int:
 def head_bytes(shapes: Shapes, work: Workload) -> int:
     """The head at work: a chunk's logits several times over, the last hidden states and their gradient."""
     chunk = min(CHUNK_BYTES[work.device_type], 4 * shapes.vocabulary * work.tokens)
-    return int(3.5 * chunk) + 4 * work.tokens * shapes.hidden * work.item
+    return 3 * chunk + 4 * work.tokens * shapes.hidden * work.item
 
 
 def peak_of_policies(shapes: Shapes, work: Workload, policies: list[Policy]) -> tuple[int, int]:

@@ -64,10 +64,12 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 def parked(x: torch.Tensor) -> AbstractContextManager[None]:
     """Within the block, x, where it is saved for backward, is saved in host memory."""
 
+    place, shape = x.data_ptr(), x.shape  # not x itself, which would stay alive with the hook
+
     def pack(tensor: torch.Tensor) -> torch.Tensor | _Parked:
-        if tensor.data_ptr() != x.data_ptr() or tensor.shape != x.shape:
+        if tensor.data_ptr() != place or tensor.shape != shape:
             return tensor
-        _last[x.device] = item = _Parked(tensor, _last.get(x.device))
+        _last[tensor.device] = item = _Parked(tensor, _last.get(tensor.device))
         return item
 
     def unpack(packed: torch.Tensor | _Parked) -> torch.Tensor:

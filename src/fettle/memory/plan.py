@@ -18,6 +18,9 @@ from fettle.memory.policies import Policy
 from fettle.memory.probe import Rates, attention_passes, visible_pairs
 from fettle.memory.shapes import Shapes
 
+STEP_SECONDS = {"cpu": 0.0, "cuda": 0.02}
+"""What the trainer itself takes for a step, in Python, while the GPU waits."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -108,8 +111,8 @@ class Planner:
             total += (attention_passes(policy) * rates.attention + rates.attention_backward) * pairs
             total += work.references * (rates.forward.at(work.tokens) + rates.attention * pairs)
         total += (1 + work.references) * rates.head * work.tokens
-        trained = trained_bytes(self.shapes, work)[1] // 4
-        return self.accumulation * total + rates.update * trained
+        trained = trained_bytes(self.shapes, work)[2] // 8
+        return self.accumulation * total + rates.update * trained + STEP_SECONDS[work.device_type]
 
     def _floor_seconds(self, work: Workload) -> float:
         """Products that cannot be avoided, at the speed of bare products: forward, input gradients, references."""

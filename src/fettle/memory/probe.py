@@ -19,6 +19,7 @@ from fettle.memory.costs import Workload
 from fettle.memory.policies import Policy
 from fettle.memory.shapes import Shapes
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
+from fettle.models.packing import row_documents
 from fettle.ops.attention import Documents, packed_attention
 from fettle.ops.token_log_probs import token_log_probs
 from fettle.quantization.layers import quantize_linears
@@ -168,20 +169,38 @@ def _time_layer(
     *,
     is_trained: bool,
 ) -> float:
-    hidden = model.config.hidden_size
-    x = torch.randn(1, tokens, hidden, device=device).to(work.dtype).requires_grad_(is_trained)
-    grad = torch.randn(1, tokens, hidden, device=device).to(work.dtype)
+    x = torch.randn(1, tokens, model.config.hidden_size, device=device).to(work.dtype)
+    grad = torch.randn_like(x)
     model.set_policies([policy])
+    run = layer_call(model, x.requires_grad_(is_trained))
 
-    def run() -> None:
+    def step() -> None:
         with torch.set_grad_enabled(is_trained):
-            out = model.model(inputs_embeds=x, use_cache=False).last_hidden_state
+            output = run()
         if is_trained:
-            out.backward(grad)
+            output.backward(grad)
 
     if device.type == "cuda":
-        run()
-    return seconds_of(run, device, repeats=3 if device.type == "cuda" else 2)
+        return seconds_of(_recorded(step), device, repeats=5)
+    return seconds_of(step, device, repeats=2)
+
+
+def layer_call(model: DecoderForCausalLM, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A call of the first layer alone on x (1, N, E), one document; what it needs is made beforehand."""
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    cos_sin = model.model.rotary_emb(x, positions, None)
+    documents = row_documents(x, None)
+    layer = model.model.layers[0]
+    return lambda: layer(x, cos_sin=cos_sin, attention_mask=None, documents=documents, past_key_values=None)
+
+
+def _recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """`step` as a CUDA graph, as training runs it: launching kernels one by one would be timed instead."""
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def _time_attention(shapes: Shapes, work: Workload, device: torch.device) -> tuple[float, float]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from fettle.models.decoder import head_dim_of, sliding_window_of
-from fettle.models.families import Family, option
+from fettle.models.families import Family, head_dim_of, option, sliding_window_of
 
 
 @dataclass(frozen=True, slots=True)

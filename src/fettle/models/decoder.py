@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from fettle.memory.policies import Keeping, Policy, run_layer
-from fettle.models.families import FAMILIES, Family, option
+from fettle.models.families import FAMILIES, Family, head_dim_of, option, sliding_window_of
 from fettle.models.graphs import LayerGraphs
 from fettle.models.mlp import DecoderMLP
 from fettle.models.packing import find_documents, row_documents
@@ -287,10 +287,9 @@ class Decoder(DecoderPreTrainedModel):
         masks = self.masks(x, attention_mask, position_ids, past_key_values) if documents is None else {}
         lengths = None if packed is None else packed.lengths.view(x.shape[:2])
         cos_sin = self.rotary_emb(x, position_ids, lengths)
-        if self.graphs is not None and documents is not None and self.training and torch.is_grad_enabled():
-            if not output_hidden_states and self.graphs.serves(x):
-                x = self.graphs.run(x, cos_sin, documents)
-                return BaseModelOutputWithPast(last_hidden_state=self.norm(x))
+        graphs = self.graphs if self.training and torch.is_grad_enabled() else None
+        if graphs is not None and documents is not None and not output_hidden_states and graphs.serves(x):
+            return BaseModelOutputWithPast(last_hidden_state=self.norm(graphs.run(x, cos_sin, documents)))
         every_state = [x] if output_hidden_states else []
         for layer, is_sliding in zip(self.layers, self.is_sliding, strict=True):
             x = layer(
@@ -421,20 +420,6 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-
-
-def head_dim_of(config: PreTrainedConfig) -> int:
-    """Channels of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def sliding_window_of(config: PreTrainedConfig, layer_idx: int) -> int | None:
-    """How many tokens back layer `layer_idx` sees; None: all of them."""
-    layer_types = option(config, "layer_types")
-    if layer_types is not None and layer_types[layer_idx] != "sliding_attention":
-        return None
-    window: int | None = option(config, "sliding_window")
-    return window
 
 
 def _make_class(family: Family) -> type[DecoderForCausalLM]:

@@ -74,3 +74,17 @@ def family_of(model_type: str, where: str) -> Family:
         known = ", ".join(FAMILIES)
         raise UserError(f"{where}: model_type '{model_type}' is not a family fettle knows; it knows {known}.")
     return FAMILIES[model_type]
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Channels of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def sliding_window_of(config: PreTrainedConfig, layer_idx: int) -> int | None:
+    """How many tokens back layer `layer_idx` sees; None: all of them."""
+    layer_types = option(config, "layer_types")
+    if layer_types is not None and layer_types[layer_idx] != "sliding_attention":
+        return None
+    window: int | None = option(config, "sliding_window")
+    return window

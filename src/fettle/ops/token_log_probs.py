@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**26}
 """Of fp32 logits in a chunk."""
 
 

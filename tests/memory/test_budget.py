@@ -1,0 +1,36 @@
+"""Amounts of memory as users write them, and what the device has."""
+
+import psutil
+import pytest
+import torch
+
+from fettle.errors import UserError
+from fettle.memory.budget import free_bytes, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("16GB", 16 * 10**9),
+        ("16gib", 16 * 2**30),
+        ("7.5 GiB", int(7.5 * 2**30)),
+        ("8g", 8 * 10**9),
+        (" 500 MB ", 500 * 10**6),
+        ("2Ti", 2 * 2**40),
+        ("64k", 64_000),
+        ("1234567", 1234567),
+        ("12b", 12),
+    ],
+)
+def test_amounts_are_read_in_either_unit(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-3GB", "0GB", "16 G B", "16GBs", "1e9", "GB", "nan"])
+def test_anything_else_is_refused_by_the_options_name(text: str) -> None:
+    with pytest.raises(UserError, match="--budget is"):
+        parse_bytes(text, "--budget")
+
+
+def test_a_cpu_offers_less_than_the_machine_has() -> None:
+    assert 0 < free_bytes(torch.device("cpu")) < psutil.virtual_memory().total

@@ -1,0 +1,115 @@
+"""The search over policies, with rates made up so that every trade is open: against trying all assignments."""
+
+import itertools
+
+import pytest
+from transformers import Gemma2Config, LlamaConfig
+
+from fettle.memory.costs import Workload
+from fettle.memory.plan import Plan, Planner
+from fettle.memory.policies import Policy
+from fettle.memory.probe import Line, Rates
+from fettle.memory.shapes import Shapes
+from fettle.models.families import FAMILIES
+
+FOUR = (Policy.KEEP, Policy.DROP, Policy.REDO_MLP, Policy.REDO)
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 4096,
+}
+WORK = Workload(tokens=3000, rank=8)
+
+
+def rates() -> Rates:
+    seconds = {policy: 1.0 + 0.13 * policy**1.5 for policy in Policy}
+    return Rates(
+        layers={policy: Line(1e-3, each * 1e-5) for policy, each in seconds.items()},
+        forward=Line(3e-4, 3e-6),
+        attention=1e-10,
+        attention_backward=2e-10,
+        head=1e-6,
+        products=1e11,
+        update=1e-9,
+    )
+
+
+@pytest.fixture
+def planner() -> Planner:
+    return Planner(Shapes.of(LlamaConfig(**SIZES), FAMILIES["llama"]), rates(), accumulation=2, base=10**6)
+
+
+def all_plans(planner: Planner, work: Workload = WORK) -> list[Plan]:
+    return [planner.plan(work, policies) for policies in itertools.product(FOUR, repeat=4)]
+
+
+def budgets(plans: list[Plan]) -> list[int]:
+    peaks = sorted({plan.peak for plan in plans})
+    return [budget + extra for budget in peaks[:: max(1, len(peaks) // 25)] for extra in (0, 1)]
+
+
+def test_no_assignment_that_fits_is_faster(planner: Planner) -> None:
+    plans = all_plans(planner)
+    for budget in budgets(plans):
+        best = planner.best(WORK, budget, FOUR)
+        fastest = min(plan.seconds for plan in plans if plan.peak <= budget)
+        assert best is not None and best.peak <= budget
+        assert best.seconds == pytest.approx(fastest, rel=1e-12)
+
+
+def test_more_memory_never_gives_a_slower_plan(planner: Planner) -> None:
+    plans = [planner.best(WORK, budget, FOUR) for budget in budgets(all_plans(planner))]
+    seconds = [plan.seconds for plan in plans if plan is not None]
+    assert len(seconds) == len(plans)
+    assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
+
+
+def test_the_leanest_plan_has_the_lowest_peak_of_all(planner: Planner) -> None:
+    leanest = planner.leanest(WORK, FOUR)
+    assert leanest.peak == min(plan.peak for plan in all_plans(planner))
+    assert planner.best(WORK, leanest.peak, FOUR) is not None
+    assert planner.best(WORK, leanest.peak - 1, FOUR) is None
+
+
+def test_layers_that_are_redone_come_first(planner: Planner) -> None:
+    plans = all_plans(planner)
+    for budget in budgets(plans):
+        best = planner.best(WORK, budget, FOUR)
+        assert best is not None and list(best.policies) == sorted(best.policies, reverse=True)
+
+
+def test_the_longest_row_is_the_last_that_fits(planner: Planner) -> None:
+    budget = planner.leanest(WORK, FOUR).peak + 12345
+    longest = planner.longest(WORK, budget, FOUR)
+
+    def peak(tokens: int) -> int:
+        return planner.plan(WORK.with_tokens(tokens), (Policy.REDO,) * 4).peak
+
+    assert WORK.tokens <= longest < 4096
+    assert peak(longest) <= budget < peak(longest + 1)
+    assert planner.longest(WORK, 10**12, FOUR) == 4096  # the context
+    assert planner.longest(WORK, 10**5, FOUR) == 0  # not even the weights
+
+
+def test_a_plan_adds_up(planner: Planner) -> None:
+    plan = planner.plan(WORK, FOUR)
+    parts = (plan.base, plan.weights, plan.adapters, plan.optimizer, plan.activations, plan.workspace)
+    assert plan.peak == sum(parts) and min(parts) > 0
+    assert plan.tokens == 2 * WORK.tokens
+    assert plan.counts() == dict.fromkeys(FOUR, 1)
+
+
+def test_windows_and_documents_make_a_plan_faster() -> None:
+    sizes = SIZES | {"head_dim": 16}
+    wide, narrow = (
+        Planner(Shapes.of(Gemma2Config(**sizes, sliding_window=n), FAMILIES["gemma2"]), rates())
+        for n in (4096, 64)
+    )
+    policies = (Policy.KEEP,) * 4
+    assert narrow.plan(WORK, policies).seconds < wide.plan(WORK, policies).seconds
+    many = Workload(tokens=3000, documents=30, rank=8)
+    assert wide.plan(many, policies).seconds < wide.plan(WORK, policies).seconds
