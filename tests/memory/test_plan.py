@@ -8,7 +8,7 @@ from transformers import Gemma2Config, LlamaConfig
 from fettle.memory.costs import Workload
 from fettle.memory.plan import Plan, Planner
 from fettle.memory.policies import Policy
-from fettle.memory.probe import Line, Rates
+from fettle.memory.probe import Line, PairSeconds, Rates
 from fettle.memory.shapes import Shapes
 from fettle.models.families import FAMILIES
 
@@ -30,8 +30,7 @@ def rates() -> Rates:
     return Rates(
         layers={policy: Line(1e-3, each * 1e-5) for policy, each in seconds.items()},
         forward=Line(3e-4, 3e-6),
-        attention=1e-10,
-        attention_backward=2e-10,
+        attention={512: PairSeconds(1e-10, 2e-10)},
         head=1e-6,
         products=1e11,
         update=1e-9,

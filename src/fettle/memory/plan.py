@@ -15,7 +15,7 @@ from fettle.memory.costs import (
     weight_bytes,
 )
 from fettle.memory.policies import Policy
-from fettle.memory.probe import Rates, attention_passes, visible_pairs
+from fettle.memory.probe import Rates, visible_pairs
 from fettle.memory.shapes import Shapes
 
 STEP_SECONDS = {"cpu": 0.0, "cuda": 0.02}
@@ -105,11 +105,13 @@ class Planner:
 
     def _seconds(self, work: Workload, policies: tuple[Policy, ...]) -> float:
         rates, total = self.rates, 0.0
+        length = work.tokens // work.documents
+        pair = rates.attention_of(length)
         for policy, window in zip(policies, self.shapes.windows, strict=True):
-            pairs = work.documents * visible_pairs(work.tokens // work.documents, window)
-            total += rates.layers[policy].at(work.tokens)
-            total += (attention_passes(policy) * rates.attention + rates.attention_backward) * pairs
-            total += work.references * (rates.forward.at(work.tokens) + rates.attention * pairs)
+            pairs = work.documents * visible_pairs(length, window)
+            total += rates.layers[policy].at(work.tokens) + pairs * pair.of(policy, is_trained=True)
+            reference = rates.forward.at(work.tokens) + pairs * pair.of(policy, is_trained=False)
+            total += work.references * reference
         total += (1 + work.references) * rates.head * work.tokens
         trained = trained_bytes(self.shapes, work)[2] // 8
         return self.accumulation * total + rates.update * trained + STEP_SECONDS[work.device_type]

@@ -25,7 +25,9 @@ from fettle.ops.token_log_probs import token_log_probs
 from fettle.quantization.layers import quantize_linears
 
 LENGTHS = {"cpu": (128, 512), "cuda": (1024, 4096)}
-ATTENTION_LENGTH = {"cpu": 1024, "cuda": 8192}
+ATTENTION_LENGTH = {"cpu": 2048, "cuda": 8192}
+ENOUGH_SECONDS = 0.3
+
 SLICE = 4096
 """Rows of the head that are timed; the rest goes by proportion."""
 
@@ -52,31 +54,48 @@ class Line:
 @dataclass(frozen=True, slots=True)
 class Rates:
     """What the probe measured. layers: forward and backward of one layer without its attention, by policy;
-    forward: without gradient. attention, attention_backward: seconds for one pair of tokens that see each
-    other, all heads. head: seconds a labelled token. products: multiply-adds a second of bare matrix
+    forward: without gradient. attention: of one pair of tokens that see each other, all heads, by the length of
+    their document. head: seconds a labelled token. products: multiply-adds a second of bare matrix
     products, times two. update: seconds of the optimiser by trained element."""
 
     layers: dict[Policy, Line]
     forward: Line
-    attention: float
-    attention_backward: float
+    attention: dict[int, "PairSeconds"]
     head: float
     products: float
     update: float
+
+    def attention_of(self, tokens: int) -> "PairSeconds":
+        """That of the shortest measured document that is as long, or of the longest."""
+        return self.attention[min((n for n in self.attention if n >= tokens), default=max(self.attention))]
+
+
+@dataclass(frozen=True, slots=True)
+class PairSeconds:
+    """Seconds of attention for one pair of tokens that see each other."""
+
+    forward: float
+    backward: float
+
+    def of(self, policy: Policy, *, is_trained: bool) -> float:
+        """What a layer with this policy spends: attention's forward pass is redone with the whole layer."""
+        passes = 2 if is_trained and policy >= Policy.REDO else 1
+        return passes * self.forward + (self.backward if is_trained else 0)
 
 
 def probe(config: PreTrainedConfig, shapes: Shapes, work: Workload, device: torch.device) -> Rates:
     """Measure. Takes seconds; memory: one layer."""
     model = _one_layer(config, work, device)
-    attention, attention_backward = _time_attention(shapes, work, device)
-    pairs = {n: visible_pairs(n, shapes.windows[0]) for n in LENGTHS[device.type]}
+    lengths = (*LENGTHS[device.type], ATTENTION_LENGTH[device.type])
+    attention = {tokens: _time_attention(tokens, shapes, work, device) for tokens in lengths}
 
     def line(policy: Policy, *, is_trained: bool) -> Line:
         points = []
         for tokens in LENGTHS[device.type]:
             seconds = _time_layer(model, policy, tokens, work, device, is_trained=is_trained)
-            share = attention_passes(policy) * attention + attention_backward if is_trained else attention
-            points.append((tokens, max(0.1 * seconds, seconds - share * pairs[tokens])))
+            pairs = visible_pairs(tokens, None)  # windows are longer than the probe's rows
+            share = pairs * attention[tokens].of(policy, is_trained=is_trained)
+            points.append((tokens, max(0.1 * seconds, seconds - share)))
         return Line.through(*points)
 
     line(Policy.KEEP, is_trained=True)  # warm-up
@@ -93,16 +112,10 @@ def probe(config: PreTrainedConfig, shapes: Shapes, work: Workload, device: torc
         layers=layers,
         forward=line(Policy.KEEP, is_trained=False),
         attention=attention,
-        attention_backward=attention_backward,
         head=_time_head(shapes, work, device),
         products=_time_products(shapes, work, device),
         update=_time_update(device),
     )
-
-
-def attention_passes(policy: Policy) -> int:
-    """How often a policy computes attention's forward pass."""
-    return 2 if policy >= Policy.REDO else 1
 
 
 def visible_pairs(tokens: int, window: int | None) -> float:
@@ -112,10 +125,12 @@ def visible_pairs(tokens: int, window: int | None) -> float:
     return window * (window + 1) / 2 + (tokens - window) * float(window)
 
 
-def seconds_of(run: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
-    """The least of `repeats` runs, the device's queue emptied before and after."""
-    best = float("inf")
-    for _ in range(repeats):
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """The least of two runs, or of up to ten short ones; the device's queue is emptied before and after."""
+    best, began = float("inf"), time.perf_counter()
+    for count in range(10):
+        if count >= 2 and time.perf_counter() - began > ENOUGH_SECONDS:
+            break
         _synchronize(device)
         start = time.perf_counter()
         run()
@@ -181,8 +196,8 @@ def _time_layer(
             output.backward(grad)
 
     if device.type == "cuda":
-        return seconds_of(_recorded(step), device, repeats=5)
-    return seconds_of(step, device, repeats=2)
+        return seconds_of(_recorded(step), device)
+    return seconds_of(step, device)
 
 
 def layer_call(model: DecoderForCausalLM, x: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -203,9 +218,8 @@ def _recorded(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _time_attention(shapes: Shapes, work: Workload, device: torch.device) -> tuple[float, float]:
-    """Seconds a visible pair, forward and backward, measured on one long document without a window."""
-    tokens = ATTENTION_LENGTH[device.type]
+def _time_attention(tokens: int, shapes: Shapes, work: Workload, device: torch.device) -> PairSeconds:
+    """Measured on one document without a window."""
     size = shapes.query // shapes.heads
     make = (
         (tokens, shapes.heads, size),
@@ -224,8 +238,11 @@ def _time_attention(shapes: Shapes, work: Workload, device: torch.device) -> tup
     forward().backward(grad)
     out = forward()
     pairs = visible_pairs(tokens, None)
-    ahead = seconds_of(forward, device, repeats=2) / pairs
-    return ahead, seconds_of(lambda: out.backward(grad), device) / pairs
+    ahead = seconds_of(forward, device)
+    behind = seconds_of(
+        lambda: torch.autograd.grad(out, (query, key, value), grad, retain_graph=True), device
+    )
+    return PairSeconds(ahead / pairs, behind / pairs)
 
 
 def _time_head(shapes: Shapes, work: Workload, device: torch.device) -> float:
@@ -238,7 +255,7 @@ def _time_head(shapes: Shapes, work: Workload, device: torch.device) -> float:
         token_log_probs(hidden, weight, labels).log_probs.sum().backward()
 
     run()
-    return seconds_of(run, device, repeats=2) / tokens * shapes.vocabulary / rows
+    return seconds_of(run, device) / tokens * shapes.vocabulary / rows
 
 
 def _time_products(shapes: Shapes, work: Workload, device: torch.device) -> float:
@@ -247,7 +264,7 @@ def _time_products(shapes: Shapes, work: Workload, device: torch.device) -> floa
     x = torch.randn(tokens, shapes.hidden, device=device).to(work.dtype)
     weight = torch.randn(shapes.hidden, shapes.intermediate, device=device).to(work.dtype)
     x @ weight
-    seconds = seconds_of(lambda: x @ weight, device, repeats=5)
+    seconds = seconds_of(lambda: x @ weight, device)
     return 2 * tokens * shapes.hidden * shapes.intermediate / seconds
 
 
@@ -256,4 +273,4 @@ def _time_update(device: torch.device) -> float:
     parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.AdamW([parameter])
     optimizer.step()
-    return seconds_of(optimizer.step, device, repeats=2) / parameter.numel()
+    return seconds_of(optimizer.step, device) / parameter.numel()

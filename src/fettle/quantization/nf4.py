@@ -121,13 +121,14 @@ def from_tensors(tensors: dict[str, torch.Tensor], where: str) -> Nf4:
         found = facts["quant_type"], facts["blocksize"], facts.get("nested_blocksize", NESTED_BLOCK)
         if found != ("nf4", BLOCK, NESTED_BLOCK):
             raise UserError(f"{where}: quantised as {found}; expected nf4 in blocks of {BLOCK}.")
+        is_nested = "nested_offset" in facts
         return Nf4(
             tensors["weight"],
             tensors["weight.absmax"],
             torch.Size(facts["shape"]),
             getattr(torch, facts["dtype"]),
-            tensors.get("weight.nested_absmax"),
-            tensors.get("weight.nested_quant_map"),
+            tensors["weight.nested_absmax"] if is_nested else None,
+            tensors["weight.nested_quant_map"] if is_nested else None,
             float(facts.get("nested_offset", 0.0)),
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:

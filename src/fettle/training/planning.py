@@ -28,6 +28,8 @@ from fettle.training.options import PlanOptions, TrainOptions
 
 PROGRAM_BYTES = {"cpu": 520_000_000, "cuda": 0}
 """The process before it has a model; on a GPU only what tensors take is counted."""
+RUNTIME_BYTES = {"cpu": 130_000_000, "cuda": 0}
+"""What the libraries take for themselves once products run: packed copies of weights, threads."""
 
 
 def plan(options: PlanOptions, console: Console | None = None) -> Plan:
@@ -82,7 +84,7 @@ def _planner(
         keep_freed_memory()  # before the probe, which is to see what the run will
     rates = probe(config, shapes, work, device)
     return_freed_memory()  # what the probe's layer took
-    return Planner(shapes, rates, accumulation, base)
+    return Planner(shapes, rates, accumulation, base + RUNTIME_BYTES[device.type])
 
 
 def allowed_policies(work: Workload, gradient_checkpointing: bool | None) -> tuple[Policy, ...]:
