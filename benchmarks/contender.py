@@ -202,7 +202,9 @@ def trl_trainer(options: argparse.Namespace, device: torch.device, clock: Clock)
 
     config = config_of(options)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        # Gemma 2 needs its soft cap, which PyTorch's fused attention leaves out
+        attention = {"attn_implementation": "eager"} if config.model_type == "gemma2" else {}
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **attention)
     model = materialise(model, device)
     changes: dict[str, Any] = {"use_liger_kernel": True} if options.contender == "trl-liger" else {}
     if options.no_checkpointing:

@@ -88,7 +88,9 @@ def kept_by_layer(shapes: Shapes, work: Workload, policy: Policy) -> int:
         elements += s.intermediate if not work.runs_whole_mlp else 0
         elements += 2 * hidden if policy == Policy.KEEP else 0
         elements += work.rank * sum(name.startswith(("q", "k", "v", "o")) for name in s.matrices)  # x A^T
-        per_token = elements * work.item + attention_result + 8  # and the norms' fp32 factors
+        norms = 4 if s.has_sandwich_norms else 2
+        norms += s.heads + s.key * s.heads // s.query if s.has_qk_norm else 0
+        per_token = elements * work.item + attention_result + 4 * norms  # each norm's fp32 factor
     return work.tokens * per_token
 
 
@@ -125,7 +127,9 @@ def peak_of_policies(shapes: Shapes, work: Workload, policies: list[Policy]) -> 
     if work.device_type == "cpu":
         # The C library's heap does not close the holes that one part leaves for the next: rooms add up.
         return total, int(HEAP_GAPS * total) + head_bytes(shapes, work) + max(working.values()) + gradients
-    left, peak, own_gradients = total, total + head_bytes(shapes, work), gradients // len(policies)
+    graph = 5 * work.tokens * shapes.hidden * work.item  # its input, output, their copies and gradient
+    left, own_gradients = total + graph, gradients // len(policies)
+    peak = left + head_bytes(shapes, work)
     for done, policy in enumerate(reversed(policies)):
         peak = max(peak, left + working[policy] + (done + 1) * own_gradients)
         left -= kept[policy]
