@@ -7,6 +7,8 @@ zeroed pages again (measured: 4% of a step of Phi-3.5-mini on a CPU, half of the
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _LARGEST = 2**31 - 1
@@ -17,6 +19,18 @@ def keep_freed_memory() -> None:
     if (libc := _glibc()) is not None:
         libc.mallopt(_MMAP_THRESHOLD, _LARGEST)
         libc.mallopt(_TRIM_THRESHOLD, _LARGEST)
+
+
+@contextmanager
+def exact_memory() -> Iterator[None]:
+    """Within the block each tensor over 1 MB is a mapping of its own, gone when freed: for loading, where memory must
+    not grow beyond what is held. Afterwards as `keep_freed_memory`."""
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        keep_freed_memory()
 
 
 def return_freed_memory() -> None:

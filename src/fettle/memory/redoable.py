@@ -35,8 +35,8 @@ class RedoableOutputs(torch.autograd.graph.saved_tensors_hooks):
         # Outputs stay alive until the block ends, so that an address means one tensor.
         self.recipes: dict[int, tuple[torch.Tensor, _Recipe]] = {}
 
-    def __enter__(self) -> "RedoableOutputs":
-        super().__enter__()  # returns None
+    def __enter__(self) -> "RedoableOutputs":  # type: ignore[override]
+        super().__enter__()  # which itself returns None
         return self
 
     def __exit__(self, *args: Any) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fettle.errors import UserError
+from fettle.memory.allocator import exact_memory
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.rope import DecoderRotaryEmbedding
@@ -45,12 +46,13 @@ def load_nf4(
         model = causal_lm_class(config.model_type)(config).to(dtype)
     model.model.rotary_emb = DecoderRotaryEmbedding(config).to(device)  # computed, not stored
     stored = _Stored(checkpoint, device)
-    for name, module in list(model.model.named_modules(prefix="model")):
-        if isinstance(module, nn.Linear) and _becomes_nf4(name, checkpoint):
-            model.set_submodule(name, _nf4_layer(name, module, stored, dtype))
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta and name in stored.places:
-            _assign(model, name, stored.read(name).to(dtype))
+    with exact_memory():
+        for name, module in list(model.model.named_modules(prefix="model")):
+            if isinstance(module, nn.Linear) and _becomes_nf4(name, checkpoint):
+                model.set_submodule(name, _nf4_layer(name, module, stored, dtype))
+        for name, parameter in list(model.named_parameters()):
+            if parameter.is_meta and name in stored.places:
+                _assign(model, name, stored.read(name).to(dtype))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     _require_whole(model, checkpoint)

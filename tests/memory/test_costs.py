@@ -1,0 +1,153 @@
+"""What is counted from a config against what PyTorch really holds and saves."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma2Config, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen3Config
+
+from fettle.adapters.lora import adapt
+from fettle.memory.costs import Workload, kept_by_layer, peak_of_policies, trained_bytes, weight_bytes
+from fettle.memory.policies import Policy
+from fettle.memory.redoable import RedoableOutputs
+from fettle.memory.shapes import Shapes
+from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
+from fettle.models.families import FAMILIES
+from fettle.quantization.layers import quantize_linears
+
+TOKENS = 640
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in FAMILIES),
+    *((family, {"tie_word_embeddings": True}) for family in FAMILIES),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"head_dim": 24}),
+    ("qwen3", {"attention_bias": True, "head_dim": 24}),
+    ("gemma2", {"attention_bias": True, "head_dim": 24}),
+]
+
+
+def config_of(family: str, **options: Any) -> PreTrainedConfig:
+    return FAMILIES[family].config(**{**SIZES, **options})
+
+
+def meta_model(family: str, config: PreTrainedConfig) -> DecoderForCausalLM:
+    with torch.device("meta"):
+        return causal_lm_class(family)(config)
+
+
+@pytest.mark.parametrize(("family", "options"), VARIANTS, ids=str)
+def test_parameters_are_the_models(family: str, options: dict[str, Any]) -> None:
+    config = config_of(family, **options)
+    model = meta_model(family, config)
+    model.tie_weights()
+    assert Shapes.of(config, FAMILIES[family]).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapter_parameters_are_those_that_are_trained(family: str) -> None:
+    config = config_of(family)
+    shapes = Shapes.of(config, FAMILIES[family])
+    some = ["o_proj", "down_proj"]
+    for targets, named in (("all-linear", None), (some, some)):
+        adapted = adapt(meta_model(family, config), rank=3, target_modules=targets)
+        count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        assert shapes.adapter_parameters(3, named) == count
+        work = Workload(tokens=1, rank=3, targets=None if named is None else tuple(named))
+        assert trained_bytes(shapes, work) == (4 * count, 4 * count, 8 * count)
+
+
+@pytest.mark.parametrize("is_nf4", [False, True])
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_weight_bytes_are_the_models(family: str, is_nf4: bool) -> None:
+    config = config_of(family, hidden_size=256, intermediate_size=512)
+    model = causal_lm_class(family)(config).to(torch.bfloat16)
+    if is_nf4:
+        quantize_linears(model)
+    work = Workload(tokens=1, is_nf4=is_nf4)
+    found = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    # 1 KB a layer of NF4 is its map of 256 values, which all layers share
+    maps = sum(t.numel() * 4 for name, t in model.named_buffers() if name.endswith("nested_quant_map"))
+    counted = weight_bytes(Shapes.of(config, FAMILIES[family]), work)
+    assert counted == pytest.approx(found - maps, rel=0.01)
+
+
+KEPT: dict[str, PreTrainedConfig] = {
+    "phi3": Phi3Config(**SIZES),
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "gemma2": Gemma2Config(**SIZES, head_dim=16),
+}
+
+
+def saved_bytes(family: str, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The distinct storages that autograd saves in one layer's forward pass, but for weights and positions."""
+    model = causal_lm_class(family)(KEPT[family]).to(torch.bfloat16)
+    adapted = adapt(model, rank=2).train()
+    model.set_policies([policy] * len(model.model.layers))
+    layer = model.model.layers[0]
+    x = torch.randn(1, TOKENS, SIZES["hidden_size"]).bfloat16().requires_grad_()
+    seen: dict[str, Any] = {}
+
+    def catch(_: Any, args: Any, kwargs: Any) -> None:
+        seen.update(kwargs)
+
+    handle = layer.register_forward_pre_hook(catch, with_kwargs=True)
+    with torch.no_grad():
+        model.model(inputs_embeds=x, use_cache=False)
+    handle.remove()
+    known = {t.untyped_storage().data_ptr() for t in [*adapted.parameters(), *seen["cos_sin"]]}
+    known |= {v.untyped_storage().data_ptr() for v in vars_of(seen["documents"])}
+    kept: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    pack = RedoableOutputs._pack
+
+    def note_what_is_packed(self: RedoableOutputs, tensor: torch.Tensor) -> Any:
+        packed = pack(self, tensor)
+        note(packed if isinstance(packed, torch.Tensor) else packed[0].x)
+        return packed
+
+    monkeypatch.setattr(RedoableOutputs, "_pack", note_what_is_packed)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        layer(x, **seen)
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def vars_of(documents: Any) -> list[torch.Tensor]:
+    names = getattr(documents, "__dataclass_fields__", {})
+    values = (getattr(documents, name) for name in names)
+    return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("policy", [Policy.KEEP, Policy.DROP, Policy.REDO_MLP], ids=lambda p: p.name)
+@pytest.mark.parametrize("family", KEPT)
+def test_kept_bytes_are_those_that_autograd_saves(
+    family: str, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = kept_by_layer(
+        Shapes.of(KEPT[family], FAMILIES[family]), Workload(tokens=TOKENS, rank=2), policy
+    )
+    assert counted == pytest.approx(saved_bytes(family, policy, monkeypatch), rel=0.02)
+
+
+def test_leaner_policies_keep_less_and_peak_lower() -> None:
+    shapes, work = Shapes.of(KEPT["phi3"], FAMILIES["phi3"]), Workload(tokens=TOKENS)
+    kept = [kept_by_layer(shapes, work, policy) for policy in Policy]
+    assert kept == sorted(kept, reverse=True) and kept[-1] == 0
+    for policy in Policy:
+        total, peak = peak_of_policies(shapes, work, [policy] * 2)
+        assert total == 2 * kept[policy] < peak
