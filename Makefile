@@ -1,5 +1,6 @@
 # make quickstart   set up and watch a small model learn a skill (a few minutes)
 # make test         set up and run every check
+# make benchmark    compare with TRL on this machine (a few minutes)
 #
 # PYTHON=python3.12 picks another Python (3.11 or later); VENV=elsewhere another place for the environment,
 # OUTPUT=again another folder for the quickstart's result.
@@ -15,12 +16,13 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test benchmark lint format clean
 MAKEFLAGS += --no-print-directory
 
 help:
 	@echo "make quickstart   set up and watch a small model learn a skill (a few minutes)"
 	@echo "make test         set up and run every check: style, types, tests"
+	@echo "make benchmark    compare with TRL on this machine (a few minutes)"
 	@echo "make lint         style and types alone"
 	@echo "make format       bring the code into the common style"
 	@echo "make clean        remove the environment and everything built"
@@ -31,6 +33,9 @@ quickstart: $(VENV)/.runtime
 test: lint
 	@echo "Running the tests ..."
 	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -rs
+
+benchmark: $(VENV)/.runtime
+	@$(BIN)/python benchmarks/compare.py --set short
 
 lint: $(VENV)/.dev
 	@echo "Checking style and types ..."

@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import contender
+from machine import circumstances
 
 DEVICE = torch.device("cuda")
 MODELS = ("phi-3.5-mini", "llama-3.1-8b", "tinyllama-1.1b", "mistral-7b", "gemma-2-9b")
@@ -55,6 +56,8 @@ class Report:
         self.file, self.deadline = file, deadline
         properties = torch.cuda.get_device_properties(0)
         self.content: dict[str, Any] = {
+            "kind": "gpu",
+            "commit": circumstances()["commit"],
             "gpu": properties.name,
             "memory_bytes": properties.total_memory,
             "torch": torch.__version__,

@@ -1,0 +1,162 @@
+"""Write the tables and bar charts of docs/benchmarks.md, between its markers, from the files in results/.
+
+python benchmarks/tables.py [FILE ...]
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+from predictions import error, mark
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "benchmarks.md"
+BAR, LEFT, WIDTH = 26, 330, 700
+
+
+def main() -> None:
+    files = [Path(name) for name in sys.argv[1:]] or sorted((HERE / "results").glob("*.json"))
+    page = PAGE.read_text() if PAGE.exists() else "# Benchmarks\n"
+    for file in files:
+        content = json.loads(file.read_text())
+        text = f"{TABLES[content['kind']](content)}\n\n{circumstances_line(content)}"
+        if content["kind"] == "comparison":
+            chart = PAGE.with_name(f"benchmarks-{file.stem}.svg")
+            chart.write_text(bars(content["rows"]))
+            text = f"![Seconds a step]({chart.name})\n\n{text}"
+        page = between_markers(page, file.stem, text)
+    PAGE.write_text(page)
+
+
+def between_markers(page: str, name: str, text: str) -> str:
+    """The page with the text between the name's markers, which are added at the end where it has none."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    block = f"{begin}\n{text}\n{end}"
+    if begin not in page:
+        return f"{page.rstrip()}\n\n{block}\n"
+    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: block, page, flags=re.DOTALL)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown; all columns but the first are numbers."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def comparison_table(content: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["name"],
+            f"{row['step_seconds']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['share_of_ceiling']:.0%}",
+            f"{row['peak_bytes'] / 1e9:.2f}",
+            f"{row['times_as_fast']:.2f}" if "base" in row else "",
+            f"{row['share_of_peak']:.2f}" if "base" in row else "",
+        ]
+        if "step_seconds" in row
+        else [row["name"], "failed", *[""] * 5]
+        for row in content["rows"]
+    ]
+    head = ["", "seconds a step", "tokens/s", "of the ceiling", "peak, GB", "times as fast", "of TRL's peak"]
+    return table(head, rows)
+
+
+def predictions_table(content: dict[str, Any]) -> str:
+    rows = []
+    for row in content["rows"]:
+        name = f"{row['model']}, {row['layers']} layers, {row['documents']} x {row['tokens'] // row['documents']}"
+        name += f", rank {row['rank']}, {row['quantization'] or 'bf16'}, {row['policy']}"
+        if "failed" in row:
+            rows.append([name, "failed", "", "", ""])
+            continue
+        peak, seconds = error(row, "peak_bytes"), error(row, "seconds")
+        peak_cell = f"{peak:+.1%} {mark(peak)}".strip()
+        seconds_cell = f"{seconds:+.1%} {mark(seconds)}".strip()
+        rows.append(
+            [name, f"{row['peak_bytes'] / 1e9:.2f}", peak_cell, f"{row['seconds']:.2f}", seconds_cell]
+        )
+    return table(["", "peak, GB", "predicted", "seconds a step", "predicted"], rows)
+
+
+def ops_table(content: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["name"],
+            f"{1e3 * row['seconds']:.2f}",
+            f"{1e3 * row['floor_seconds']:.2f}",
+            f"{row['seconds'] / row['floor_seconds']:.1f}",
+        ]
+        for row in content["rows"]
+    ]
+    return table(["", "ms", "floor, ms", "times the floor"], rows)
+
+
+def gpu_table(content: dict[str, Any]) -> str:
+    """Whole models: medians of the steps after the graph was recorded; TRL's row is what the others refer to."""
+    found = {
+        r["name"]: r["found"] for r in content["results"] if r["part"] == "models" and "seconds" in r["found"]
+    }
+    rows = []
+    for name, run in found.items():
+        model, contender = name.split()
+        seconds, base = (statistics.median(each["seconds"][3:]) for each in (run, found[f"{model} trl"]))
+        predicted = f"{run['plan']['peak_bytes'] / 1e9:.2f}" if run["plan"] else ""
+        rows.append(
+            [
+                f"{model}, {CONTENDERS[contender]}",
+                f"{1e3 * seconds:.0f}",
+                f"{base / seconds:.1f}",
+                f"{run['peak_bytes'] / 1e9:.2f}",
+                predicted,
+                f"{run['peak_bytes'] / found[f'{model} trl']['peak_bytes']:.2f}",
+            ]
+        )
+    return table(["", "ms a step", "times as fast", "peak, GB", "predicted", "of TRL's peak"], rows)
+
+
+CONTENDERS = {"fettle": "fettle, bf16", "nf4": "fettle, NF4, layers redone", "trl": "TRL's defaults, bf16"}
+
+TABLES = {
+    "comparison": comparison_table,
+    "gpu": gpu_table,
+    "predictions": predictions_table,
+    "ops": ops_table,
+}
+
+
+def circumstances_line(content: dict[str, Any]) -> str:
+    if content["kind"] == "gpu":
+        where = f"{content['gpu']}; torch {content['torch']}; commit {content['commit']}"
+        return f"{where}. A row of 2,048 tokens, rank 16."
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    return f"{content['processor']}, {content['cores']} cores; {versions}; commit {content['commit']}."
+
+
+def bars(rows: list[dict[str, Any]]) -> str:
+    """An SVG bar chart of the seconds a step."""
+    rows = [row for row in rows if "step_seconds" in row]
+    longest = max(row["step_seconds"] for row in rows)
+    height = BAR * len(rows) + 10
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+        'font-family="sans-serif" font-size="13">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+    ]
+    for number, row in enumerate(rows):
+        top, length = 5 + BAR * number, (WIDTH - LEFT - 70) * row["step_seconds"] / longest
+        colour = "#8a8f98" if row["contender"] == "trl" else "#2f6fde"
+        lines += [
+            f'<text x="{LEFT - 8}" y="{top + 17}" text-anchor="end">{escape(row["name"])}</text>',
+            f'<rect x="{LEFT}" y="{top + 3}" width="{length:.1f}" height="{BAR - 6}" fill="{colour}"/>',
+            f'<text x="{LEFT + length + 6:.1f}" y="{top + 17}">{row["step_seconds"]:.2f} s</text>',
+        ]
+    return "\n".join([*lines, "</svg>", ""])
+
+
+if __name__ == "__main__":
+    main()
