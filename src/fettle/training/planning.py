@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 from rich.console import Console
+from torch import nn
 from transformers import PreTrainedConfig
 
 from fettle.adapters.load import device_of
@@ -114,8 +115,7 @@ class Followed:
     def apply(self) -> None:
         """Give every layer its policy."""
         self.model.set_policies(self.plan.policies)
-        can_replay = self.work.device_type == "cuda" and not self.work.has_dropout
-        if can_replay and Policy.PARK not in self.plan.policies:
+        if can_replay(self.model) and Policy.PARK not in self.plan.policies:
             self.model.model.use_graphs(self.work.tokens)
         else:
             self.model.model.graphs = None
@@ -144,6 +144,14 @@ class Followed:
             seconds = self.plan.tokens / tokens_per_second
             lines.append(f"a full step: {self.plan.seconds:.2g} s predicted, {seconds:.2g} s measured")
         return lines
+
+
+def can_replay(model: DecoderForCausalLM) -> bool:
+    """Whether steps may run as CUDA graphs: on one GPU, and with nothing random in them. (Several processes sum their
+    gradients as autograd hands them out, which a graph does not.)"""
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return model.device.type == "cuda" and is_alone and not drops and not model.config.attention_dropout
 
 
 def follow(
