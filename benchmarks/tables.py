@@ -106,14 +106,16 @@ def gpu_table(content: dict[str, Any]) -> str:
         model, contender = name.split()
         seconds, base = (statistics.median(each["seconds"][3:]) for each in (run, found[f"{model} trl"]))
         predicted = f"{run['plan']['peak_bytes'] / 1e9:.2f}" if run["plan"] else ""
+        losses = run["losses"][0], found[f"{model} trl"]["losses"][0]
+        is_same = abs(losses[0] - losses[1]) < 0.01 * losses[1]  # NF4's weights are other ones, if near
         rows.append(
             [
                 f"{model}, {CONTENDERS[contender]}",
                 f"{1e3 * seconds:.0f}",
-                f"{base / seconds:.1f}",
+                f"{base / seconds:.1f}" if is_same else "other loss",
                 f"{run['peak_bytes'] / 1e9:.2f}",
                 predicted,
-                f"{run['peak_bytes'] / found[f'{model} trl']['peak_bytes']:.2f}",
+                f"{run['peak_bytes'] / found[f'{model} trl']['peak_bytes']:.2f}" if is_same else "",
             ]
         )
     return table(["", "ms a step", "times as fast", "peak, GB", "predicted", "of TRL's peak"], rows)
