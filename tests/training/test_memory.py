@@ -125,6 +125,12 @@ def test_a_context_beyond_the_models(small_model, cli):
     assert ended.code == 2 and "256" in ended.err
 
 
+@pytest.mark.parametrize("name", ["context", "rank", "batch-size", "gradient-accumulation-steps"])
+def test_nothing_cannot_be_planned(small_model, name, cli):
+    ended = cli("plan", "--model", small_model, f"--{name}", 0, "--device", "cpu")
+    assert ended.code == 2 and f"--{name} is 0; expected 1 or more" in ended.err
+
+
 def test_pairs_take_more_than_rows(small_model):
     quiet = Console(file=io.StringIO())
     rows, pairs = (

@@ -39,8 +39,9 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     config, family = config_of(options.model)
     context = options.context or min(2048, config.max_position_embeddings)
     for name in ("context", "rank", "batch_size", "gradient_accumulation_steps"):
-        if (getattr(options, name) or 1) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected 1 or more.")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; expected 1 or more.")
     if context > config.max_position_embeddings:
         raise UserError(
             f"--context is {context}, and the model's is {config.max_position_embeddings} tokens; ask for at most that."
