@@ -66,7 +66,6 @@ class _Captured:
             starts=torch.zeros(tokens, dtype=torch.int32, device=device),
             bounds=torch.full((bounds,), tokens, dtype=torch.int32, device=device),
             longest=tokens,
-            groups=(),
         )
         self.documents.bounds[0] = 0
         self.sums = torch.zeros(sum(p.numel() for p in self.trained), device=device)

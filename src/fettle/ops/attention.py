@@ -17,6 +17,7 @@ Shapes: H heads, K key-value heads (H a multiple of K), D channels a head, T tok
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Group:
     is_real: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Documents:
     """How a flat row of T tokens divides into documents; made once per batch, used by every layer.
 
@@ -56,22 +57,26 @@ class Documents:
     starts: torch.Tensor
     bounds: torch.Tensor
     longest: int
-    groups: tuple[Group, ...]
 
     @classmethod
     def from_starts(cls, is_start: torch.Tensor) -> "Documents":
         """is_start: (T,) bool, True where a document begins; the first token always does."""
         starts = is_start.nonzero().flatten()
-        ends = torch.cat((starts[1:], starts.new_tensor([is_start.numel()])))
-        lengths = ends - starts
-        sizes = [max(SMALLEST_GROUP, 1 << (int(n) - 1).bit_length()) for n in lengths.tolist()]
+        bounds = torch.cat((starts, starts.new_tensor([is_start.numel()])))
+        lengths = bounds.diff()
+        per_token = torch.stack((lengths, starts)).repeat_interleave(lengths, dim=1)
+        return cls(per_token[0], per_token[1].int(), bounds.int(), int(lengths.max()))
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Documents of similar length together, for devices whose attention takes batches; made when asked for."""
+        starts, lengths = self.bounds[:-1].long(), self.bounds.diff().long()
+        sizes = [max(SMALLEST_GROUP, 1 << (n - 1).bit_length()) for n in lengths.tolist()]
         groups = []
         for size in sorted(set(sizes)):
             chosen = torch.tensor([i for i, s in enumerate(sizes) if s == size], device=starts.device)
             groups.append(_group(starts[chosen], lengths[chosen]))
-        per_token = torch.stack((lengths, starts)).repeat_interleave(lengths, dim=1)
-        bounds = torch.cat((starts[:1], ends)).int()
-        return cls(per_token[0], per_token[1].int(), bounds, int(lengths.max()), tuple(groups))
+        return tuple(groups)
 
 
 def _group(starts: torch.Tensor, lengths: torch.Tensor) -> Group:
