@@ -21,7 +21,7 @@ from datasets import Dataset
 from shapes import SHAPES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
-from trl import SFTConfig
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 CONTENDERS = ("fettle", "trl", "trl-liger", "unsloth")
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """Build the contender, train, and return what it took."""
     device = torch.device("cuda" if torch.cuda.is_available() and not options.cpu else "cpu")
     started = time.perf_counter()
-    make = {
+    make: dict[str, Any] = {
         "fettle": fettle_trainer,
         "trl": trl_trainer,
         "trl-liger": trl_trainer,
@@ -47,6 +47,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     clock = Clock(device)
     reset_peak(device)
     trainer, plan = make[options.contender](options, device, clock)
+    if options.method == "dpo":
+        trainer.train_dataset = pairs(options, config_of(options).vocab_size)
     load_peak = peak_bytes(device)
     reset_peak(device)
     loaded = time.perf_counter() - started
@@ -54,6 +56,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "contender": options.contender,
         "model": options.model or options.config,
+        "method": options.method,
         "tokens": options.tokens,
         "documents": options.documents,
         "quantization": options.quantization,
@@ -165,9 +168,21 @@ def packs(options: argparse.Namespace, vocabulary: int) -> Dataset:
     )
 
 
-def sft_config(options: argparse.Namespace, device: torch.device, **changes: Any) -> SFTConfig:
+def pairs(options: argparse.Namespace, vocabulary: int) -> Dataset:
+    """Random preference pairs: half of a row is the prompt, which both answers share."""
+    generator = torch.Generator().manual_seed(1)
+    half = options.tokens // 2
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    draws = torch.randint(3, min(vocabulary, 32000), (3, options.steps, half), generator=generator)
+    return Dataset.from_dict(dict(zip(columns, draws.tolist(), strict=True)))
+
+
+def arguments(options: argparse.Namespace, device: torch.device, **changes: Any) -> SFTConfig | DPOConfig:
     """TRL's defaults but for what makes runs comparable."""
-    return SFTConfig(
+    if options.method == "sft":
+        changes["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    make = SFTConfig if options.method == "sft" else DPOConfig
+    return make(
         output_dir=tempfile.mkdtemp(),
         max_steps=options.steps,
         per_device_train_batch_size=1,
@@ -179,7 +194,6 @@ def sft_config(options: argparse.Namespace, device: torch.device, **changes: Any
         use_cpu=device.type == "cpu",
         save_strategy="no",
         max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=False,
         **changes,
     )
@@ -193,12 +207,21 @@ def tokenizer_of(options: argparse.Namespace) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
+def data_of(options: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
+    """What a trainer is given of data: packs and their collator, or pairs, which DPO's trainer collates itself."""
+    if options.method == "dpo":  # its trainer tokenises what it is given; `run` puts tokens in place
+        return {
+            "train_dataset": Dataset.from_list([dict.fromkeys(("prompt", "chosen", "rejected"), "<eos>")])
+        }
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    return {"train_dataset": packs(options, vocabulary), "data_collator": collator}
+
+
 # --- contenders --------------------------------------------------------------------------------------------
 
 
 def trl_trainer(options: argparse.Namespace, device: torch.device, clock: Clock) -> tuple[Any, None]:
     from peft import LoraConfig
-    from trl import SFTTrainer
 
     config = config_of(options)
     with torch.device("meta"):
@@ -209,12 +232,12 @@ def trl_trainer(options: argparse.Namespace, device: torch.device, clock: Clock)
     changes: dict[str, Any] = {"use_liger_kernel": True} if options.contender == "trl-liger" else {}
     if options.no_checkpointing:
         changes["gradient_checkpointing"] = False
-    trainer = SFTTrainer(
+    make = SFTTrainer if options.method == "sft" else DPOTrainer
+    trainer = make(
         model=model,
-        args=sft_config(options, device, **changes),
-        train_dataset=packs(options, config.vocab_size),
+        args=arguments(options, device, **changes),
         processing_class=tokenizer_of(options),
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True),
+        **data_of(options, config.vocab_size),
         peft_config=LoraConfig(
             r=options.rank, lora_alpha=options.rank, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
@@ -237,23 +260,26 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
     with torch.device("meta"):
         model = causal_lm_class(config.model_type)(config).to(torch.bfloat16)
     model = materialise_nf4(model, device) if options.quantization else materialise(model, device)
-    dataset = packs(options, config.vocab_size)
+    data = data_of(options, config.vocab_size)
+    lengths = (
+        [[options.tokens] * 2] if options.method == "dpo" else list(data["train_dataset"]["seq_lengths"])
+    )
     run = TrainOptions(
         model="", data="", output="", rank=options.rank, memory=options.memory, batch_size=1,
         gradient_accumulation_steps=1, gradient_checkpointing={None: None, "none": False, "all": True}[options.redo],
     )  # fmt: skip
-    followed = follow(run, model, list(dataset["seq_lengths"]), Console(stderr=True))
+    followed = follow(run, model, lengths, Console(stderr=True))
     adapted = adapt(model, rank=options.rank)
     fill_adapter(adapted)
-    trainer = Trainer(
-        model=adapted,
-        args=sft_config(options, device, gradient_checkpointing=False, bf16=False),
-        train_dataset=dataset,
-        processing_class=tokenizer_of(options),
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True),
-        callbacks=[clock],
-        step_leaner=followed.step_leaner,
-    )
+    common = {
+        "model": adapted,
+        "args": arguments(options, device, gradient_checkpointing=False, bf16=False),
+        "processing_class": tokenizer_of(options),
+        "callbacks": [clock],
+        **data,
+    }
+    is_dpo = options.method == "dpo"  # TRL's trainer and head on fettle's model
+    trainer = DPOTrainer(**common) if is_dpo else Trainer(**common, step_leaner=followed.step_leaner)
     followed.apply()
     plan = followed.plan
     return trainer, {
@@ -297,6 +323,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("contender", choices=CONTENDERS)
     parser.add_argument("--model", choices=sorted(SHAPES), help="a shape of shapes.py")
     parser.add_argument("--config", help="a config.json instead")
+    parser.add_argument("--method", choices=["sft", "dpo"], default="sft", help="dpo: a pair of rows a step")
     parser.add_argument("--layers", type=int, help="fewer layers than the config's")
     parser.add_argument("--tokens", type=int, default=1024, help="of a pack")
     parser.add_argument("--documents", type=int, default=1, help="equal documents in a pack")

@@ -1,10 +1,10 @@
 # ruff: noqa: B023  (what is measured runs before the loop goes on)
 """Everything worth knowing on one GPU, in one call of at most ten minutes: results land as they come.
 
-    python benchmarks/gpu.py --out FOLDER [--minutes 9] [--only kernels,ceiling,ops,models,contexts]
+    python benchmarks/gpu.py --out FOLDER [--minutes 9] [--only kernels,ceiling,ops,models,preference,contexts]
 
 kernels: every op on the card against fp64. ceiling: bare matrix products and copies. ops: one op at a time
-against what the card allows. models: steps of fettle and of TRL at full size, random weights. contexts: peak
+against what the card allows. models: steps of fettle and of TRL at full size, random weights. preference: DPO. contexts: peak
 memory of long rows in NF4. One process does all of it, as importing the libraries takes longer than a step.
 """
 
@@ -36,14 +36,14 @@ def main() -> None:
     )
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--only", default="kernels,ceiling,ops,models,contexts")
+    parser.add_argument("--only", default="kernels,ceiling,ops,models,preference,contexts")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--contenders", default="fettle,nf4,trl")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.out / "gpu.json", time.monotonic() + 60 * options.minutes)
     parts: dict[str, Callable[[Report, argparse.Namespace], None]] = {
-        "kernels": kernels, "ceiling": ceiling, "ops": ops, "models": models, "contexts": contexts,
+        "kernels": kernels, "ceiling": ceiling, "ops": ops, "models": models, "preference": preference, "contexts": contexts,
     }  # fmt: skip
     for name in options.only.split(","):
         parts[name](report, options)
@@ -257,6 +257,17 @@ def models(report: Report, options: argparse.Namespace) -> None:
     for model in options.models.split(","):
         for name in options.contenders.split(","):
             report.take("models", f"{model} {name}", lambda: _run(lines[name].format(model, STEPS)))
+
+
+def preference(report: Report, options: argparse.Namespace) -> None:
+    """A pair of 1,024 tokens each a step, at Zephyr's shape (Mistral 7B), by TRL's DPO trainer."""
+    for name, extra in (
+        ("fettle", "fettle"),
+        ("nf4", "fettle --quantization nf4 --redo all"),
+        ("trl", "trl"),
+    ):
+        line = f"{extra} --method dpo --model mistral-7b --tokens 1024 --steps {STEPS}"
+        report.take("preference", f"mistral-7b {name}", lambda: _run(line))
 
 
 def contexts(report: Report, options: argparse.Namespace) -> None:
