@@ -4,8 +4,9 @@
     python benchmarks/gpu.py --out FOLDER [--minutes 9] [--only kernels,ceiling,ops,models,preference,contexts]
 
 kernels: every op on the card against fp64. ceiling: bare matrix products and copies. ops: one op at a time
-against what the card allows. models: steps of fettle and of TRL at full size, random weights. preference: DPO. contexts: peak
-memory of long rows in NF4. One process does all of it, as importing the libraries takes longer than a step.
+against what the card allows. models: steps of fettle and of TRL at full size, random weights. preference: the same for
+pairs, by TRL's DPO trainer. contexts: peak memory of long rows in NF4. One process does all of it, as importing
+the libraries takes longer than a step.
 """
 
 import argparse
@@ -43,7 +44,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.out / "gpu.json", time.monotonic() + 60 * options.minutes)
     parts: dict[str, Callable[[Report, argparse.Namespace], None]] = {
-        "kernels": kernels, "ceiling": ceiling, "ops": ops, "models": models, "preference": preference, "contexts": contexts,
+        "kernels": kernels, "ceiling": ceiling, "ops": ops, "models": models,
+        "preference": preference, "contexts": contexts,
     }  # fmt: skip
     for name in options.only.split(","):
         parts[name](report, options)
