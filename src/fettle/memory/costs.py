@@ -68,8 +68,10 @@ def trained_bytes(shapes: Shapes, work: Workload) -> tuple[int, int, int]:
     count = shapes.adapter_parameters(work.rank, None if work.targets is None else list(work.targets))
     if work.rank == 0:
         return 0, 4 * shapes.parameters, 8 * shapes.parameters
-    if work.device_type == "cuda":  # the graph's own gradients, and the step's sums of them
-        return 4 * count, 8 * count, 8 * count
+    if (
+        work.device_type == "cuda"
+    ):  # with copies in the model's dtype; the graph's own gradients, and the step's sums of them
+        return (4 + work.item) * count, 8 * count, 8 * count
     return 4 * count, 4 * count, 8 * count
 
 
@@ -128,8 +130,9 @@ def peak_of_policies(shapes: Shapes, work: Workload, policies: list[Policy]) -> 
     if work.device_type == "cpu":
         # The C library's heap does not close the holes that one part leaves for the next: rooms add up.
         return total, int(HEAP_GAPS * total) + head_bytes(shapes, work) + max(working.values()) + gradients
-    graph = 5 * work.tokens * shapes.hidden * work.item  # its input, output, their copies and gradient
-    left, own_gradients = total + graph, gradients // len(policies)
+    # A graph's input, output, their copies and gradient; where layers are parked there is no graph, only the output.
+    ends = (1 if Policy.PARK in policies else 5) * work.tokens * shapes.hidden * work.item
+    left, own_gradients = total + ends, gradients // len(policies)
     peak = left + head_bytes(shapes, work)
     for done, policy in enumerate(reversed(policies)):
         peak = max(peak, left + working[policy] + (done + 1) * own_gradients)

@@ -29,8 +29,8 @@ from fettle.training.options import PlanOptions, TrainOptions
 
 PROGRAM_BYTES = {"cpu": 520_000_000, "cuda": 0}
 """The process before it has a model; on a GPU only what tensors take is counted."""
-RUNTIME_BYTES = {"cpu": 130_000_000, "cuda": 0}
-"""What the libraries take for themselves once products run: packed copies of weights, threads."""
+RUNTIME_BYTES = {"cpu": 130_000_000, "cuda": 100_000_000}
+"""What the libraries take for themselves once products run: packed copies of weights, threads, cuBLAS's workspaces."""
 
 
 def plan(options: PlanOptions, console: Console | None = None) -> Plan:
