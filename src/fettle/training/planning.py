@@ -25,6 +25,7 @@ from fettle.models.config import config_of
 from fettle.models.decoder import DecoderForCausalLM
 from fettle.models.families import Family
 from fettle.quantization.layers import is_quantized
+from fettle.training.alone import is_alone
 from fettle.training.options import PlanOptions, TrainOptions
 
 PROGRAM_BYTES = {"cpu": 520_000_000, "cuda": 0}
@@ -151,8 +152,7 @@ def can_replay(model: DecoderForCausalLM) -> bool:
     """Whether steps may run as CUDA graphs: on one GPU, and with nothing random in them. (Several processes sum their
     gradients as autograd hands them out, which a graph does not.)"""
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    return model.device.type == "cuda" and is_alone and not drops and not model.config.attention_dropout
+    return model.device.type == "cuda" and is_alone() and not drops and not model.config.attention_dropout
 
 
 def follow(

@@ -11,6 +11,7 @@ from trl import SFTTrainer
 
 from fettle.errors import UserError
 from fettle.models.decoder import DecoderForCausalLM
+from fettle.training.alone import is_alone, skip_walks
 from fettle.training.head import use_own_head
 
 
@@ -22,6 +23,10 @@ class Trainer(SFTTrainer):
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if isinstance(base, DecoderForCausalLM):
             use_own_head(base)
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._parameters = self.model.num_parameters(exclude_embeddings=True)
+        if is_alone():
+            skip_walks(self.model, self._trained)
         self.step_leaner = step_leaner
         self._batches: list[dict[str, Any]] = []  # of the step at hand, to repeat it from its beginning
         self._beginning: _Beginning | None = None
@@ -53,6 +58,15 @@ class Trainer(SFTTrainer):
         if not torch.isfinite(loss):
             self._stop_at(inputs, float(loss))
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The trainer's own estimate, without counting the model's parameters anew at every batch."""
+        return int(6 * inputs["input_ids"].numel() * self._parameters)
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor | None:
+        if not is_alone():
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def _stop_at(self, inputs: dict[str, Any], loss: float) -> None:
         """Save the state before this step, the last good one, and say which rows the batch was made of."""

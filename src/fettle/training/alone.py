@@ -1,0 +1,32 @@
+"""What one process alone may leave out of a step.
+
+A model with adapters has a thousand modules, and PyTorch walks through them all to set a flag, to find gradients
+or to clear them: each walk takes a few milliseconds of Python while the GPU waits. Where parameters are shared
+out among processes they are replaced on the way, so there the walks stay.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def is_alone() -> bool:
+    """Whether no other process trains the same model."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def skip_walks(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
+    """Make `train` return at once where the mode is set already, and `zero_grad` clear only what is trained."""
+
+    def train(mode: bool = True) -> nn.Module:
+        return model if model.training == mode else type(model).train(model, mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in trained:
+            if set_to_none:
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.zero_()
+
+    vars(model).update(train=train, zero_grad=zero_grad)  # of this one model, not of its class
