@@ -24,11 +24,11 @@ CONFIGS = {
     "llama": LlamaConfig(**SHAPE, num_key_value_heads=2),
     "gemma2": Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=32, sliding_window=64),
 }
-LENGTHS = ([100, 156], [256], [90, 30, 60, 60], [200])
+LENGTHS = ([[100, 156]], [[256]], [[90, 30], [60, 60]], [[200]])
 
 
-def train(family: str, policy: Policy, *, tokens: int | None) -> list[torch.Tensor]:
-    """Losses and final adapters of a few steps of two batches; tokens: of the graph, None for none."""
+def train(family: str, policy: Policy, *, tokens: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses, and what a few steps of two batches change; tokens: of the graph, None for none."""
     torch.manual_seed(0)
     model: DecoderForCausalLM = causal_lm_class(family)(CONFIGS[family]).to("cuda", torch.bfloat16)
     adapted = adapt(model, rank=4).train()
@@ -36,26 +36,31 @@ def train(family: str, policy: Policy, *, tokens: int | None) -> list[torch.Tens
     if tokens is not None:
         model.model.use_graphs(tokens)
     trained = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, fused=True)
-    results: list[torch.Tensor] = []
+    before = torch.cat([p.detach().flatten() for p in trained])
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    losses = []
     for step in range(3):
-        for lengths in (LENGTHS[step], LENGTHS[step + 1]):
-            generator = torch.Generator().manual_seed(sum(lengths) + step)
-            ids = torch.randint(3, 61, (1, sum(lengths)), generator=generator).cuda()
-            positions = torch.cat([torch.arange(n) for n in lengths])[None].cuda()
-            loss = adapted(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss
-            loss.backward()
-            results.append(loss.detach())
+        losses += [backward(adapted, LENGTHS[index], seed=index) for index in (step, step + 1)]
         optimizer.step()
         optimizer.zero_grad()
     assert tokens is None or model.model.graphs.captured is not None
-    return results + [p.detach().clone() for p in trained]
+    return torch.stack(losses), torch.cat([p.detach().flatten() for p in trained]) - before
+
+
+def backward(model: torch.nn.Module, rows: list[list[int]], *, seed: int) -> torch.Tensor:
+    """rows: the lengths of the documents of each."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 61, (len(rows), sum(rows[0])), generator=generator).cuda()
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows]).cuda()
+    loss = model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss
+    loss.backward()
+    return loss.detach()
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("policy", [Policy.KEEP, Policy.DROP, Policy.REDO], ids=lambda policy: policy.name)
 def test_a_replayed_step_is_the_step(family: str, policy: Policy) -> None:
-    """Rows of several lengths, padded to the graph's; gradients of two batches are summed."""
+    """Rows of several lengths, padded to the graph's; batches of one row and two; gradients of batches are summed."""
     plain, replayed = (train(family, policy, tokens=tokens) for tokens in (None, 256))
-    for ours, expected in zip(replayed, plain, strict=True):
-        torch.testing.assert_close(ours.float(), expected.float(), rtol=3e-2, atol=3e-2)
+    torch.testing.assert_close(replayed[0], plain[0], rtol=1e-3, atol=1e-3)
+    assert (replayed[1] - plain[1]).norm() < 0.02 * plain[1].norm()

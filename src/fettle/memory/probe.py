@@ -28,7 +28,7 @@ LENGTHS = {"cpu": (128, 512), "cuda": (1024, 4096)}
 ATTENTION_LENGTH = {"cpu": 2048, "cuda": 8192}
 ENOUGH_SECONDS = 0.3
 
-SLICE = 4096
+SLICE = {"cpu": 4096, "cuda": 32768}
 """Rows of the head that are timed; the rest goes by proportion."""
 
 
@@ -246,7 +246,7 @@ def _time_attention(tokens: int, shapes: Shapes, work: Workload, device: torch.d
 
 
 def _time_head(shapes: Shapes, work: Workload, device: torch.device) -> float:
-    tokens, rows = LENGTHS[device.type][0], min(SLICE, shapes.vocabulary)
+    tokens, rows = LENGTHS[device.type][0], min(SLICE[device.type], shapes.vocabulary)
     weight = torch.randn(rows, shapes.hidden, device=device).to(work.dtype)
     hidden = torch.randn(tokens, shapes.hidden, device=device).to(work.dtype).requires_grad_()
     labels = torch.zeros(tokens, dtype=torch.long, device=device)

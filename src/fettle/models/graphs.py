@@ -33,24 +33,29 @@ class LayerGraphs:
 
     def serves(self, x: torch.Tensor) -> bool:
         """Whether to run x (B, N, E) here. The first call is not: it warms up what is compiled on first use."""
-        is_fit = x.shape[0] == 1 and SHORTEST * self.tokens <= x.shape[1] <= self.tokens
+        is_fit = SHORTEST * self.tokens <= x.shape[0] * x.shape[1] <= self.tokens
         self.calls += is_fit
         return is_fit and self.calls > 1 and not x.requires_grad
 
     def run(
         self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], documents: Documents
     ) -> torch.Tensor:
-        """Return what the layers return for x (1, N, E); gradients go to the trained parameters alone."""
+        """Return what the layers return for x (B, N, E); gradients go to the trained parameters alone.
+
+        documents: of all rows one after the other, which is how the graph sees them.
+        """
         needed = len(documents.bounds) + 1  # one more for the padding
         if self.captured is None or len(self.captured.documents.bounds) < needed:
             self.captured = None  # its memory, first
             self.captured = _Captured(self, x, cos_sin, 1 << (needed - 1).bit_length())
         captured = self.captured
-        captured.take(x, cos_sin, documents)
+        rows = x.reshape(1, -1, x.shape[-1])
+        cos, sin = (each.expand(x.shape[0], -1, -1).reshape(1, -1, each.shape[-1]) for each in cos_sin)
+        captured.take(rows, (cos, sin), documents)
         if self.trained[0].grad is None:
             captured.begin_sum()
         output: torch.Tensor = _Replay.apply(captured, self.trained[0])
-        return output[:, : x.shape[1]]
+        return output[:, : rows.shape[1]].view_as(x)
 
 
 class _Captured:
