@@ -7,6 +7,7 @@ backward needs next, is already fetched.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from contextlib import AbstractContextManager
 
 import torch
@@ -28,6 +29,7 @@ class _Parked:
         with torch.cuda.stream(stream):
             self.host.copy_(tensor, non_blocking=True)
         tensor.record_stream(stream)  # its memory is not given away before the copy is done
+        _keep_pace(tensor.device)
 
     def start_fetch(self) -> None:
         if self.fetched is not None or self.device.type != "cuda":
@@ -47,6 +49,7 @@ class _Parked:
         if self.before is not None:
             self.before.start_fetch()
             self.before = None
+        _keep_pace(self.device)
         return tensor
 
 
@@ -59,6 +62,18 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)
     return _streams[device]
+
+
+_marks: dict[torch.device, deque[torch.cuda.Event]] = {}
+PACE = 2
+"""Layers that Python may be ahead of the GPU: the memory of every one it queues beyond would be held at once."""
+
+
+def _keep_pace(device: torch.device) -> None:
+    marks = _marks.setdefault(device, deque())
+    marks.append(torch.cuda.current_stream(device).record_event())
+    if len(marks) > PACE:
+        marks.popleft().synchronize()
 
 
 def parked(x: torch.Tensor) -> AbstractContextManager[None]:

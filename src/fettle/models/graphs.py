@@ -52,8 +52,7 @@ class LayerGraphs:
         rows = x.reshape(1, -1, x.shape[-1])
         cos, sin = (each.expand(x.shape[0], -1, -1).reshape(1, -1, each.shape[-1]) for each in cos_sin)
         captured.take(rows, (cos, sin), documents)
-        if self.trained[0].grad is None:
-            captured.begin_sum()
+        captured.begin_sum()
         output: torch.Tensor = _Replay.apply(captured, self.trained[0])
         return output[:, : rows.shape[1]].view_as(x)
 
@@ -100,9 +99,15 @@ class _Captured:
         bounds[len(documents.bounds) :].fill_(self.x.shape[1])
 
     def begin_sum(self) -> None:
-        """Start the step's gradients at zero: they are views of one tensor."""
+        """Make the parameters' gradients views of one tensor, which the graph adds to. What other batches of the
+        step have left there, run without this graph, stays in the sum."""
+        if all(p.grad is view for p, view in zip(self.trained, self.views, strict=True)):
+            return
+        earlier = [None if p.grad is None else p.grad.clone() for p in self.trained]
         self.sums.zero_()
-        for parameter, view in zip(self.trained, self.views, strict=True):
+        for parameter, view, gradient in zip(self.trained, self.views, earlier, strict=True):
+            if gradient is not None:
+                view.copy_(gradient)
             parameter.grad = view
 
 
