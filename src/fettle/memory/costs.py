@@ -14,9 +14,9 @@ from fettle.memory.shapes import Shapes
 from fettle.ops.lora_mlp import TILE_TOKENS
 from fettle.ops.token_log_probs import CHUNK_BYTES
 
-HEAP_GAPS = 1.2
-"""What the C library's heap takes for what layers keep, measured: 1.1 to 1.2 where all layers are
-alike, more where some are redone."""
+HEAP_GAPS, HEAP_GAPS_MIXED = 1.2, 1.4
+"""What the C library's heap takes for what layers keep, measured: 1.1 to 1.2 where all layers are alike,
+1.3 to 1.4 where some are redone. The room of a layer that is redone is taken one and a half times."""
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256
 """A weight in NF4: its code, its share of a block's scale in one byte, and of that scale's own scale."""
@@ -150,7 +150,9 @@ def peak_of_policies(shapes: Shapes, work: Workload, policies: list[Policy]) -> 
     total = sum(kept[policy] for policy in policies)
     if work.device_type == "cpu":
         # The C library's heap does not close the holes that one part leaves for the next: rooms add up.
-        return total, int(HEAP_GAPS * total) + head_bytes(shapes, work) + max(working.values()) + gradients
+        gaps = HEAP_GAPS if len(kept) == 1 else HEAP_GAPS_MIXED
+        room = max(size if policy < Policy.REDO_MLP else 3 * size // 2 for policy, size in working.items())
+        return total, int(gaps * total) + head_bytes(shapes, work) + room + gradients
     # A graph holds its input, output, their copies and gradient; where layers are parked there is only the output.
     ends = (1 if Policy.PARK in policies else 5) * work.tokens * shapes.hidden * work.item
     left, own_gradients = total + ends, gradients // len(policies)
