@@ -97,15 +97,38 @@ def ops_table(content: dict[str, Any]) -> str:
 
 
 def gpu_table(content: dict[str, Any]) -> str:
-    """Whole models: medians of the steps after the graph was recorded; TRL's row is what the others refer to."""
+    """Whole models, preference training, and long contexts, a table each."""
+    head = ["", "ms a step", "times as fast", "peak, GB", "predicted", "of TRL's peak"]
+    models = table(head, against_trl(content, "models"))
+    pairs = table(head, against_trl(content, "preference"))
+    contexts = [
+        [
+            f"{result['name'].split()[0]}, {int(result['name'].split()[1]):,} tokens, rank {rank}",
+            f"{min(run['seconds']):.2f}",
+            f"{run['plan']['seconds']:.2f}",
+            *_peaks(run),
+        ]
+        for result in content["results"]
+        if result["part"] == "contexts" and "seconds" in (run := result["found"])
+        for rank in [32 if "llama" in result["name"] else 16]
+    ]
+    long = table(["", "seconds a step", "predicted", "peak, GB", "predicted"], contexts)
+    return (
+        f"{models}\n\nPairs of 1,024 tokens each, by TRL's DPO trainer:\n\n{pairs}\n\n"
+        f"One row in NF4, Phi-3.5-mini with a budget of 16 GiB, Llama with every layer redone "
+        "(one to three steps each, of which the first two prepare the graph):\n\n{long}"
+    )
+
+
+def against_trl(content: dict[str, Any], part: str) -> list[list[str]]:
+    """Medians of the steps after the graph was recorded; TRL's row is what the others refer to."""
     found = {
-        r["name"]: r["found"] for r in content["results"] if r["part"] == "models" and "seconds" in r["found"]
+        r["name"]: r["found"] for r in content["results"] if r["part"] == part and "seconds" in r["found"]
     }
     rows = []
     for name, run in found.items():
         model, contender = name.split()
         seconds, base = (statistics.median(each["seconds"][3:]) for each in (run, found[f"{model} trl"]))
-        predicted = f"{run['plan']['peak_bytes'] / 1e9:.2f}" if run["plan"] else ""
         losses = run["losses"][0], found[f"{model} trl"]["losses"][0]
         is_same = abs(losses[0] - losses[1]) < 0.01 * losses[1]  # NF4's weights are other ones, if near
         rows.append(
@@ -113,12 +136,16 @@ def gpu_table(content: dict[str, Any]) -> str:
                 f"{model}, {CONTENDERS[contender]}",
                 f"{1e3 * seconds:.0f}",
                 f"{base / seconds:.1f}" if is_same else "other loss",
-                f"{run['peak_bytes'] / 1e9:.2f}",
-                predicted,
+                *_peaks(run),
                 f"{run['peak_bytes'] / found[f'{model} trl']['peak_bytes']:.2f}" if is_same else "",
             ]
         )
-    return table(["", "ms a step", "times as fast", "peak, GB", "predicted", "of TRL's peak"], rows)
+    return rows
+
+
+def _peaks(run: dict[str, Any]) -> list[str]:
+    predicted = f"{run['plan']['peak_bytes'] / 1e9:.2f}" if run["plan"] else ""
+    return [f"{run['peak_bytes'] / 1e9:.2f}", predicted]
 
 
 CONTENDERS = {"fettle": "fettle, bf16", "nf4": "fettle, NF4, layers redone", "trl": "TRL's defaults, bf16"}
