@@ -115,8 +115,8 @@ def gpu_table(content: dict[str, Any]) -> str:
     long = table(["", "seconds a step", "predicted", "peak, GB", "predicted"], contexts)
     return (
         f"{models}\n\nPairs of 1,024 tokens each, by TRL's DPO trainer:\n\n{pairs}\n\n"
-        f"One row in NF4, Phi-3.5-mini with a budget of 16 GiB, Llama with every layer redone "
-        "(one to three steps each, of which the first two prepare the graph):\n\n{long}"
+        "One row in NF4, Phi-3.5-mini with a budget of 16 GiB, Llama with every layer redone (one to three steps each, "
+        f"of which the first two prepare the graph):\n\n{long}"
     )
 
 
