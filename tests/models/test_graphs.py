@@ -64,3 +64,33 @@ def test_a_replayed_step_is_the_step(family: str, policy: Policy) -> None:
     plain, replayed = (train(family, policy, tokens=tokens) for tokens in (None, 256))
     torch.testing.assert_close(replayed[0], plain[0], rtol=2e-3, atol=2e-3)
     assert (replayed[1] - plain[1]).norm() < 0.05 * plain[1].norm()
+
+
+def test_gradients_may_be_cleared_between_forward_and_backward() -> None:
+    plain, replayed = (gradients_of_two(tokens, clear=True) for tokens in (None, 256))
+    assert (replayed - plain).norm() < 0.02 * plain.norm()
+
+
+def test_a_second_forward_pass_leaves_what_the_first_one_kept() -> None:
+    plain, replayed = (gradients_of_two(tokens, clear=False) for tokens in (None, 256))
+    assert (replayed - plain).norm() < 0.02 * plain.norm()
+
+
+def gradients_of_two(tokens: int | None, *, clear: bool) -> torch.Tensor:
+    """The adapters' gradients of one batch, or of the sum of two that go forward before either goes back."""
+    torch.manual_seed(0)
+    model: DecoderForCausalLM = causal_lm_class("llama")(CONFIGS["llama"]).to("cuda", torch.bfloat16)
+    adapted = adapt(model, rank=4).train()
+    if tokens is not None:
+        model.model.use_graphs(tokens)
+        backward(adapted, [[256]], seed=9)  # the first fitting batch runs beside the graph
+        adapted.zero_grad()
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(3, 61, (1, 256), generator=generator).cuda() for _ in range(2))
+    loss = adapted(input_ids=first, labels=first, use_cache=False).loss
+    if clear:
+        adapted.zero_grad()
+    else:
+        loss = loss + adapted(input_ids=second, labels=second, use_cache=False).loss
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in adapted.parameters() if p.grad is not None])

@@ -216,3 +216,31 @@ def test_training_remembers_nf4_and_export_merges_onto_it(
     merged, _ = load(export_safetensors(run, tmp_path / "merged"), device="cpu")
     assert not is_quantized(merged)
     torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_that_are_no_numbers(folder: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    name = next(name for name in tensors if "down_proj" in name)
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"{name}' holds numbers that are none"):
+        load_model(broken, quantization="nf4")
+
+
+def test_a_config_that_claims_nf4_over_plain_weights(folder: Path, nf4_folder: Path, tmp_path: Path) -> None:
+    false = shutil.copytree(folder, tmp_path / "false")
+    shutil.copy(nf4_folder / "config.json", false)
+    with pytest.raises(UserError, match="no stored tensor is in it"):
+        load_model(false)
+
+
+def test_a_part_that_is_too_short(nf4_folder: Path, tmp_path: Path) -> None:
+    """A kernel would read beyond it."""
+    short = shutil.copytree(nf4_folder, tmp_path / "short")
+    tensors = load_file(short / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("down_proj.weight"))
+    tensors[name] = tensors[name][:-32].clone()
+    save_file(tensors, short / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="entries, not"):
+        load_model(short)

@@ -154,14 +154,6 @@ def test_matrices_beyond_a_slab_are_worked_on_in_parts(monkeypatch: pytest.Monke
     assert torch.equal(nf4_dequantize(even), nf4_dequantize_reference(even))
 
 
-@pytest.mark.parametrize("shape", [(32, 64), (3, 21)], ids=str)
-def test_out_receives_the_matrix_in_its_own_dtype(shape: tuple[int, int]) -> None:
-    quantised = nf4_quantize(matrix(shape, torch.float32))
-    out = torch.empty(shape, dtype=torch.bfloat16)
-    assert nf4_dequantize(quantised, out=out) is out
-    assert torch.equal(out, nf4_dequantize_reference(quantised, torch.bfloat16))
-
-
 def test_absmax_may_be_plain() -> None:
     """As bitsandbytes writes it without double quantisation."""
     weight = golden_matrix()

@@ -38,6 +38,12 @@ def test_scores_and_gradients(softcap: float | None, is_trained: bool) -> None:
     assert torch.equal(found_top1, expected_top1)
 
 
+def test_entropy_has_no_gradient() -> None:
+    """Better an error than a loss term that trains nothing."""
+    hidden, weight, labels = inputs()
+    assert not token_log_probs(hidden.requires_grad_(), weight, labels).entropy.requires_grad
+
+
 def test_certain_tokens_have_no_entropy() -> None:
     weight = torch.eye(VOCABULARY, HIDDEN) * 1e4
     hidden = torch.eye(4, HIDDEN)

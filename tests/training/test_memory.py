@@ -3,14 +3,14 @@
 import io
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fettle.errors import UserError
-from fettle.memory.policies import Policy
 from fettle.models import decoder
 from fettle.training import sft
 from fettle.training.options import PlanOptions, TrainOptions
@@ -95,6 +95,22 @@ def test_a_loss_that_is_no_number_stops_before_the_update(small_model, chats, tm
     assert all(tensor.isfinite().all() for tensor in adapter(checkpoint).values())
 
 
+def test_a_model_that_is_no_numbers_is_blamed_itself(small_model, chats, tmp_path):
+    broken = shutil.copytree(small_model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"'model.norm.weight' holds numbers that are none"):
+        run(broken, chats, tmp_path / "out")
+
+
+def test_a_run_that_diverged_keeps_no_ruined_checkpoint(small_model, chats, tmp_path):
+    with pytest.raises(UserError, match=r"lower --learning-rate, into a new --output"):
+        run(small_model, chats, tmp_path / "out", learning_rate=1e38, save_steps=1, max_steps=4)
+    checkpoints = (tmp_path / "out" / "checkpoints").glob("checkpoint-*")
+    assert all(tensor.isfinite().all() for each in checkpoints for tensor in adapter(each).values())
+
+
 def test_a_budget_nothing_fits_in(small_model, chats, tmp_path):
     with pytest.raises(UserError, match=r"the least this run needs is .* [MG]B"):
         run(small_model, chats, tmp_path / "out", memory="1MB")
@@ -104,10 +120,8 @@ def test_a_budget_nothing_fits_in(small_model, chats, tmp_path):
 @pytest.mark.parametrize("size", ["lots", "16", "0GB", "-3GB", "1e3MB"])
 def test_a_malformed_budget(small_model, size, cli):
     ended = cli("plan", "--model", small_model, f"--memory={size}", "--device", "cpu")
-    if size == "16":  # 16 bytes is an amount, if a small one
-        assert ended.code == 2 and "too little" in ended.err
-    else:
-        assert ended.code == 2 and "such as 16GB" in ended.err
+    expected = "means 16 bytes; for gigabytes write 16GB" if size == "16" else "such as 16GB"
+    assert ended.code == 2 and expected in ended.err
 
 
 def test_a_plan_needs_no_weights(small_model, tmp_path, cli):
@@ -146,7 +160,3 @@ def test_rows_are_found_by_their_tokens():
     packs = Dataset.from_dict({"input_ids": [[1, 2, 3], [1, 4], [4, 5]], "rows": [["a", "b"], ["c"], ["d"]]})
     assert rows_of(packs, [1, 2, 3, 4, 5]) == ["a", "b", "d"]
     assert rows_of(packs, [9, 9]) == []
-
-
-def test_policies_are_ordered_from_most_memory_to_least():
-    assert list(Policy) == sorted(Policy)

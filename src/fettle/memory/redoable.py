@@ -51,7 +51,7 @@ class RedoableOutputs(torch.autograd.graph.saved_tensors_hooks):
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         found = self.recipes.get(tensor.data_ptr())
-        if found is None or found[0].numel() != tensor.numel():
+        if found is None or not _is_same_memory(found[0], tensor):
             return tensor
         recipe = found[1]
         recipe.uses += 1
@@ -64,3 +64,9 @@ class RedoableOutputs(torch.autograd.graph.saved_tensors_hooks):
         recipe, shape = packed
         output: torch.Tensor = recipe.make()
         return output.view(shape)
+
+
+def _is_same_memory(output: torch.Tensor, saved: torch.Tensor) -> bool:
+    """Whether `saved`, which begins where `output` does, is `output` in another shape: no part, no transpose."""
+    is_whole = saved.numel() == output.numel() and saved.dtype == output.dtype
+    return is_whole and saved.is_contiguous() and output.is_contiguous()

@@ -339,6 +339,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
     if not file.exists():
+        if (folder / "checkpoints").is_dir():
+            raise UserError(
+                f"{folder} holds a run that was stopped before its end, not a model yet: finish it with fettle train "
+                f"--resume --output {folder}."
+            )
         raise UserError(f"{folder} is not a model folder: it has no config.json.")
     config = _read_json(file)
     if not isinstance(config.get("model_type"), str):

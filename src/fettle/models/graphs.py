@@ -5,11 +5,13 @@ once for all of its kernels. It is fixed in shape, so rows are padded to one len
 and in place, so inputs are copied in, and the adapters' gradients are added up inside the graph.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from fettle.ops import Documents
 
@@ -32,10 +34,14 @@ class LayerGraphs:
         self.captured: _Captured | None = None
 
     def serves(self, x: torch.Tensor) -> bool:
-        """Whether to run x (B, N, E) here. The first call is not: it warms up what is compiled on first use."""
+        """Whether to run x (B, N, E) here. The first call is not: it warms up what is compiled on first use.
+
+        Nor is one between another's forward and backward pass: the graph's memory holds what that one kept.
+        """
         is_fit = SHORTEST * self.tokens <= x.shape[0] * x.shape[1] <= self.tokens
         self.calls += is_fit
-        return is_fit and self.calls > 1 and not x.requires_grad
+        is_free = self.captured is None or self.captured.open() is None
+        return is_fit and is_free and self.calls > 1 and not x.requires_grad
 
     def run(
         self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], documents: Documents
@@ -52,7 +58,6 @@ class LayerGraphs:
         rows = x.reshape(1, -1, x.shape[-1])
         cos, sin = (each.expand(x.shape[0], -1, -1).reshape(1, -1, each.shape[-1]) for each in cos_sin)
         captured.take(rows, (cos, sin), documents)
-        captured.begin_sum()
         output: torch.Tensor = _Replay.apply(captured, self.trained[0])
         return output[:, : rows.shape[1]].view_as(x)
 
@@ -62,6 +67,8 @@ class _Captured:
         self, owner: LayerGraphs, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], bounds: int
     ) -> None:
         tokens, device = owner.tokens, x.device
+        self.open: Callable[[], Any] = lambda: None
+        """The forward pass whose backward pass is still to come, if there is one."""
         self.trained = owner.trained
         self.x = x.new_zeros(1, tokens, x.shape[-1])
         self.cos_sin = tuple(each.new_zeros(1, tokens, each.shape[-1]) for each in cos_sin)
@@ -116,12 +123,15 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, captured: _Captured, anchor: torch.Tensor) -> torch.Tensor:
-        ctx.captured = captured
+        ctx.captured, captured.open = captured, weakref.ref(ctx)
         captured.forward.replay()
         return captured.output.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
+        ctx.captured.open = lambda: None
+        ctx.captured.begin_sum()  # here, not before: gradients may be cleared between the two passes
         ctx.captured.grad.copy_(grads[0])
         ctx.captured.backward.replay()
         return None, None

@@ -5,6 +5,7 @@ Code that a checkpoint ships is never run.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.families import family_of
 from fettle.models.quantized import is_nf4, load_nf4
 from fettle.models.quiet import without_progress_bars
+from fettle.quantization.nf4 import STATE_KEY
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """The type to hold weights in; `auto` is the checkpoint's own."""
@@ -40,8 +42,7 @@ def load_model(
     checkpoint = inspect(folder)
     config = read_config(checkpoint)
     chosen = stored_dtype(checkpoint) if dtype == "auto" else getattr(torch, dtype)
-    if not is_nf4(checkpoint):
-        require_complete(checkpoint, config)
+    require_complete(checkpoint, config)
     if quantization == "nf4" or is_nf4(checkpoint):
         model = load_nf4(checkpoint, config, chosen, torch.device(device))
     else:
@@ -105,8 +106,11 @@ def require_complete(checkpoint: Checkpoint, config) -> None:  # type: ignore[no
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
     # Llama checkpoints of 2023 still carry the rotary frequencies
     extra = {name for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")}
+    quantized = _require_quantized(checkpoint, expected)
+    extra = {name for name in extra if name.partition(".weight.")[0] + ".weight" not in quantized}
     missing = [name for name in expected if name not in stored and name not in optional]
-    wrong = [name for name in expected if name in stored and tuple(stored[name]) != expected[name]]
+    plain = stored.keys() & expected.keys() - quantized
+    wrong = [name for name in expected if name in plain and tuple(stored[name]) != expected[name]]
     where = f"{checkpoint.folder}"
     if missing:
         raise UserError(
@@ -123,6 +127,18 @@ def require_complete(checkpoint: Checkpoint, config) -> None:  # type: ignore[no
             f"{where}: {len(extra)} tensors have no place in a {config.model_type} model, "
             f"'{min(extra)}' the first; config.json is another model's."
         )
+
+
+def _require_quantized(checkpoint: Checkpoint, expected: Iterable[str]) -> set[str]:
+    """The matrices stored in NF4, whose shapes stand in a tensor of their own; refuses a config that claims some."""
+    states = (name.removesuffix(".weight") + f".{STATE_KEY}" for name in expected)
+    quantized = {state.removesuffix(STATE_KEY) + "weight" for state in states if state in checkpoint.tensors}
+    if is_nf4(checkpoint) and not quantized:
+        raise UserError(
+            f"{checkpoint.folder}/config.json: quantization_config says NF4, and no stored tensor is in it; take that "
+            "entry out if the weights are the original ones, or fetch the checkpoint again."
+        )
+    return quantized
 
 
 def _expected_shapes(checkpoint: Checkpoint, config) -> dict[str, tuple[int, ...]]:  # type: ignore[no-untyped-def]

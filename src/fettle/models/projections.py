@@ -24,8 +24,8 @@ def projection_of(layer: Any) -> Projection | None:
 
 def project(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
     """The layers' outputs for one input: through one function in training where all of them allow it."""
-    found = [projection_of(layer) for layer in layers] if torch.is_grad_enabled() else [None]
-    known = [projection for projection in found if projection is not None]
-    if len(known) == len(layers) and any(projection.update for projection in known):
-        return lora_linears(x, known)
+    if torch.is_grad_enabled():
+        known = [found for layer in layers if (found := projection_of(layer)) is not None]
+        if len(known) == len(layers) and any(projection.update for projection in known):
+            return lora_linears(x, known)
     return tuple(layer(x) for layer in layers)

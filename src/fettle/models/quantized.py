@@ -4,6 +4,7 @@ Tensor by tensor: one is read, quantised and let go before the next, so that mem
 quantised model and one tensor. The files are read, not mapped: mapped pages would count as this process's.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,6 @@ def load_nf4(
                 _assign(model, name, stored.read(name).to(dtype))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    _require_whole(model, checkpoint)
     if (checkpoint.folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(str(checkpoint.folder))
     return model.eval()
@@ -109,7 +109,13 @@ def _becomes_nf4(layer: str, checkpoint: Checkpoint) -> bool:
 def _nf4_layer(name: str, linear: nn.Linear, stored: _Stored, dtype: torch.dtype) -> Nf4Linear:
     bias = None if linear.bias is None else stored.read(f"{name}.bias").to(dtype)
     if f"{name}.{STATE_KEY}" not in stored.places:
-        return Nf4Linear(nf4_quantize(stored.read(f"{name}.weight").to(dtype)), bias)
+        nf4 = nf4_quantize(stored.read(f"{name}.weight").to(dtype))
+        if not math.isfinite(nf4.offset):
+            raise UserError(
+                f"{stored.files[f'{name}.weight']}: '{name}.weight' holds numbers that are none (NaN or infinite); "
+                "fetch the checkpoint again."
+            )
+        return Nf4Linear(nf4, bias)
     names = [each for each in stored.places if each.startswith(f"{name}.weight")]
     tensors = {each.removeprefix(f"{name}."): stored.read(each) for each in names}
     where = f"{stored.files[names[0]]}: '{name}.weight'"
@@ -125,12 +131,3 @@ def _nf4_layer(name: str, linear: nn.Linear, stored: _Stored, dtype: torch.dtype
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     model.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor))
-
-
-def _require_whole(model: nn.Module, checkpoint: Checkpoint) -> None:
-    missing = [name for name, tensor in model.named_parameters() if tensor.is_meta]
-    if missing:
-        raise UserError(
-            f"{checkpoint.folder}: {len(missing)} tensors are missing, '{missing[0]}' the first; the checkpoint is "
-            "incomplete or its config.json is another model's."
-        )

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from fettle.ops.attention_cpu import Rules, tiled_backward, tiled_forward
 from fettle.ops.attention_flash import flash_backward, flash_forward
@@ -165,6 +166,7 @@ class _PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, logsumexp = ctx.saved_tensors
         found = _backward(grads[0], query, key, value, out, logsumexp, ctx.documents, ctx.rules)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from fettle.ops.gated_activation import gated_activation_backward, gated_activation_forward
 from fettle.ops.lora_linear import LowRank, Projection
@@ -96,6 +97,7 @@ class _LoraMLP(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *kept = ctx.saved_tensors
         mlp: MLP = ctx.mlp

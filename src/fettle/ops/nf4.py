@@ -10,7 +10,7 @@ What bitsandbytes wrote is read to its bits. What is written here has its codes,
 bit; of the 8-bit codes of absmax its routine for CPUs gives a few (under 1%) the neighbour that lies farther.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -51,17 +51,6 @@ class Nf4:
     nested_quant_map: torch.Tensor | None = None
     offset: float = 0.0
 
-    def to(self, device: torch.device) -> "Nf4":
-        """The same on another device."""
-        nested_absmax, nested_map = self.nested_absmax, self.nested_quant_map
-        return replace(
-            self,
-            packed=self.packed.to(device),
-            absmax=self.absmax.to(device),
-            nested_absmax=None if nested_absmax is None else nested_absmax.to(device),
-            nested_quant_map=None if nested_map is None else nested_map.to(device),
-        )
-
 
 def dense(weight: torch.Tensor | Nf4, dtype: torch.dtype) -> torch.Tensor:
     """Return the matrix as a tensor: a plain one as it is, an NF4 one unpacked into fresh memory of `dtype`."""
@@ -73,7 +62,10 @@ def dense(weight: torch.Tensor | Nf4, dtype: torch.dtype) -> torch.Tensor:
 
 @torch.no_grad()
 def nf4_quantize(weight: torch.Tensor) -> Nf4:
-    """Quantise a matrix of any floating-point dtype, absmax doubly. Temporary memory: a few slabs."""
+    """Quantise a matrix of any floating-point dtype, absmax doubly. Temporary memory: a few slabs.
+
+    A NaN or an infinite weight makes `offset` no finite number, and the rest meaningless.
+    """
     flat = weight.detach().reshape(-1)
     packed = torch.empty((len(flat) + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-len(flat) // BLOCK), dtype=torch.float32, device=flat.device)
@@ -117,7 +109,7 @@ def _nearest(scaled: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     if len(table) > len(TABLE):
         return torch.bucketize(scaled, _middles(table), out_int32=True).to(torch.uint8)
     below, middle = _cells(scaled.device)
-    cell = (scaled * (CELLS / 2) + CELLS / 2).int().clamp_(max=CELLS - 1)
+    cell = (scaled * (CELLS / 2) + CELLS / 2).int().clamp_(0, CELLS - 1)
     return below.index_select(0, cell) + (scaled > middle.index_select(0, cell))
 
 
@@ -169,23 +161,14 @@ def nf4_dequantize_reference(weight: Nf4, dtype: torch.dtype | None = None) -> t
 
 
 @torch.no_grad()
-def nf4_dequantize(
-    weight: Nf4, dtype: torch.dtype | None = None, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return the matrix, computed in fp32 and rounded once to `dtype` (default: the one it was quantised from).
-
-    out: contiguous memory of the matrix's shape and of that dtype to write to.
-    """
-    dtype = out.dtype if out is not None else dtype or weight.dtype
-    device = weight.packed.device
+def nf4_dequantize(weight: Nf4, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Return the matrix, computed in fp32 and rounded once to `dtype` (default: the one it was quantised from)."""
+    dtype, device = dtype or weight.dtype, weight.packed.device
     if uses_triton(torch.empty(0, dtype=dtype, device=device)):
-        values = _by_kernel(weight, dtype)
-        return values if out is None else out.copy_(values)
+        return _by_kernel(weight, dtype)
     if weight.shape.numel() % BLOCK:
-        values = nf4_dequantize_reference(weight, dtype)
-        return values if out is None else out.copy_(values)
-    if out is None:
-        out = torch.empty(weight.shape, dtype=dtype, device=device)
+        return nf4_dequantize_reference(weight, dtype)
+    out = torch.empty(weight.shape, dtype=dtype, device=device)
     packed, scales, blocks = weight.packed.view(-1), block_scales(weight), out.view(-1, BLOCK)
     for start in range(0, len(blocks), SLAB // BLOCK):
         part = slice(start, start + SLAB // BLOCK)

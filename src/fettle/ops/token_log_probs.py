@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**26}
 """Of fp32 logits in a chunk."""
@@ -55,7 +56,8 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
     ) -> tuple[torch.Tensor, ...]:
         is_trained, has_gradient = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
-        scores = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
+        log_probs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        entropy = torch.empty_like(log_probs)
         is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         slope = torch.empty_like(hidden) if has_gradient and not is_trained else None
         for chunk in _chunks(hidden, weight):
@@ -65,17 +67,18 @@ class _TokenLogProbs(torch.autograd.Function):
             factor = None if slope is None or softcap is None else 1 - (logits / softcap).square_()
             logsumexp = torch.logsumexp(logits, -1)
             probs = logits.sub_(logsumexp[:, None])
-            entropy_of = probs.exp().mul_(probs).sum(-1).neg_()
-            scores[0, chunk], scores[1, chunk] = label_logits - logsumexp, entropy_of
+            log_probs[chunk] = label_logits - logsumexp
+            entropy[chunk] = probs.exp().mul_(probs).sum(-1).neg_()
             if slope is not None:
                 grad_logits = _score_gradient(probs.exp_(), labels[chunk], factor)
                 torch.mm(grad_logits.to(weight.dtype), weight, out=slope[chunk])
         ctx.softcap = softcap
         ctx.save_for_backward(*((hidden, weight, labels) if is_trained else (slope,)))
-        ctx.mark_non_differentiable(scores[1], is_top1)
-        return scores[0], scores[1], is_top1
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return log_probs, entropy, is_top1
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad = grads[0]
         if not ctx.needs_input_grad[1]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from fettle.errors import UserError
 from fettle.ops.nf4 import BLOCK, NESTED_BLOCK, TABLE, Nf4, dense, nf4_quantize
@@ -86,10 +87,10 @@ class Nf4Linear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def dense_weight(layer: nn.Linear, dtype: torch.dtype | None = None) -> torch.Tensor:
+def dense_weight(layer: nn.Linear) -> torch.Tensor:
     """Return a linear layer's matrix (outputs, inputs): as it is, or unpacked into fresh memory."""
     if isinstance(layer, Nf4Linear):
-        return dense(layer.nf4, dtype or layer.dtype)
+        return dense(layer.nf4, layer.dtype)
     return layer.weight
 
 
@@ -122,7 +123,7 @@ def from_tensors(tensors: dict[str, torch.Tensor], where: str) -> Nf4:
         if found != ("nf4", BLOCK, NESTED_BLOCK):
             raise UserError(f"{where}: quantised as {found}; expected nf4 in blocks of {BLOCK}.")
         is_nested = "nested_offset" in facts
-        return Nf4(
+        nf4 = Nf4(
             tensors["weight"],
             tensors["weight.absmax"],
             torch.Size(facts["shape"]),
@@ -131,8 +132,25 @@ def from_tensors(tensors: dict[str, torch.Tensor], where: str) -> Nf4:
             tensors["weight.nested_quant_map"] if is_nested else None,
             float(facts.get("nested_offset", 0.0)),
         )
+        _require_sizes(nf4)
+        return nf4
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: its 4-bit weights are incomplete or malformed ({error!r}).") from error
+
+
+def _require_sizes(nf4: Nf4) -> None:
+    """Raise ValueError where a part is not as long as the matrix needs: a kernel would read beyond it."""
+    weights = nf4.shape.numel()
+    blocks = -(-weights // BLOCK)
+    parts = {"weight": (nf4.packed, -(-weights // 2)), "weight.absmax": (nf4.absmax, blocks)}
+    if nf4.nested_absmax is not None and nf4.nested_quant_map is not None:
+        parts["weight.nested_absmax"] = nf4.nested_absmax, -(-blocks // NESTED_BLOCK)
+        parts["weight.nested_quant_map"] = nf4.nested_quant_map, 256
+    for name, (part, expected) in parts.items():
+        if part.numel() != expected:
+            raise ValueError(f"{name} has {part.numel()} entries, not {expected}")
+    if nf4.packed.dtype != torch.uint8:
+        raise ValueError(f"weight is stored as {nf4.packed.dtype}, not uint8")
 
 
 class _Nf4Linear(torch.autograd.Function):
@@ -142,5 +160,6 @@ class _Nf4Linear(torch.autograd.Function):
         return F.linear(x, dense(weight, x.dtype), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grads[0] @ dense(ctx.weight, grads[0].dtype), None, None

@@ -5,7 +5,8 @@ or to clear them: each walk takes a few milliseconds of Python while the GPU wai
 out among processes they are replaced on the way, so there the walks stay.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -16,8 +17,10 @@ def is_alone() -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
-def skip_walks(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
-    """Make `train` return at once where the mode is set already, and `zero_grad` clear only what is trained."""
+@contextmanager
+def skipped_walks(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the block `train` returns at once where the mode is set already, and `zero_grad` clears only what is
+    trained."""
 
     def train(mode: bool = True) -> nn.Module:
         return model if model.training == mode else type(model).train(model, mode)
@@ -30,3 +33,7 @@ def skip_walks(model: nn.Module, trained: Sequence[nn.Parameter]) -> None:
                 parameter.grad.zero_()
 
     vars(model).update(train=train, zero_grad=zero_grad)  # of this one model, not of its class
+    try:
+        yield
+    finally:
+        del vars(model)["train"], vars(model)["zero_grad"]

@@ -177,7 +177,7 @@ def _report(job: Job, trainer: Run, before: Measurement, after: Measurement) -> 
         history=trainer.history,
         tokens_per_second=trainer.progress.tokens_per_second,
         seconds=time.monotonic() - job.started,
-        peak_memory_bytes=peak_memory_bytes(job.model.device),
+        peak_memory_bytes=max(trainer.peak_before_bytes, peak_memory_bytes(job.model.device)),
         before=before,
         after=after,
         next_commands=job.next_commands,

@@ -18,6 +18,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -63,6 +64,15 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
     # Linux hands getrusage's figure down from the parent process, so ask for this process's own first.
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     return _resident_peak_bytes() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
+
+
+def reset_peak_memory(device: torch.device | None = None) -> None:
+    """Let `peak_memory_bytes` count from now on, where the system can do that."""
+    if _is_gpu(device):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _is_gpu(device: torch.device | None) -> bool:

@@ -1,7 +1,9 @@
 """TRL's SFT trainer with steps that survive: out of memory, and a loss that is no number."""
 
 import gc
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from trl import SFTTrainer
 
 from fettle.errors import UserError
 from fettle.models.decoder import DecoderForCausalLM
-from fettle.training.alone import is_alone, skip_walks
+from fettle.training.alone import is_alone, skipped_walks
 from fettle.training.head import use_own_head
 
 
@@ -25,11 +27,14 @@ class Trainer(SFTTrainer):
             use_own_head(base)
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
-        if is_alone():
-            skip_walks(self.model, self._trained)
         self.step_leaner = step_leaner
         self._batches: list[dict[str, Any]] = []  # of the step at hand, to repeat it from its beginning
         self._beginning: _Beginning | None = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's own."""
+        with skipped_walks(self.model, self._trained) if is_alone() else nullcontext():
+            return super().train(*args, **kwargs)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
@@ -59,6 +64,17 @@ class Trainer(SFTTrainer):
             self._stop_at(inputs, float(loss))
         return loss
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the trainer's own; a loss that is no number ends the run before its weights are saved."""
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        loss = metrics.get("eval_loss", 0.0)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the held-out loss is {loss} after step {self.state.global_step}: {self._fault()}; the weights of "
+                "this step were not saved."
+            )
+        return metrics
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """The trainer's own estimate, without counting the model's parameters anew at every batch."""
         return int(6 * inputs["input_ids"].numel() * self._parameters)
@@ -70,7 +86,8 @@ class Trainer(SFTTrainer):
 
     def _stop_at(self, inputs: dict[str, Any], loss: float) -> None:
         """Save the state before this step, the last good one, and say which rows the batch was made of."""
-        if self.state.global_step > 0:
+        fault = self._fault()
+        if self.state.global_step > 0 and all(bool(each.isfinite().all()) for each in self._trained):
             self.model.zero_grad()
             self._save_checkpoint(self.model, trial=None)
             self.callback_handler.on_save(self.args, self.state, self.control)
@@ -78,9 +95,20 @@ class Trainer(SFTTrainer):
         rows = rows_of(self.train_dataset, inputs["input_ids"].flatten().tolist())
         raise UserError(
             f"the loss is {loss} at step {self.state.global_step + 1}; the weights are still those before it. "
-            f"The batch was made of {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}; look at these rows, "
-            "or try a lower --learning-rate."
+            f"The batch was made of {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}. {fault.capitalize()}, or "
+            "look at these rows."
         )
+
+    def _fault(self) -> str:
+        """What is the likeliest reason for a loss that is no number, and what to do."""
+        named = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        frozen = ((name, each) for name, each in named.named_parameters() if not each.requires_grad)
+        broken = (name for name, each in frozen if each.is_floating_point() and not each.isfinite().all())
+        if name := next(broken, None):
+            return f"the model's own '{name}' holds numbers that are none: fetch the checkpoint again"
+        if self.state.global_step > 0:
+            return "the run has diverged: train again with a lower --learning-rate, into a new --output"
+        return "no update had been made yet: the model gives no number for these rows"
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

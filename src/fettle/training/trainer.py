@@ -27,7 +27,14 @@ from fettle.data import collator
 from fettle.models.quiet import without_progress_bars
 from fettle.training.options import LoopOptions
 from fettle.training.planning import Followed
-from fettle.training.progress import Point, ProgressCallback, points, show_progress
+from fettle.training.progress import (
+    Point,
+    ProgressCallback,
+    peak_memory_bytes,
+    points,
+    reset_peak_memory,
+    show_progress,
+)
 from fettle.training.resume import CHECKPOINTS, MarkComplete, last_complete
 from fettle.training.steps import Trainer
 
@@ -70,6 +77,8 @@ class Run:
     trainer: Trainer
     progress: ProgressCallback
     interrupt: StopOnInterrupt
+    peak_before_bytes: int = 0
+    """The most that was in use before training: what loading and the first scores took."""
 
     def train(self) -> bool:
         """Train from the last complete checkpoint, if there is one; return whether the run came to its end."""
@@ -78,6 +87,8 @@ class Run:
         if checkpoint is not None and self._was_last(checkpoint):
             self.trainer._load_from_checkpoint(str(checkpoint))  # to train from here would make one step more
             return True
+        self.peak_before_bytes = peak_memory_bytes(self.trainer.model.device)
+        reset_peak_memory(self.trainer.model.device)
         with self.progress, self.interrupt.listening(), without_progress_bars():
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return self.trainer.state.global_step >= self.trainer.state.max_steps
@@ -166,7 +177,7 @@ def _tensorboard(folder: Path) -> TensorBoardCallback:
 def sft_config(options: LoopOptions, output: Path, *, has_held_out: bool) -> SFTConfig:
     """Fettle's options in TRL's words."""
     assert options.max_steps and options.learning_rate and options.batch_size and options.save_steps
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(output / CHECKPOINTS),
         max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size,
@@ -194,3 +205,5 @@ def sft_config(options: LoopOptions, output: Path, *, has_held_out: bool) -> SFT
         report_to="none",
         disable_tqdm=True,
     )
+    config._n_gpu = 1  # or several GPUs in sight would mean replicas of the model (DataParallel), unplanned
+    return config

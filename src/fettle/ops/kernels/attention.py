@@ -220,10 +220,11 @@ def attention_forward(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     logsumexp = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
     options = _options(query, key, softcap, block)
-    forward_kernel[(triton.cdiv(tokens, options["QUERIES"]), heads)](
-        query, key, value, starts.contiguous(), out, logsumexp, tokens, window or tokens, scale,
-        *_strides(query, key, value, out), **options,
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        forward_kernel[(triton.cdiv(tokens, options["QUERIES"]), heads)](
+            query, key, value, starts.contiguous(), out, logsumexp, tokens, window or tokens, scale,
+            *_strides(query, key, value, out), **options,
+        )  # fmt: skip
     return out, logsumexp
 
 
@@ -251,12 +252,13 @@ def attention_backward(
     options = _options(query, key, softcap, block)
     strides = _strides(query, key, value, grad)
     blocks = triton.cdiv(tokens, options["QUERIES"])
-    query_gradient_kernel[(blocks, heads)](
-        query, key, value, grad, starts, logsumexp, delta, grads[0], tokens, window or tokens, scale,
-        *strides, *_strides(grads[0]), **options,
-    )  # fmt: skip
-    key_value_gradient_kernel[(blocks, key.shape[1])](
-        query, key, value, grad, starts, ends, logsumexp, delta, grads[1], grads[2], tokens,
-        window or tokens, scale, *strides, *_strides(grads[1]), **options,
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        query_gradient_kernel[(blocks, heads)](
+            query, key, value, grad, starts, logsumexp, delta, grads[0], tokens, window or tokens, scale,
+            *strides, *_strides(grads[0]), **options,
+        )  # fmt: skip
+        key_value_gradient_kernel[(blocks, key.shape[1])](
+            query, key, value, grad, starts, ends, logsumexp, delta, grads[1], grads[2], tokens,
+            window or tokens, scale, *strides, *_strides(grads[1]), **options,
+        )  # fmt: skip
     return grads[0], grads[1], grads[2]
