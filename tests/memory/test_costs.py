@@ -8,6 +8,7 @@ from transformers import Gemma2Config, LlamaConfig, Phi3Config, PreTrainedConfig
 
 from fettle.adapters.lora import adapt
 from fettle.memory.costs import Workload, kept_by_layer, peak_of_policies, trained_bytes, weight_bytes
+from fettle.memory.plan import allowed_policies
 from fettle.memory.policies import Policy
 from fettle.memory.redoable import RedoableOutputs
 from fettle.memory.shapes import Shapes
@@ -61,8 +62,9 @@ def test_adapter_parameters_are_those_that_are_trained(family: str) -> None:
     for targets, named in (("all-linear", None), (some, some)):
         adapted = adapt(meta_model(family, config), rank=3, target_modules=targets)
         count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        assert shapes.adapter_parameters(3, named) == count
-        work = Workload(tokens=1, rank=3, targets=None if named is None else tuple(named))
+        layers = None if named is None else dict.fromkeys(named, 2)
+        assert shapes.adapter_parameters(3, layers) == count
+        work = Workload(tokens=1, rank=3, targets=layers)
         assert trained_bytes(shapes, work) == (4 * count, 4 * count, 8 * count)
 
 
@@ -87,6 +89,7 @@ KEPT: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
     "gemma2": Gemma2Config(**SIZES, head_dim=16),
 }
+BIASED = LlamaConfig(**SIZES, mlp_bias=True)
 
 
 def saved_bytes(family: str, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -151,3 +154,14 @@ def test_leaner_policies_keep_less_and_peak_lower() -> None:
     for policy in Policy:
         total, peak = peak_of_policies(shapes, work, [policy] * 2)
         assert total == 2 * kept[policy] < peak
+
+
+@pytest.mark.parametrize("config", [BIASED, LlamaConfig(**SIZES, hidden_act="relu")], ids=["bias", "relu"])
+def test_an_mlp_that_runs_by_its_modules_is_planned_so(
+    config: LlamaConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes, work = Shapes.of(config, FAMILIES["llama"]), Workload(tokens=TOKENS, rank=2)
+    assert Policy.REDO_MLP not in allowed_policies(shapes, work, None)
+    monkeypatch.setitem(KEPT, "llama", config)
+    counted = kept_by_layer(shapes, work, Policy.KEEP)
+    assert counted == pytest.approx(saved_bytes("llama", Policy.KEEP, monkeypatch), rel=0.03)

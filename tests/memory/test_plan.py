@@ -1,14 +1,16 @@
 """The search over policies, with rates made up so that every trade is open: against trying all assignments."""
 
+import dataclasses
 import itertools
 
 import pytest
 from transformers import Gemma2Config, LlamaConfig
 
 from fettle.memory.costs import Workload
-from fettle.memory.plan import Plan, Planner
+from fettle.memory.plan import NEAR, Plan, Planner, allowed_policies
 from fettle.memory.policies import Policy
 from fettle.memory.probe import Line, PairSeconds, Rates
+from fettle.memory.report import refusal, rounded_seconds
 from fettle.memory.shapes import Shapes
 from fettle.models.families import FAMILIES
 
@@ -51,20 +53,21 @@ def budgets(plans: list[Plan]) -> list[int]:
     return [budget + extra for budget in peaks[:: max(1, len(peaks) // 25)] for extra in (0, 1)]
 
 
-def test_no_assignment_that_fits_is_faster(planner: Planner) -> None:
+def test_no_assignment_that_fits_is_faster_by_more_than_noise(planner: Planner) -> None:
     plans = all_plans(planner)
     for budget in budgets(plans):
         best = planner.best(WORK, budget, FOUR)
         fastest = min(plan.seconds for plan in plans if plan.peak <= budget)
         assert best is not None and best.peak <= budget
-        assert best.seconds == pytest.approx(fastest, rel=1e-12)
+        assert best.seconds <= NEAR * fastest
 
 
-def test_more_memory_never_gives_a_slower_plan(planner: Planner) -> None:
+def test_more_memory_gives_no_slower_plan(planner: Planner) -> None:
     plans = [planner.best(WORK, budget, FOUR) for budget in budgets(all_plans(planner))]
     seconds = [plan.seconds for plan in plans if plan is not None]
     assert len(seconds) == len(plans)
-    assert seconds == sorted(seconds, reverse=True) and seconds[0] > seconds[-1]
+    assert all(later <= NEAR * min(seconds[:i]) for i, later in enumerate(seconds) if i)
+    assert seconds[0] > seconds[-1]
 
 
 def test_the_leanest_plan_has_the_lowest_peak_of_all(planner: Planner) -> None:
@@ -112,3 +115,37 @@ def test_windows_and_documents_make_a_plan_faster() -> None:
     assert narrow.plan(WORK, policies).seconds < wide.plan(WORK, policies).seconds
     many = Workload(tokens=3000, documents=30, rank=8)
     assert wide.plan(many, policies).seconds < wide.plan(WORK, policies).seconds
+
+
+def test_the_longest_context_is_that_of_one_row(planner: Planner) -> None:
+    pairs = dataclasses.replace(WORK, tokens=3000, documents=2, references=1)
+    longest = planner.longest(pairs, planner.leanest(pairs, FOUR).peak, FOUR)
+    assert 1500 <= longest < 1510
+
+
+def test_noise_does_not_decide_between_plans(planner: Planner) -> None:
+    """Redoing that seems a little faster is not chosen where everything could be kept."""
+    measured = planner.rates
+    for noise in (0.995, 1.005):
+        layers = measured.layers | {
+            Policy.DROP: Line(1e-3, measured.layers[Policy.KEEP].per_token * noise),
+        }
+        noisy = dataclasses.replace(planner, rates=dataclasses.replace(measured, layers=layers))
+        best = noisy.best(WORK, 10**12, FOUR)
+        assert best is not None and best.policies == (Policy.KEEP,) * 4
+
+
+def test_advice_speaks_of_one_row_and_of_the_batch_first(planner: Planner) -> None:
+    pairs = Workload(tokens=2 * 64 * 1000, documents=128, batch_size=64, references=1)
+    budget = planner.leanest(pairs.with_batch_size(4), FOUR).peak
+    allowed = allowed_policies(planner.shapes, pairs, None)
+    sentence = str(refusal(planner, pairs, budget, allowed))
+    assert "rows of half the length (500 tokens)" in sentence
+    assert "bring it down: --batch-size 4 saves" in sentence
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(284.2, "280 s"), (28421.0, "28,000 s"), (1.34, "1.3 s"), (0.0482, "0.048 s")]
+)
+def test_seconds_have_two_figures_and_no_exponent(seconds: float, text: str) -> None:
+    assert rounded_seconds(seconds) == text

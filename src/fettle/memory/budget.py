@@ -1,6 +1,7 @@
 """How much memory a run may use: as the user says it, or as the device has it."""
 
 import re
+from pathlib import Path
 
 import psutil
 import torch
@@ -10,16 +11,21 @@ from fettle.errors import UserError
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 SHARE = 0.92
 """Of what is free now: the rest is for other programs, and for the allocator's gaps."""
+LEAST = 1e6
+"""A bare number below it is a slip: nothing trains in less than a megabyte."""
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def parse_bytes(text: str, option: str = "--memory") -> int:
     """Return the bytes that "16GB", "7.5 GiB" or "8g" mean. Raises UserError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", text.lower())
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*((?:[kmgt]i?)?b?)\s*", text.lower())
     if found is None or not float(found[1]):
         raise UserError(
             f"{option} is {text!r}; expected an amount of memory such as 16GB (10^9 bytes) or 16GiB (2^30)."
         )
-    return int(float(found[1]) * _UNITS[found[2]])
+    if not found[2] and float(found[1]) < LEAST:
+        raise UserError(f"{option} {found[1]} means {found[1]} bytes; for gigabytes write {found[1]}GB.")
+    return int(float(found[1]) * _UNITS[found[2].removesuffix("b")])
 
 
 def free_bytes(device: torch.device) -> int:
@@ -28,4 +34,20 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(SHARE * (free + torch.cuda.memory_reserved(device)))
     own = psutil.Process().memory_info().rss
-    return int(SHARE * (psutil.virtual_memory().available + own))
+    return int(SHARE * (min([psutil.virtual_memory().available, *_free_in_container()]) + own))
+
+
+def _free_in_container() -> list[int]:
+    """What the container's limit leaves, by control groups of version 2 or 1; nothing where there is no limit."""
+    pairs = [
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ]
+    for names in pairs:
+        try:
+            limit, used = (int((CGROUPS / name).read_text()) for name in names)
+        except (OSError, ValueError):  # of the other version, or "max"
+            continue
+        if limit < psutil.virtual_memory().total:
+            return [max(0, limit - used)]
+    return []

@@ -5,6 +5,7 @@ working memory of whichever part is at work when most is kept. `peak_of_policies
 pass, where kept memory falls layer by layer while each layer at work needs its own room.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,20 +27,26 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256
 class Workload:
     """What is trained on what.
 
-    tokens: of all rows side by side; documents: how many of equal length they hold. targets: adapted matrices,
-    None for all; rank 0: the whole model is trained, in fp32. references: forward passes without gradient a
-    step, as preference methods make for their reference model.
+    tokens: of all rows side by side; documents: how many of equal length they hold; batch_size: the rows, or
+    pairs of rows where there is a reference model. rank: 1 or more. targets: adapted matrix -> in how many
+    layers, None for all. references: forward passes without gradient a step, as preference methods make for
+    their reference model.
     """
 
     tokens: int
     documents: int = 1
+    batch_size: int = 1
     rank: int = 16
-    targets: tuple[str, ...] | None = None
+    targets: Mapping[str, int] | None = None
     dtype: torch.dtype = torch.bfloat16
     is_nf4: bool = False
     has_dropout: bool = False
     references: int = 0
     device_type: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}; expected 1 or more")
 
     @property
     def item(self) -> int:
@@ -47,13 +54,23 @@ class Workload:
         return self.dtype.itemsize
 
     @property
-    def runs_whole_mlp(self) -> bool:
-        """Whether the MLP runs as one function, which can redo its inside."""
-        return self.rank > 0 and not self.has_dropout
+    def row_tokens(self) -> int:
+        """Tokens of one row."""
+        return self.tokens // (self.batch_size * (1 + self.references))
 
     def with_tokens(self, tokens: int) -> "Workload":
         """The same with rows of another total length."""
         return replace(self, tokens=tokens)
+
+    def with_batch_size(self, batch_size: int) -> "Workload":
+        """The same with fewer rows, or pairs, side by side."""
+        tokens, documents = (n * batch_size // self.batch_size for n in (self.tokens, self.documents))
+        return replace(self, tokens=tokens, documents=max(1, documents), batch_size=batch_size)
+
+
+def runs_whole_mlp(shapes: Shapes, work: Workload) -> bool:
+    """Whether the MLP runs as one function, which can redo its inside."""
+    return shapes.has_whole_mlp and not work.has_dropout
 
 
 def weight_bytes(shapes: Shapes, work: Workload) -> int:
@@ -64,13 +81,10 @@ def weight_bytes(shapes: Shapes, work: Workload) -> int:
 
 
 def trained_bytes(shapes: Shapes, work: Workload) -> tuple[int, int, int]:
-    """Adapters, their gradients, and AdamW's two moments: all fp32. A whole model has no adapters beside it."""
-    count = shapes.adapter_parameters(work.rank, None if work.targets is None else list(work.targets))
-    if work.rank == 0:
-        return 0, 4 * shapes.parameters, 8 * shapes.parameters
-    if (
-        work.device_type == "cuda"
-    ):  # with copies in the model's dtype; the graph's own gradients, and the step's sums of them
+    """Adapters, their gradients, and AdamW's two moments: all fp32."""
+    count = shapes.adapter_parameters(work.rank, work.targets)
+    if work.device_type == "cuda":
+        # with copies in the model's dtype; the graph's own gradients, and the step's sums of them
         return (4 + work.item) * count, 8 * count, 8 * count
     return 4 * count, 4 * count, 8 * count
 
@@ -84,11 +98,12 @@ def kept_by_layer(shapes: Shapes, work: Workload, policy: Policy) -> int:
     elif policy == Policy.KEEP_ATTENTION:
         per_token = hidden * work.item + attention_result
     else:
+        is_whole = runs_whole_mlp(s, work)
         elements = 2 * hidden + s.query + 2 * s.key  # inputs of both norms; q, k, v
         elements += 2 * hidden if s.has_sandwich_norms else 0
         elements += s.query + s.key if s.has_qk_norm else 0
-        elements += 2 * s.intermediate if policy < Policy.REDO_MLP or not work.runs_whole_mlp else 0
-        elements += s.intermediate if not work.runs_whole_mlp else 0
+        elements += 2 * s.intermediate if policy < Policy.REDO_MLP or not is_whole else 0
+        elements += s.intermediate if not is_whole else 0
         elements += 2 * hidden if policy == Policy.KEEP else 0
         elements += work.rank * sum(name.startswith(("q", "k", "v", "o")) for name in s.matrices)  # x A^T
         norms = 4 if s.has_sandwich_norms else 2

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fettle.memory.costs import (
     Workload,
     peak_of_policies,
+    runs_whole_mlp,
     trained_bytes,
     weight_bytes,
 )
@@ -20,6 +21,8 @@ from fettle.memory.shapes import Shapes
 
 STEP_SECONDS = {"cpu": 0.0, "cuda": 0.01}
 """What the trainer itself takes for a step, in Python, while the GPU waits."""
+NEAR = 1.02
+"""Plans whose seconds are this close are taken as equally fast: the probe's timings vary as much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +66,12 @@ class Planner:
     base: int = 0
 
     def best(self, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> Plan | None:
-        """The fastest plan whose peak is within `budget` bytes, or None."""
-        best: Plan | None = None
-        for policies in _choices(self.shapes.layers, allowed):
-            plan = self.plan(work, policies)
-            if plan.peak <= budget and (best is None or plan.seconds < best.seconds):
-                best = plan
-        return best
+        """The fastest plan whose peak is within `budget` bytes, or None; of equally fast ones that which keeps most."""
+        plans = (self.plan(work, policies) for policies in _choices(self.shapes.layers, allowed))
+        fitting = [plan for plan in plans if plan.peak <= budget]
+        limit = NEAR * min((plan.seconds for plan in fitting), default=0.0)
+        near = (plan for plan in fitting if plan.seconds <= limit)
+        return max(near, key=lambda plan: (plan.activations, -plan.seconds), default=None)
 
     def leanest(self, work: Workload, allowed: tuple[Policy, ...]) -> Plan:
         """The plan with the lowest peak."""
@@ -77,11 +79,12 @@ class Planner:
         return min(plans, key=lambda plan: (plan.peak, plan.seconds))
 
     def longest(self, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> int:
-        """The most tokens of one document that fit the budget with the leanest policy, at most the context."""
+        """The most tokens of each document that fit the budget with the leanest policy, at most the context."""
         low, high = 0, self.shapes.context
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self.plan(work.with_tokens(middle), (max(allowed),) * self.shapes.layers).peak <= budget
+            longer = work.with_tokens(work.documents * middle)
+            fits = self.plan(longer, (max(allowed),) * self.shapes.layers).peak <= budget
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
@@ -120,10 +123,24 @@ class Planner:
         """Products that cannot be avoided, at the speed of bare products: forward, input gradients, references."""
         s = self.shapes
         weights = s.layers * s.layer_weights + s.head
-        passes = (3 if work.rank == 0 else 2) + work.references
+        passes = 2 + work.references
         pairs = sum(work.documents * visible_pairs(work.tokens // work.documents, w) for w in s.windows)
         attention = pairs * 4 * s.query * (3.5 + work.references)
         return float(2 * weights * work.tokens * passes + attention) / self.rates.products
+
+
+def allowed_policies(
+    shapes: Shapes, work: Workload, gradient_checkpointing: bool | None
+) -> tuple[Policy, ...]:
+    """What the model, the device and the user leave to choose from. Parking needs a host beside the device."""
+    policies = [Policy.KEEP, Policy.DROP]
+    if gradient_checkpointing is not False:
+        policies += [Policy.REDO_MLP] if runs_whole_mlp(shapes, work) else []
+        policies += [Policy.KEEP_ATTENTION, Policy.REDO]
+        policies += [Policy.PARK] if work.device_type == "cuda" else []
+    if gradient_checkpointing:
+        policies = [policy for policy in policies if policy >= Policy.KEEP_ATTENTION]
+    return tuple(policies)
 
 
 def _choices(layers: int, allowed: tuple[Policy, ...]) -> Iterator[tuple[Policy, ...]]:

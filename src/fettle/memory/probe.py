@@ -160,9 +160,8 @@ def _one_layer(config: PreTrainedConfig, work: Workload, device: torch.device) -
         _fill(parameter)
     if work.is_nf4:
         quantize_linears(model)
-    if work.rank > 0:
-        targets = "all-linear" if work.targets is None else list(work.targets)
-        adapt(model, rank=work.rank, target_modules=targets)
+    targets = "all-linear" if work.targets is None else list(work.targets)
+    adapt(model, rank=work.rank, target_modules=targets)
     return model.train()
 
 

@@ -1,5 +1,6 @@
 """The plan as a table, as JSON, and as advice where nothing fits."""
 
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -8,7 +9,7 @@ from rich.table import Table
 from fettle.errors import UserError
 from fettle.files import human_bytes
 from fettle.memory.costs import Workload
-from fettle.memory.plan import Plan, Planner
+from fettle.memory.plan import Plan, Planner, allowed_policies
 from fettle.memory.policies import Policy
 
 NAMES = {
@@ -33,9 +34,12 @@ def rows(plan: Plan) -> list[tuple[str, int]]:
     ]
 
 
-def show_plan(plan: Plan, console: Console, *, budget: int, longest: int | None = None) -> None:
+def show_plan(
+    plan: Plan, console: Console, *, work: Workload, budget: int, longest: int | None = None
+) -> None:
     """Print the table, the policies and what the run will cost."""
-    table = Table(title="memory", title_justify="left", title_style="bold", box=None, padding=(0, 2))
+    console.print(_title(work), style="bold", markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=None, padding=(0, 2))
     table.add_column("part")
     table.add_column("", justify="right")
     for name, size in rows(plan):
@@ -44,15 +48,28 @@ def show_plan(plan: Plan, console: Console, *, budget: int, longest: int | None 
     table.add_row("peak", f"{human_bytes(plan.peak)} of {human_bytes(budget)}", style="bold")
     console.print(table)
     layers = ", ".join(f"{count} {NAMES[policy]}" for policy, count in plan.counts().items())
+    limit = f"{100 * plan.share_of_limit:.0f}% of what bare matrix products would allow"
     lines = [
         f"layers: {layers}",
-        f"speed: {plan.seconds:.2g} s a step of {plan.tokens:,} tokens, {plan.tokens_per_second:,.0f} tokens/s, "
-        f"{100 * plan.share_of_limit:.0f}% of what bare matrix products would allow",
+        f"speed: {rounded_seconds(plan.seconds)} a step of {plan.tokens:,} tokens, "
+        f"{plan.tokens_per_second:,.0f} tokens/s, {limit}",
     ]
     if longest is not None:
         lines.append(f"longest context that fits: {longest:,} tokens")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _title(work: Workload) -> str:
+    method = "dpo" if work.references else "sft"
+    dtype = str(work.dtype).removeprefix("torch.") + (" with NF4 weights" if work.is_nf4 else "")
+    return f"memory on {work.device_type}: {method}, rank {work.rank}, {dtype}"
+
+
+def rounded_seconds(seconds: float) -> str:
+    """Two figures, never with an exponent: 0.48 s, 1.3 s, 280 s."""
+    rounded = float(f"{seconds:.2g}")
+    return f"{rounded:,.0f} s" if rounded >= 10 else f"{rounded:g} s"
 
 
 def as_dict(plan: Plan, *, budget: int, longest: int) -> dict[str, Any]:
@@ -80,18 +97,29 @@ def refusal(planner: Planner, work: Workload, budget: int, allowed: tuple[Policy
         if saved > 0.01 * least.peak:
             changes.append((text, saved))
 
-    from dataclasses import replace
-
+    if work.batch_size > 1:
+        fewer = _fitting_batch_size(planner, work, budget, allowed)
+        consider(f"--batch-size {fewer}", work.with_batch_size(fewer))
     if not work.is_nf4:
         consider("--quantization nf4", replace(work, is_nf4=True))
     if work.rank > 8:
         consider("--rank 8", replace(work, rank=8))
-    if work.tokens > 256:
-        consider(f"rows of half the length ({work.tokens // 2:,} tokens)", work.with_tokens(work.tokens // 2))
+    if work.row_tokens > 256:
+        consider(
+            f"rows of half the length ({work.row_tokens // 2:,} tokens)", work.with_tokens(work.tokens // 2)
+        )
     if Policy.REDO not in allowed:
-        consider("without --no-gradient-checkpointing", work, tuple(Policy)[:-1])
+        consider("without --no-gradient-checkpointing", work, allowed_policies(planner.shapes, work, None))
     advice = "; ".join(f"{text} saves {human_bytes(saved)}" for text, saved in changes)
     return UserError(
         f"{human_bytes(budget)} of memory is too little: the least this run needs is {human_bytes(least.peak)}. "
         + (f"What would bring it down: {advice}." if advice else "Only a smaller model needs less.")
     )
+
+
+def _fitting_batch_size(planner: Planner, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> int:
+    """The batch halved until it fits, at least 1."""
+    size, leanest = work.batch_size // 2, (max(allowed),) * planner.shapes.layers
+    while size > 1 and planner.plan(work.with_batch_size(size), leanest).peak > budget:
+        size //= 2
+    return size

@@ -3,18 +3,21 @@
 Letters: E hidden size, I intermediate size, H heads, K key-value heads, D channels a head, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from fettle.models.families import Family, head_dim_of, option, sliding_window_of
+from fettle.ops.gated_activation import activation_name_of
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
     """matrices: the linear layers of one decoder layer, name -> (outputs, inputs). windows: of each layer, in
     tokens; None sees everything. vectors: elements of a layer outside the matrices. outer: elements outside
-    the layers; head: those of the output head, among them."""
+    the layers; head: those of the output head, among them. has_whole_mlp: `lora_mlp` covers the MLP."""
 
     layers: int
     hidden: int
@@ -31,6 +34,7 @@ class Shapes:
     head: int
     has_sandwich_norms: bool
     has_qk_norm: bool
+    has_whole_mlp: bool
 
     @classmethod
     def of(cls, config: PreTrainedConfig, family: Family) -> "Shapes":
@@ -42,7 +46,9 @@ class Shapes:
         vectors = hidden * (4 if family.has_sandwich_norms else 2) + (2 * size if family.has_qk_norm else 0)
         vectors += query + 2 * key if has_bias or family.has_qkv_bias else 0
         vectors += hidden if has_bias else 0
-        vectors += 2 * intermediate + hidden if option(config, "mlp_bias", False) else 0
+        has_mlp_bias = bool(option(config, "mlp_bias", False))
+        vectors += 2 * intermediate + hidden if has_mlp_bias else 0
+        activation = ACT2FN[option(config, "hidden_activation") or config.hidden_act]
         table = config.vocab_size * hidden
         return cls(
             layers=config.num_hidden_layers,
@@ -60,6 +66,7 @@ class Shapes:
             head=table,
             has_sandwich_norms=family.has_sandwich_norms,
             has_qk_norm=family.has_qk_norm,
+            has_whole_mlp=not has_mlp_bias and activation_name_of(activation) is not None,
         )
 
     @property
@@ -72,10 +79,11 @@ class Shapes:
         """Elements of the whole model."""
         return self.layers * (self.layer_weights + self.vectors) + self.outer
 
-    def adapter_parameters(self, rank: int, targets: list[str] | None) -> int:
-        """Elements of LoRA adapters on the named matrices of every layer; None: on all of them."""
-        adapted = [s for name, s in self.matrices.items() if targets is None or name in targets]
-        return self.layers * rank * sum(outputs + inputs for outputs, inputs in adapted)
+    def adapter_parameters(self, rank: int, targets: Mapping[str, int] | None) -> int:
+        """Elements of LoRA adapters on these matrices, name -> in how many layers; None: on all of every layer."""
+        counts = dict.fromkeys(self.matrices, self.layers) if targets is None else targets
+        adapted = [(counts.get(name, 0), sum(shape)) for name, shape in self.matrices.items()]
+        return rank * sum(layers * sides for layers, sides in adapted)
 
 
 def _matrices(

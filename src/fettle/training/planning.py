@@ -1,6 +1,7 @@
 """From a run's options to the plan it follows, and from a run to what it really took."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,10 +17,10 @@ from fettle.files import human_bytes
 from fettle.memory.allocator import keep_freed_memory, return_freed_memory
 from fettle.memory.budget import free_bytes, parse_bytes
 from fettle.memory.costs import Workload
-from fettle.memory.plan import Plan, Planner
+from fettle.memory.plan import Plan, Planner, allowed_policies
 from fettle.memory.policies import Policy
 from fettle.memory.probe import probe
-from fettle.memory.report import as_dict, refusal, show_plan
+from fettle.memory.report import as_dict, refusal, rounded_seconds, show_plan
 from fettle.memory.shapes import Shapes
 from fettle.models.config import config_of
 from fettle.models.decoder import DecoderForCausalLM
@@ -37,7 +38,7 @@ RUNTIME_BYTES = {"cpu": 130_000_000, "cuda": 100_000_000}
 def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     """Print what a run would cost, from the model's config alone. Raises UserError where it cannot fit."""
     console = console or Console()
-    config, family = config_of(options.model)
+    config, family, is_nf4 = config_of(options.model)
     context = options.context or min(2048, config.max_position_embeddings)
     for name in ("context", "rank", "batch_size", "gradient_accumulation_steps"):
         value = getattr(options, name)
@@ -53,16 +54,17 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     work = Workload(
         tokens=pair * options.batch_size * context,
         documents=pair * options.batch_size,
+        batch_size=options.batch_size,
         rank=options.rank,
         dtype=getattr(torch, options.dtype),
-        is_nf4=options.quantization == "nf4",
+        is_nf4=is_nf4 or options.quantization == "nf4",  # as load_model decides
         references=pair - 1,
         device_type=device.type,
     )
     planner = _planner(
         config, family, work, device, options.gradient_accumulation_steps, PROGRAM_BYTES[device.type]
     )
-    allowed = allowed_policies(work, None)
+    allowed = allowed_policies(planner.shapes, work, None)
     best = planner.best(work, budget, allowed)
     if best is None:
         raise refusal(planner, work, budget, allowed)
@@ -70,7 +72,7 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     if options.json:
         print(json.dumps(as_dict(best, budget=budget, longest=longest), indent=2))
     else:
-        show_plan(best, console, budget=budget, longest=longest)
+        show_plan(best, console, work=work, budget=budget, longest=longest)
     return best
 
 
@@ -88,18 +90,6 @@ def _planner(
     rates = probe(config, shapes, work, device)
     return_freed_memory()  # what the probe's layer took
     return Planner(shapes, rates, accumulation, base + RUNTIME_BYTES[device.type])
-
-
-def allowed_policies(work: Workload, gradient_checkpointing: bool | None) -> tuple[Policy, ...]:
-    """What the device and the user leave to choose from. Parking needs a host beside the device."""
-    policies = [Policy.KEEP, Policy.DROP]
-    if gradient_checkpointing is not False:
-        policies += [Policy.REDO_MLP] if work.runs_whole_mlp else []
-        policies += [Policy.KEEP_ATTENTION, Policy.REDO]
-        policies += [Policy.PARK] if work.device_type == "cuda" else []
-    if gradient_checkpointing:
-        policies = [policy for policy in policies if policy >= Policy.KEEP_ATTENTION]
-    return tuple(policies)
 
 
 @dataclass(slots=True)
@@ -144,7 +134,8 @@ class Followed:
         lines = [f"peak memory: {human_bytes(self.plan.peak)} predicted, {human_bytes(peak_bytes)} measured"]
         if tokens_per_second:
             seconds = self.plan.tokens / tokens_per_second
-            lines.append(f"a full step: {self.plan.seconds:.2g} s predicted, {seconds:.2g} s measured")
+            predicted, measured = rounded_seconds(self.plan.seconds), rounded_seconds(seconds)
+            lines.append(f"a full step: {predicted} predicted, {measured} measured")
         return lines
 
 
@@ -163,13 +154,15 @@ def follow(
 ) -> Followed:
     """Plan the run, print the plan and put it into effect. lengths: of the documents of each pack."""
     device = model.device
-    budget = free_bytes(device) if options.memory is None else parse_bytes(options.memory)
+    free = free_bytes(device)
+    budget = free if options.memory is None else parse_bytes(options.memory)
     assert options.batch_size and options.gradient_accumulation_steps
     work = Workload(
         tokens=options.batch_size * max(sum(pack) for pack in lengths),
         documents=max(1, round(options.batch_size * sum(map(len, lengths)) / len(lengths))),
+        batch_size=options.batch_size,
         rank=options.rank,
-        targets=None if options.target_modules is None else tuple(options.target_modules),
+        targets=_adapted_matrices(model, options.target_modules),
         dtype=model.dtype,
         is_nf4=is_quantized(model),
         has_dropout=options.dropout > 0,
@@ -179,11 +172,32 @@ def follow(
     if device.type == "cpu":  # as it is, the data included
         base = max(base, psutil.Process().memory_info().rss - model.get_memory_footprint())
     planner = _planner(model.config, model.family, work, device, options.gradient_accumulation_steps, base)
-    allowed = allowed_policies(work, options.gradient_checkpointing)
+    allowed = allowed_policies(planner.shapes, work, options.gradient_checkpointing)
     best = planner.best(work, budget, allowed)
     if best is None:
         raise refusal(planner, work, budget, allowed)
     followed = Followed(planner, work, best, budget, allowed, model, console)
     followed.apply()
-    show_plan(best, console, budget=budget)
+    show_plan(best, console, work=work, budget=budget)
+    if budget > free:
+        console.print(
+            f"--memory {options.memory} is more than the {human_bytes(free)} that are free: a run that takes more than "
+            "the machine has may be killed",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     return followed
+
+
+def _adapted_matrices(model: nn.Module, targets: Sequence[str] | None) -> dict[str, int] | None:
+    """In how many layers each matrix is adapted, by PEFT's rule: a target is a module's name, or how one ends.
+
+    A target that fits none stays, for the probe to refuse as `adapt` does.
+    """
+    if targets is None:
+        return None
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    fitting = {target: {n for n in linear if f".{n}".endswith(f".{target}")} for target in targets}
+    unknown = {target: 0 for target, names in fitting.items() if not names}
+    return dict(Counter(name.rpartition(".")[2] for name in set().union(*fitting.values()))) | unknown

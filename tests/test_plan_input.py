@@ -1,0 +1,101 @@
+"""What `fettle plan` makes of the folders it may be given: configs that are wrong, quantised, or not there."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from fettle.models.config import config_of
+from fettle.models.decoder import causal_lm_class
+from fettle.training.planning import _adapted_matrices
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.fixture
+def model_with(small_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A folder with the small model's config alone, some of its values replaced; None takes one out."""
+
+    def make(**values: object) -> Path:
+        content = json.loads((small_model / "config.json").read_text()) | values
+        kept = {name: value for name, value in content.items() if value is not None}
+        (tmp_path / "config.json").write_text(json.dumps(kept))
+        return tmp_path
+
+    return make
+
+
+SIZES = ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"]
+
+
+@pytest.mark.parametrize("value", [-3, 0, 2.5, "many", True])
+@pytest.mark.parametrize("name", [*SIZES, "num_key_value_heads"])
+def test_a_size_that_is_none(cli, model_with, name, value):
+    ended = cli("plan", "--model", model_with(**{name: value}), "--device", "cpu")
+    assert ended.code == 2 and f"{name} is {value!r}; expected a whole number" in ended.err
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_missing_size_is_not_guessed(cli, model_with, name):
+    ended = cli("plan", "--model", model_with(**{name: None}), "--device", "cpu")
+    assert ended.code == 2 and f"no {name} in it" in ended.err
+
+
+@pytest.mark.parametrize("method", ["gptq", "fp8"])
+def test_weights_that_train_refuses_are_not_planned(cli, model_with, method):
+    folder = model_with(quantization_config={"quant_method": method})
+    ended = cli("plan", "--model", folder, "--device", "cpu")
+    assert ended.code == 2 and "already quantised, in another way" in ended.err
+
+
+@pytest.mark.parametrize("options", [[], ["--quantization", "nf4"]])
+def test_stored_nf4_is_planned_as_it_is_held(cli, model_with, options):
+    folder, common = model_with(quantization_config=NF4), ("--device", "cpu", "--json")
+    stored = json.loads(cli("plan", "--model", folder, *options, *common).out)
+    asked = json.loads(cli("plan", "--model", model_with(), "--quantization", "nf4", *common).out)
+    assert stored["memory_bytes"]["weights"] == asked["memory_bytes"]["weights"]
+
+
+def test_an_adapter_stands_for_its_base(trained: Path, small_model: Path):
+    assert config_of(str(trained))[0].to_dict() == config_of(str(small_model))[0].to_dict()
+
+
+def test_an_adapter_whose_base_is_gone(cli, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    file = tmp_path / "run" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "/gone"}))
+    ended = cli("plan", "--model", tmp_path / "run", "--device", "cpu")
+    assert ended.code == 2 and "is an adapter for '/gone'" in ended.err
+
+
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+def test_a_stopped_run_is_to_be_finished(cli, tmp_path, command):
+    (tmp_path / "run.yaml").write_text(f"# Repeat this run: fettle {command} --config run.yaml\n")
+    ended = cli("plan", "--model", tmp_path, "--device", "cpu")
+    assert ended.code == 2 and f"fettle {command} --resume --output {tmp_path}" in ended.err
+
+
+def test_the_plan_says_what_it_is_for(cli, small_model):
+    ended = cli("plan", "--model", small_model, "--rank", 4, "--method", "dpo", "--device", "cpu")
+    assert ended.out.splitlines()[0].strip() == "memory on cpu: dpo, rank 4, bfloat16"
+
+
+@pytest.mark.parametrize("target", ["layers.1.mlp.down_proj", "mlp.down_proj"])
+def test_a_run_with_targets_that_name_a_place(cli, small_model, chats, tmp_path, target):
+    words = ("train", "--model", small_model, "--data", chats, "--output", tmp_path / "out", "--max-steps", 1)
+    ended = cli(*words, "--target-modules", target, "--samples", 1, "--device", "cpu", "--memory", "900GB")
+    assert ended.code == 0, ended.err
+    assert "--memory 900GB is more than the" in ended.out
+
+
+def test_targets_are_counted_as_peft_finds_them():
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 10}
+    model = causal_lm_class("llama")(LlamaConfig(**sizes, num_hidden_layers=3))
+    found = _adapted_matrices(
+        model, ["layers.1.mlp.down_proj", "down_proj", "layers.0.self_attn.q_proj", "x"]
+    )
+    assert found == {"down_proj": 3, "q_proj": 1, "x": 0}
+    assert _adapted_matrices(model, ["layers.1.mlp.down_proj"]) == {"down_proj": 1}
