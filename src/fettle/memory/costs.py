@@ -12,8 +12,9 @@ import torch
 
 from fettle.memory.policies import Policy
 from fettle.memory.shapes import Shapes
+from fettle.ops.dispatch import best_product_dtype
 from fettle.ops.lora_mlp import TILE_TOKENS
-from fettle.ops.token_log_probs import CHUNK_BYTES
+from fettle.ops.token_log_probs import CHUNK_BYTES, SLICE
 
 HEAP_GAPS, HEAP_GAPS_MIXED = 1.2, 1.4
 """What the C library's heap takes for what layers keep, measured: 1.1 to 1.2 where all layers are alike,
@@ -52,6 +53,11 @@ class Workload:
     def item(self) -> int:
         """Bytes of an activation."""
         return self.dtype.itemsize
+
+    @property
+    def product_item(self) -> int:
+        """Bytes of a number in the layers' products, which may run in a wider type."""
+        return best_product_dtype(self.device_type, self.dtype).itemsize
 
     @property
     def row_tokens(self) -> int:
@@ -122,9 +128,9 @@ def working_bytes(shapes: Shapes, work: Workload, policy: Policy) -> int:
     tile = min(work.tokens, TILE_TOKENS[work.device_type])
     inside = (4 if policy < Policy.REDO_MLP else 6) * s.intermediate + hidden
     by_token = _per_token_cuda if work.device_type == "cuda" else _per_token_cpu
-    mlp, attention = (work.tokens * each * work.item for each in by_token(s, policy))
+    mlp, attention = (work.tokens * each * work.product_item for each in by_token(s, policy))
     return max(
-        mlp + tile * inside * work.item + _unpacked(work, 3 * hidden * s.intermediate),
+        mlp + tile * inside * work.product_item + _unpacked(work, 3 * hidden * s.intermediate),
         attention + _unpacked(work, s.query * hidden),
     )
 
@@ -148,13 +154,16 @@ def _per_token_cuda(s: Shapes, policy: Policy) -> tuple[int, int]:
 
 
 def _unpacked(work: Workload, weights: int) -> int:
-    return weights * work.item if work.is_nf4 else 0
+    """A matrix at work in another form than it is held in."""
+    is_converted = work.is_nf4 or work.product_item > work.item
+    return weights * work.product_item if is_converted else 0
 
 
 def head_bytes(shapes: Shapes, work: Workload) -> int:
     """The head at work: a chunk's logits several times over, the last hidden states and their gradient."""
     chunk = min(CHUNK_BYTES[work.device_type], 4 * shapes.vocabulary * work.tokens)
-    return 3 * chunk + 4 * work.tokens * shapes.hidden * work.item
+    converted = SLICE * shapes.hidden * work.product_item if work.product_item > work.item else 0
+    return 3 * chunk + 4 * work.tokens * shapes.hidden * work.item + converted
 
 
 def peak_of_policies(shapes: Shapes, work: Workload, policies: list[Policy]) -> tuple[int, int]:

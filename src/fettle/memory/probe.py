@@ -21,6 +21,7 @@ from fettle.memory.shapes import Shapes
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.packing import row_documents
 from fettle.ops.attention import Documents, packed_attention
+from fettle.ops.dispatch import best_product_dtype
 from fettle.ops.token_log_probs import token_log_probs
 from fettle.quantization.layers import quantize_linears
 
@@ -260,8 +261,9 @@ def _time_head(shapes: Shapes, work: Workload, device: torch.device) -> float:
 def _time_products(shapes: Shapes, work: Workload, device: torch.device) -> float:
     """Operations a second of the layer's largest product, alone."""
     tokens = LENGTHS[device.type][1]
-    x = torch.randn(tokens, shapes.hidden, device=device).to(work.dtype)
-    weight = torch.randn(shapes.hidden, shapes.intermediate, device=device).to(work.dtype)
+    dtype = best_product_dtype(device.type, work.dtype)
+    x = torch.randn(tokens, shapes.hidden, device=device).to(dtype)
+    weight = torch.randn(shapes.hidden, shapes.intermediate, device=device).to(dtype)
     x @ weight
     seconds = seconds_of(lambda: x @ weight, device)
     return 2 * tokens * shapes.hidden * shapes.intermediate / seconds

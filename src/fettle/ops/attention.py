@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from fettle.ops.attention_cpu import Rules, tiled_backward, tiled_forward
 from fettle.ops.attention_flash import flash_backward, flash_forward
-from fettle.ops.dispatch import uses_flash_attention, uses_triton
+from fettle.ops.dispatch import product_dtype, uses_flash_attention, uses_triton
 
 SMALLEST_GROUP = 16
 """Documents shorter than this share one group: below it a call costs more than the padding."""
@@ -187,12 +187,13 @@ def _forward(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     wide = torch.promote_types(query.dtype, torch.float32)
     logsumexp = torch.empty(query.shape[1], len(query), dtype=wide, device=query.device)
+    dtype = product_dtype(query)
     for group in documents.groups:
         forward = _fused_forward if _prefers_fused(query, group, rules) else _tiled_forward
-        q, k, v = (_gather(x, group) for x in (query, key, value))
+        q, k, v = (_gather(x, group).to(dtype) for x in (query, key, value))
         group_out, group_logsumexp = forward(q, k, v, rules)
         positions = group.index[group.is_real]
-        out[positions] = group_out.transpose(1, 2)[group.is_real]
+        out[positions] = group_out.transpose(1, 2)[group.is_real].to(out.dtype)
         logsumexp[:, positions] = group_logsumexp.transpose(0, 1)[:, group.is_real]
     return out, logsumexp
 
@@ -215,16 +216,17 @@ def _backward(
 
         return attention_backward(grad, *saved, documents.starts, **rules._asdict())
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+    dtype = product_dtype(query)
     for group in documents.groups:
         backward = _fused_backward if _prefers_fused(query, group, rules) else _tiled_backward
-        q, k, v, group_out, group_grad = (_gather(x, group) for x in (query, key, value, out, grad))
+        q, k, v, group_out, group_grad = (_gather(x, group).to(dtype) for x in (query, key, value, out, grad))
         # Padding repeats a real token, whose gradient must count once.
         group_grad = group_grad.masked_fill(~group.is_real[:, None, :, None], 0)
         group_logsumexp = logsumexp[:, group.index].transpose(0, 1)
         group_grads = backward(group_grad, q, k, v, group_out, group_logsumexp, rules)
         positions = group.index[group.is_real]
         for target, part in zip(grads, group_grads, strict=True):
-            target[positions] = part.transpose(1, 2)[group.is_real]
+            target[positions] = part.transpose(1, 2)[group.is_real].to(target.dtype)
     return grads[0], grads[1], grads[2]
 
 

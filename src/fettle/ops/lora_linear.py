@@ -4,7 +4,8 @@
 
 Autograd's own graph for this keeps a second copy of x where adapters are fp32, and PEFT casts x up to the
 adapters' dtype. Here the adapters may be fp32 masters over bf16 weights: they, being small, are cast to x's
-dtype. Layers of one input (query, key and value) share their products with it: one x A^T for all A, one sum for
+dtype. Products run in that dtype or, where the CPU has none of it, in fp32 (`dispatch.product_dtype`).
+Layers of one input (query, key and value) share their products with it: one x A^T for all A, one sum for
 the gradient of x. Saved for backward: x, the middles x A^T (tokens * rank each) and references to W, A, B.
 Redone in backward: the unpacking of W where it is NF4. W and its bias are frozen and get no gradient.
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from fettle.ops.dispatch import product_dtype
 from fettle.ops.nf4 import Nf4, dense
 
 
@@ -104,16 +106,16 @@ class _LoraLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, layers: tuple[Projection, ...], *adapters: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         middles = _middles(rows, _updates(layers))
         remaining, outputs = iter(middles), []
         for layer in layers:
-            output = F.linear(rows, dense(layer.weight, x.dtype), layer.bias)
+            output = frozen_linear(rows, layer.weight, layer.bias)
             if layer.update is not None:
                 layer.update.add_to(output, next(remaining))
-            outputs.append(output.view(*x.shape[:-1], output.shape[-1]))
+            outputs.append(output.to(x.dtype).view(*x.shape[:-1], output.shape[-1]))
         ctx.layers = layers
-        ctx.save_for_backward(x, *adapters, *middles)
+        ctx.save_for_backward(x, *adapters, *(middle.to(x.dtype) for middle in middles))
         return tuple(outputs)
 
     @staticmethod
@@ -121,16 +123,17 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layers, (x, *saved) = ctx.layers, ctx.saved_tensors
         updates = _updates(layers)
-        rows, middles = x.reshape(-1, x.shape[-1]), saved[2 * len(updates) :]
-        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        rows = _rows(x)
+        middles = [middle.to(rows.dtype) for middle in saved[2 * len(updates) :]]
+        flat = [grad.reshape(-1, grad.shape[-1]).to(rows.dtype) for grad in grads]
         adapted = [grad for grad, layer in zip(flat, layers, strict=True) if layer.update is not None]
         grad_middles = [update.middle_gradient(grad) for update, grad in zip(updates, adapted, strict=True)]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(flat, layers, x.dtype)
+            grad_x = _input_gradient(flat, layers)
             for update, grad_middle in zip(updates, grad_middles, strict=True):
                 update.add_input_gradient(grad_x, grad_middle)
-            grad_x = grad_x.view_as(x)
+            grad_x = grad_x.to(x.dtype).view_as(x)
         needed = ctx.needs_input_grad[2:]
         grads_a: list[torch.Tensor | None] = [None] * len(updates)
         if any(needed[: len(updates)]):
@@ -140,6 +143,19 @@ class _LoraLinears(torch.autograd.Function):
         grads_b = [update.b_gradient(*pair) for update, *pair in zip(updates, adapted, middles, strict=True)]
         found = [grad if needs else None for grad, needs in zip([*grads_a, *grads_b], needed, strict=True)]
         return grad_x, None, *found
+
+
+def frozen_linear(
+    rows: torch.Tensor, weight: torch.Tensor | Nf4, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rows W^T + bias in the dtype of `rows` (T, inputs)."""
+    return F.linear(rows, dense(weight, rows.dtype), None if bias is None else bias.to(rows.dtype))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """X as (T, inputs), in the dtype of its products."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.to(product_dtype(rows))
 
 
 def _updates(layers: Sequence[Projection]) -> list[LowRank]:
@@ -154,13 +170,11 @@ def _middles(rows: torch.Tensor, updates: Sequence[LowRank]) -> tuple[torch.Tens
     return F.linear(rows, together).split([update.a.shape[0] for update in updates], dim=1)
 
 
-def _input_gradient(
-    grads: Sequence[torch.Tensor], layers: Sequence[Projection], dtype: torch.dtype
-) -> torch.Tensor:
+def _input_gradient(grads: Sequence[torch.Tensor], layers: Sequence[Projection]) -> torch.Tensor:
     """The frozen matrices' share of the gradient of x, (T, inputs)."""
-    total = grads[0] @ dense(layers[0].weight, dtype)
+    total = grads[0] @ dense(layers[0].weight, grads[0].dtype)
     for grad, layer in zip(grads[1:], layers[1:], strict=True):
-        total.addmm_(grad, dense(layer.weight, dtype))
+        total.addmm_(grad, dense(layer.weight, grad.dtype))
     return total
 
 

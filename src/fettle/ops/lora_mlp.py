@@ -7,7 +7,8 @@ with keep="gates", gate and up; with keep="input" they too are redone. Redone al
 middles. The frozen matrices get no gradient; NF4 ones are unpacked once forward and once backward.
 
 Tokens are worked on in tiles, so that what is redone never exists for all of them at once. The tile does not
-depend on what is kept, which makes the results equal bit for bit.
+depend on what is kept, which makes the results equal bit for bit. Where products run in another dtype than x's
+(`dispatch.product_dtype`), a tile is converted whole, and only what leaves it is rounded.
 
 Shapes: T tokens, E hidden size, I intermediate size.
 """
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from fettle.ops.dispatch import product_dtype
 from fettle.ops.gated_activation import gated_activation_backward, gated_activation_forward
 from fettle.ops.lora_linear import LowRank, Projection
 from fettle.ops.nf4 import dense
@@ -85,10 +87,12 @@ class _LoraMLP(torch.autograd.Function):
         ctx.save_for_backward(x, *kept)
         if keep == "input" and skip_output:
             return output
-        gate_up = _unpack_gate_up(mlp, x.dtype)
-        down = None if skip_output else _Linear(mlp.down.update, dense(mlp.down.weight, x.dtype))
+        dtype = product_dtype(rows)
+        gate_up = _unpack_gate_up(mlp, dtype)
+        down = None if skip_output else _Linear(mlp.down.update, dense(mlp.down.weight, dtype))
         for tile in _tiles(rows):
-            gate, up = (linear.forward(rows[tile]) for linear in gate_up)
+            x_tile = rows[tile].to(dtype)
+            gate, up = (linear.forward(x_tile) for linear in gate_up)
             for whole, part in zip(kept, (gate, up), strict=False):
                 whole[tile] = part
             if down is not None:
@@ -102,25 +106,27 @@ class _LoraMLP(torch.autograd.Function):
         x, *kept = ctx.saved_tensors
         mlp: MLP = ctx.mlp
         rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
-        gate_up = _unpack_gate_up(mlp, x.dtype)
-        down = _Linear(mlp.down.update, dense(mlp.down.weight, x.dtype))
+        dtype = product_dtype(rows)
+        gate_up = _unpack_gate_up(mlp, dtype)
+        down = _Linear(mlp.down.update, dense(mlp.down.weight, dtype))
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(rows, memory_format=torch.contiguous_format)
         for tile in _tiles(rows):
+            x_tile, grad_output = rows[tile].to(dtype), grad[tile].to(dtype)
             if kept:
-                gate, up = (whole[tile] for whole in kept)
+                gate, up = (whole[tile].to(dtype) for whole in kept)
             else:
-                gate, up = (linear.forward(rows[tile]) for linear in gate_up)
-            middle = down.middle_gradient(grad[tile])
-            grad_product = down.input_gradient(grad[tile], middle)
+                gate, up = (linear.forward(x_tile) for linear in gate_up)
+            middle = down.middle_gradient(grad_output)
+            grad_product = down.input_gradient(grad_output, middle)
             *grad_gate_up, product = gated_activation_backward(grad_product, gate, up, mlp.activation_name)
-            down.add_gradients(grad[tile], middle, product)
-            del grad_product, product, gate, up
+            down.add_gradients(grad_output, middle, product)
+            del grad_product, product, gate, up, grad_output
             grad_tile: torch.Tensor | None = None
             for linear, grad_part in zip(gate_up, grad_gate_up, strict=True):
                 middle = linear.middle_gradient(grad_part)
-                linear.add_gradients(grad_part, middle, rows[tile])
+                linear.add_gradients(grad_part, middle, x_tile)
                 if grad_x is not None:
                     grad_tile = linear.input_gradient(grad_part, middle, grad_tile)
             if grad_x is not None and grad_tile is not None:

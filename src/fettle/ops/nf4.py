@@ -53,8 +53,8 @@ class Nf4:
 
 
 def dense(weight: torch.Tensor | Nf4, dtype: torch.dtype) -> torch.Tensor:
-    """Return the matrix as a tensor: a plain one as it is, an NF4 one unpacked into fresh memory of `dtype`."""
-    return nf4_dequantize(weight, dtype) if isinstance(weight, Nf4) else weight
+    """Return the matrix in `dtype`: a plain one as it is or converted, an NF4 one unpacked into fresh memory."""
+    return nf4_dequantize(weight, dtype) if isinstance(weight, Nf4) else weight.to(dtype)
 
 
 # --- quantise ----------------------------------------------------------------------------------------------

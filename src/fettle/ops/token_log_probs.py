@@ -7,6 +7,8 @@ hidden state, (onehot - softmax) W, is taken in the forward pass already, while 
 and backward only scales it: two passes of products instead of three. Saved for backward then: that gradient,
 (T, E). With a trainable head: h, W and labels; the logits are redone.
 
+Where products run in another dtype than the head's (`dispatch.product_dtype`), it is converted slice by slice.
+
 Shapes: T tokens, E hidden size, V vocabulary.
 """
 
@@ -16,8 +18,13 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from fettle.ops.dispatch import product_dtype
+
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**26}
 """Of fp32 logits in a chunk."""
+
+SLICE = 4096
+"""Rows of the head that are converted at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +68,7 @@ class _TokenLogProbs(torch.autograd.Function):
         is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         slope = torch.empty_like(hidden) if has_gradient and not is_trained else None
         for chunk in _chunks(hidden, weight):
-            logits = _cap((hidden[chunk] @ weight.T).float(), softcap)
+            logits = _cap(_logits(hidden[chunk], weight), softcap)
             is_top1[chunk] = logits.argmax(-1) == labels[chunk]
             label_logits = logits.gather(1, labels[chunk, None])[:, 0]
             factor = None if slope is None or softcap is None else 1 - (logits / softcap).square_()
@@ -71,7 +78,7 @@ class _TokenLogProbs(torch.autograd.Function):
             entropy[chunk] = probs.exp().mul_(probs).sum(-1).neg_()
             if slope is not None:
                 grad_logits = _score_gradient(probs.exp_(), labels[chunk], factor)
-                torch.mm(grad_logits.to(weight.dtype), weight, out=slope[chunk])
+                _times_head(grad_logits, weight, out=slope[chunk])
         ctx.softcap = softcap
         ctx.save_for_backward(*((hidden, weight, labels) if is_trained else (slope,)))
         ctx.mark_non_differentiable(entropy, is_top1)
@@ -88,13 +95,37 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for chunk in _chunks(hidden, weight):
-            logits = _cap((hidden[chunk] @ weight.T).float(), ctx.softcap)
+            logits = _cap(_logits(hidden[chunk], weight), ctx.softcap)
             factor = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square_()
             slope = _score_gradient(torch.softmax(logits, -1), labels[chunk], factor)
-            grad_logits = slope.mul_(grad[chunk, None]).to(weight.dtype)
-            torch.mm(grad_logits, weight, out=grad_hidden[chunk])
-            grad_weight += (grad_logits.T @ hidden[chunk]).float()
+            grad_logits = slope.mul_(grad[chunk, None])
+            _times_head(grad_logits, weight, out=grad_hidden[chunk])
+            dtype = product_dtype(hidden[chunk])
+            grad_weight += (grad_logits.to(dtype).T @ hidden[chunk].to(dtype)).float()
         return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """H W^T in fp32 (or fp64), (chunk, V)."""
+    dtype = product_dtype(hidden)
+    if dtype == weight.dtype:
+        return (hidden @ weight.T).to(torch.promote_types(dtype, torch.float32))
+    logits, rows = hidden.new_empty(len(hidden), len(weight), dtype=dtype), hidden.to(dtype)
+    for part, out in zip(weight.split(SLICE), logits.split(SLICE, dim=1), strict=True):
+        torch.mm(rows, part.to(dtype).T, out=out)
+    return logits
+
+
+def _times_head(grad_logits: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor) -> None:
+    """Put grad_logits W into `out`. grad_logits: (chunk, V); out: (chunk, E), of the head's dtype."""
+    dtype = product_dtype(out)
+    if dtype == weight.dtype:
+        torch.mm(grad_logits.to(dtype), weight, out=out)
+        return
+    total = torch.zeros_like(out, dtype=dtype)
+    for part, grad in zip(weight.split(SLICE), grad_logits.split(SLICE, dim=1), strict=True):
+        total.addmm_(grad, part.to(dtype))
+    out.copy_(total)
 
 
 def _cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:

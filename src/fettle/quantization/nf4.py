@@ -11,11 +11,12 @@ import json
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fettle.errors import UserError
+from fettle.ops.dispatch import product_dtype
+from fettle.ops.lora_linear import frozen_linear
 from fettle.ops.nf4 import BLOCK, NESTED_BLOCK, TABLE, Nf4, dense, nf4_quantize
 
 STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
@@ -157,9 +158,14 @@ class _Nf4Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: Nf4, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.weight = weight
-        return F.linear(x, dense(weight, x.dtype), bias)
+        rows = x.reshape(-1, x.shape[-1])
+        output = frozen_linear(rows.to(product_dtype(rows)), weight, bias)
+        return output.to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return grads[0] @ dense(ctx.weight, grads[0].dtype), None, None
+        rows = grads[0].reshape(-1, grads[0].shape[-1])
+        dtype = product_dtype(rows)
+        grad_x = (rows.to(dtype) @ dense(ctx.weight, dtype)).to(rows.dtype)
+        return grad_x.view(*grads[0].shape[:-1], -1), None, None
