@@ -290,8 +290,19 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
 
 
 def materialise_nf4(model: Any, device: torch.device) -> Any:
-    """As `materialise`, each matrix quantised before the next is made."""
+    """As `materialise`, each matrix quantised before the next is made; on a CPU the token table lies in a file, as that
+    of a checkpoint would."""
+    from fettle.models.outer_embedding import OuterEmbedding, map_tensor
     from fettle.quantization.nf4 import Nf4Linear
+
+    if device.type == "cpu" and not model.config.tie_word_embeddings:
+        table = torch.empty_like(model.model.embed_tokens.weight, device="cpu")
+        fill("model.embed_tokens.weight", table)
+        file = Path(tempfile.mkdtemp()) / "table"
+        table.view(torch.uint8).numpy().tofile(file)
+        mapped = map_tensor(file, 0, tuple(table.shape), table.dtype)
+        model.model.embed_tokens = OuterEmbedding(mapped, model.config.pad_token_id)
+        del table
 
     for name, module in list(model.model.named_modules(prefix="model")):
         if isinstance(module, nn.Linear):

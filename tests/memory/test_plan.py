@@ -25,6 +25,7 @@ SIZES = {
     "max_position_embeddings": 4096,
 }
 WORK = Workload(tokens=3000, rank=8)
+LEAN = dataclasses.replace(WORK, returns_memory=True)
 
 
 def rates() -> Rates:
@@ -44,8 +45,9 @@ def planner() -> Planner:
     return Planner(Shapes.of(LlamaConfig(**SIZES), FAMILIES["llama"]), rates(), accumulation=2, base=10**6)
 
 
-def all_plans(planner: Planner, work: Workload = WORK) -> list[Plan]:
-    return [planner.plan(work, policies) for policies in itertools.product(FOUR, repeat=4)]
+def all_plans(planner: Planner) -> list[Plan]:
+    every = itertools.product((WORK, LEAN), itertools.product(FOUR, repeat=4))
+    return [planner.plan(work, policies) for work, policies in every]
 
 
 def budgets(plans: list[Plan]) -> list[int]:
@@ -89,7 +91,7 @@ def test_the_longest_row_is_the_last_that_fits(planner: Planner) -> None:
     longest = planner.longest(WORK, budget, FOUR)
 
     def peak(tokens: int) -> int:
-        return planner.plan(WORK.with_tokens(tokens), (Policy.REDO,) * 4).peak
+        return planner.plan(LEAN.with_tokens(tokens), (Policy.REDO,) * 4).peak
 
     assert WORK.tokens <= longest < 4096
     assert peak(longest) <= budget < peak(longest + 1)
@@ -123,6 +125,28 @@ def test_the_longest_context_is_that_of_one_row(planner: Planner) -> None:
     assert 1500 <= longest < 1510
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_on_a_gpu_the_embedding_moves_out_where_that_is_worth_it(planner: Planner, is_tied: bool) -> None:
+    shapes = Shapes.of(LlamaConfig(**SIZES, tie_word_embeddings=is_tied), FAMILIES["llama"])
+    on_gpu = dataclasses.replace(planner, shapes=shapes)
+    work = dataclasses.replace(WORK, device_type="cuda")
+    roomy = on_gpu.best(work, 10**12, FOUR)
+    assert roomy is not None and not roomy.work.has_outer_embedding
+    least = on_gpu.leanest(work, FOUR)
+    assert least.work.has_outer_embedding is not is_tied
+    inside = on_gpu.plan(work, least.policies)
+    table = 0 if is_tied else SIZES["vocab_size"] * SIZES["hidden_size"] * work.item
+    assert inside.weights - least.weights == table
+
+
+def test_memory_is_given_back_at_once_only_where_it_must(planner: Planner) -> None:
+    roomy = planner.best(WORK, 10**12, FOUR)
+    assert roomy is not None and not roomy.work.returns_memory
+    leanest_heap = planner.plan(WORK, (Policy.REDO,) * 4).peak
+    tight = planner.best(WORK, leanest_heap - 1, FOUR)
+    assert tight is not None and tight.work.returns_memory and tight.seconds > roomy.seconds
+
+
 def test_noise_does_not_decide_between_plans(planner: Planner) -> None:
     """Redoing that seems a little faster is not chosen where everything could be kept."""
     measured = planner.rates
@@ -137,7 +161,7 @@ def test_noise_does_not_decide_between_plans(planner: Planner) -> None:
 
 def test_advice_speaks_of_one_row_and_of_the_batch_first(planner: Planner) -> None:
     pairs = Workload(tokens=2 * 64 * 1000, documents=128, batch_size=64, references=1)
-    budget = planner.leanest(pairs.with_batch_size(4), FOUR).peak
+    budget = planner.leanest(pairs.with_batch_size(4), FOUR).peak  # an eighth more pairs would not fit
     allowed = allowed_policies(planner.shapes, pairs, None)
     sentence = str(refusal(planner, pairs, budget, allowed))
     assert "rows of half the length (500 tokens)" in sentence

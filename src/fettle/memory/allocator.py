@@ -21,12 +21,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(_TRIM_THRESHOLD, _LARGEST)
 
 
-@contextmanager
-def exact_memory() -> Iterator[None]:
-    """Within the block each tensor over 1 MB is a mapping of its own, gone when freed: for loading, where memory must
-    not grow beyond what is held. Afterwards as `keep_freed_memory`."""
+def return_memory() -> None:
+    """Make each tensor over 1 MB a mapping of its own, gone when freed: no more memory than is held, but slower."""
     if (libc := _glibc()) is not None:
         libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
+        libc.malloc_trim(0)
+
+
+@contextmanager
+def exact_memory() -> Iterator[None]:
+    """`return_memory` within the block, for loading; afterwards `keep_freed_memory`."""
+    return_memory()
     try:
         yield
     finally:

@@ -31,7 +31,8 @@ class Workload:
     tokens: of all rows side by side; documents: how many of equal length they hold; batch_size: the rows, or
     pairs of rows where there is a reference model. rank: 1 or more. targets: adapted matrix -> in how many
     layers, None for all. references: forward passes without gradient a step, as preference methods make for
-    their reference model.
+    their reference model. has_outer_embedding: the token table is in the host's memory, or its file. returns_memory:
+    on a CPU, freed tensors go back to the system at once instead of into the heap.
     """
 
     tokens: int
@@ -44,6 +45,8 @@ class Workload:
     has_dropout: bool = False
     references: int = 0
     device_type: str = "cpu"
+    has_outer_embedding: bool = False
+    returns_memory: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -82,7 +85,7 @@ def runs_whole_mlp(shapes: Shapes, work: Workload) -> bool:
 def weight_bytes(shapes: Shapes, work: Workload) -> int:
     """The model's weights as held: NF4 takes the layers' matrices, the rest keeps its dtype."""
     matrices = shapes.layers * shapes.layer_weights
-    rest = shapes.parameters - matrices
+    rest = shapes.parameters - matrices - (shapes.embedding if work.has_outer_embedding else 0)
     return int(matrices * (NF4_BYTES if work.is_nf4 else work.item) + rest * work.item)
 
 
@@ -90,8 +93,7 @@ def trained_bytes(shapes: Shapes, work: Workload) -> tuple[int, int, int]:
     """Adapters, their gradients, and AdamW's two moments: all fp32."""
     count = shapes.adapter_parameters(work.rank, work.targets)
     if work.device_type == "cuda":
-        # with copies in the model's dtype; the graph's own gradients, and the step's sums of them
-        return (4 + work.item) * count, 8 * count, 8 * count
+        return (4 + work.item) * count, 4 * count, 8 * count  # with copies in the model's dtype
     return 4 * count, 4 * count, 8 * count
 
 
@@ -173,15 +175,17 @@ def peak_of_policies(shapes: Shapes, work: Workload, policies: list[Policy]) -> 
     gradients = trained_bytes(shapes, work)[1]
     total = sum(kept[policy] for policy in policies)
     if work.device_type == "cpu":
+        if work.returns_memory:
+            return total, total + max(head_bytes(shapes, work), *working.values()) + gradients
         # The C library's heap does not close the holes that one part leaves for the next: rooms add up.
         gaps = HEAP_GAPS if len(kept) == 1 else HEAP_GAPS_MIXED
         room = max(size if policy < Policy.REDO_MLP else 3 * size // 2 for policy, size in working.items())
         return total, int(gaps * total) + head_bytes(shapes, work) + room + gradients
     # A graph holds its input, output, their copies and gradient; where layers are parked there is only the output.
     ends = (1 if Policy.PARK in policies else 5) * work.tokens * shapes.hidden * work.item
-    left, own_gradients = total + ends, gradients // len(policies)
+    left = total + ends + gradients
     peak = left + head_bytes(shapes, work)
-    for done, policy in enumerate(reversed(policies)):
-        peak = max(peak, left + working[policy] + (done + 1) * own_gradients)
+    for policy in reversed(policies):
+        peak = max(peak, left + working[policy])
         left -= kept[policy]
     return total, peak

@@ -6,7 +6,7 @@ as backward reaches them last, when most of what was kept is gone.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fettle.memory.costs import (
     Workload,
@@ -21,16 +21,22 @@ from fettle.memory.shapes import Shapes
 
 STEP_SECONDS = {"cpu": 0.0, "cuda": 0.01}
 """What the trainer itself takes for a step, in Python, while the GPU waits."""
+OUTER_SECONDS = 2e-10
+"""A byte of a token's embedding from the host's memory to the GPU."""
+RETURN_FACTOR = 1.1
+"""A step is so much longer where freed memory goes back to the system at once: every tensor's pages are zeroed anew."""
 NEAR = 1.02
 """Plans whose seconds are this close are taken as equally fast: the probe's timings vary as much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """policies: of each layer. Bytes: activations are what the layers keep for backward; workspace is what comes
-    on top at the worst moment: gradients, the head or a layer at work. base: the process without a model."""
+    """policies: of each layer. work: what was asked for, and where its memory is. Bytes: activations are what the
+    layers keep for backward; workspace is what comes on top at the worst moment: gradients, the head or a layer at
+    work. base: the process without a model."""
 
     policies: tuple[Policy, ...]
+    work: Workload
     base: int
     weights: int
     adapters: int
@@ -67,16 +73,14 @@ class Planner:
 
     def best(self, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> Plan | None:
         """The fastest plan whose peak is within `budget` bytes, or None; of equally fast ones that which keeps most."""
-        plans = (self.plan(work, policies) for policies in _choices(self.shapes.layers, allowed))
-        fitting = [plan for plan in plans if plan.peak <= budget]
+        fitting = [plan for plan in self._plans(work, allowed) if plan.peak <= budget]
         limit = NEAR * min((plan.seconds for plan in fitting), default=0.0)
         near = (plan for plan in fitting if plan.seconds <= limit)
         return max(near, key=lambda plan: (plan.activations, -plan.seconds), default=None)
 
     def leanest(self, work: Workload, allowed: tuple[Policy, ...]) -> Plan:
         """The plan with the lowest peak."""
-        plans = (self.plan(work, policies) for policies in _choices(self.shapes.layers, allowed))
-        return min(plans, key=lambda plan: (plan.peak, plan.seconds))
+        return min(self._plans(work, allowed), key=lambda plan: (plan.peak, plan.seconds))
 
     def longest(self, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> int:
         """The most tokens of each document that fit the budget with the leanest policy, at most the context."""
@@ -84,9 +88,24 @@ class Planner:
         while low < high:
             middle = (low + high + 1) // 2
             longer = work.with_tokens(work.documents * middle)
-            fits = self.plan(longer, (max(allowed),) * self.shapes.layers).peak <= budget
-            low, high = (middle, high) if fits else (low, middle - 1)
+            low, high = (middle, high) if self.fits(longer, budget, allowed) else (low, middle - 1)
         return low
+
+    def fits(self, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> bool:
+        """Whether the leanest policy for all layers, with everything else held as lean as can be, is within budget."""
+        leanest = self.plan(self._variants(work)[-1], (max(allowed),) * self.shapes.layers)
+        return leanest.peak <= budget
+
+    def _plans(self, work: Workload, allowed: tuple[Policy, ...]) -> Iterator[Plan]:
+        for variant in self._variants(work):
+            for policies in _choices(self.shapes.layers, allowed):
+                yield self.plan(variant, policies)
+
+    def _variants(self, work: Workload) -> list[Workload]:
+        """Ways to hold the same memory, the leanest last."""
+        if work.device_type == "cpu":
+            return [work, replace(work, returns_memory=True)]
+        return [work, replace(work, has_outer_embedding=True)] if self.shapes.embedding else [work]
 
     def plan(self, work: Workload, policies: tuple[Policy, ...]) -> Plan:
         """What these policies cost."""
@@ -95,6 +114,7 @@ class Planner:
         seconds = self._seconds(work, policies)
         return Plan(
             policies=policies,
+            work=work,
             base=self.base,
             weights=weight_bytes(self.shapes, work),
             adapters=adapters,
@@ -116,6 +136,10 @@ class Planner:
             reference = rates.forward.at(work.tokens) + pairs * pair.of(policy, is_trained=False)
             total += work.references * reference
         total += (1 + work.references) * rates.head * work.tokens
+        if work.returns_memory:
+            total *= RETURN_FACTOR
+        if work.has_outer_embedding and work.device_type == "cuda":
+            total += OUTER_SECONDS * work.tokens * self.shapes.hidden * work.item
         trained = trained_bytes(self.shapes, work)[2] // 8
         return self.accumulation * total + rates.update * trained + STEP_SECONDS[work.device_type]
 

@@ -51,6 +51,7 @@ def show_plan(
     limit = f"{100 * plan.share_of_limit:.0f}% of what bare matrix products would allow"
     lines = [
         f"layers: {layers}",
+        *_notes(plan.work),
         f"speed: {rounded_seconds(plan.seconds)} a step of {plan.tokens:,} tokens, "
         f"{plan.tokens_per_second:,.0f} tokens/s, {limit}",
     ]
@@ -66,6 +67,18 @@ def _title(work: Workload) -> str:
     return f"memory on {work.device_type}: {method}, rank {work.rank}, {dtype}"
 
 
+def _notes(work: Workload) -> list[str]:
+    """Where memory is saved beside the layers."""
+    notes = []
+    if work.has_outer_embedding:
+        notes.append(
+            "embedding: " + ("in the host's memory" if work.device_type == "cuda" else "read from its file")
+        )
+    if work.returns_memory:
+        notes.append("heap: freed memory goes back at once (leaner, slower)")
+    return notes
+
+
 def rounded_seconds(seconds: float) -> str:
     """Two figures, never with an exponent: 0.48 s, 1.3 s, 280 s."""
     rounded = float(f"{seconds:.2g}")
@@ -78,6 +91,8 @@ def as_dict(plan: Plan, *, budget: int, longest: int) -> dict[str, Any]:
         "budget_bytes": budget,
         "peak_bytes": plan.peak,
         "memory_bytes": dict(rows(plan)),
+        "has_outer_embedding": plan.work.has_outer_embedding,
+        "returns_memory": plan.work.returns_memory,
         "layers": {policy.name.lower(): count for policy, count in plan.counts().items()},
         "seconds_per_step": plan.seconds,
         "tokens_per_step": plan.tokens,
@@ -119,7 +134,7 @@ def refusal(planner: Planner, work: Workload, budget: int, allowed: tuple[Policy
 
 def _fitting_batch_size(planner: Planner, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> int:
     """The batch halved until it fits, at least 1."""
-    size, leanest = work.batch_size // 2, (max(allowed),) * planner.shapes.layers
-    while size > 1 and planner.plan(work.with_batch_size(size), leanest).peak > budget:
+    size = work.batch_size // 2
+    while size > 1 and not planner.fits(work.with_batch_size(size), budget, allowed):
         size //= 2
     return size

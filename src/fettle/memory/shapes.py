@@ -17,7 +17,8 @@ from fettle.ops.gated_activation import activation_name_of
 class Shapes:
     """matrices: the linear layers of one decoder layer, name -> (outputs, inputs). windows: of each layer, in
     tokens; None sees everything. vectors: elements of a layer outside the matrices. outer: elements outside
-    the layers; head: those of the output head, among them. has_whole_mlp: `lora_mlp` covers the MLP."""
+    the layers; among them embedding: those of a token table that is not the head as well, and head: those of the
+    output head. has_whole_mlp: `lora_mlp` covers the MLP."""
 
     layers: int
     hidden: int
@@ -31,6 +32,7 @@ class Shapes:
     matrices: dict[str, tuple[int, int]]
     vectors: int
     outer: int
+    embedding: int
     head: int
     has_sandwich_norms: bool
     has_qk_norm: bool
@@ -63,6 +65,7 @@ class Shapes:
             matrices=_matrices(family, hidden, intermediate, query, key),
             vectors=vectors,
             outer=hidden + table * (1 if config.tie_word_embeddings else 2),
+            embedding=0 if config.tie_word_embeddings else table,
             head=table,
             has_sandwich_norms=family.has_sandwich_norms,
             has_qk_norm=family.has_qk_norm,

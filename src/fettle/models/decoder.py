@@ -25,6 +25,7 @@ from fettle.memory.policies import Keeping, Policy, run_layer
 from fettle.models.families import FAMILIES, Family, head_dim_of, option, sliding_window_of
 from fettle.models.graphs import LayerGraphs
 from fettle.models.mlp import DecoderMLP
+from fettle.models.outer_embedding import OuterEmbedding
 from fettle.models.packing import find_documents, row_documents
 from fettle.models.projections import project
 from fettle.models.rope import DecoderRotaryEmbedding
@@ -240,6 +241,11 @@ class Decoder(DecoderPreTrainedModel):
         self.gradient_checkpointing = False
         self.graphs: LayerGraphs | None = None
         self.post_init()
+
+    def move_embedding_out(self) -> None:
+        """Keep the frozen token table in the host's memory, where it is not the head's as well."""
+        if not isinstance(self.embed_tokens, OuterEmbedding):
+            self.embed_tokens = OuterEmbedding(self.embed_tokens.weight, self.embed_tokens.padding_idx)
 
     def use_graphs(self, tokens: int) -> None:
         """Replay training's rows of up to `tokens` tokens as CUDA graphs; for frozen embeddings without dropout."""

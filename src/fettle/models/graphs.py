@@ -88,9 +88,14 @@ class _Captured:
         with torch.cuda.graph(self.forward), torch.enable_grad():
             self.output = owner.layers(self.x, self.cos_sin, self.documents)
         self.grad = torch.zeros_like(self.output)
+        before = [parameter.grad for parameter in self.trained]
+        for parameter, view in zip(self.trained, self.views, strict=True):
+            parameter.grad = view
         with torch.cuda.graph(self.backward, pool=self.forward.pool()):
-            gradients = torch.autograd.grad(self.output, self.trained, self.grad)
-            torch._foreach_add_(self.views, list(gradients))
+            # adds each gradient to its view and lets it go, where torch.autograd.grad would hand out all at once
+            torch.autograd.backward(self.output, self.grad, inputs=self.trained)
+        for parameter, gradient in zip(self.trained, before, strict=True):
+            parameter.grad = gradient
         self.output = self.output.detach()
 
     def take(self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], documents: Documents) -> None:

@@ -1,7 +1,8 @@
 """Models with their layers' matrices in NF4: quantised on arrival, or stored so already.
 
 Tensor by tensor: one is read, quantised and let go before the next, so that memory never holds more than the
-quantised model and one tensor. The files are read, not mapped: mapped pages would count as this process's.
+quantised model and one tensor. The files are read, not mapped: mapped pages would count as this process's. Only the
+token table is mapped, where a CPU can use it as it is stored: of its pages few are ever touched.
 """
 
 import math
@@ -16,6 +17,7 @@ from fettle.errors import UserError
 from fettle.memory.allocator import exact_memory
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
+from fettle.models.outer_embedding import OuterEmbedding, map_tensor
 from fettle.models.rope import DecoderRotaryEmbedding
 from fettle.models.safetensors_header import Place, read_places
 from fettle.models.save import save_model
@@ -47,6 +49,8 @@ def load_nf4(
         model = causal_lm_class(config.model_type)(config).to(dtype)
     model.model.rotary_emb = DecoderRotaryEmbedding(config).to(device)  # computed, not stored
     stored = _Stored(checkpoint, device)
+    if device.type == "cpu" and not config.tie_word_embeddings:
+        _map_embedding(model, stored, dtype)
     with exact_memory():
         for name, module in list(model.model.named_modules(prefix="model")):
             if isinstance(module, nn.Linear) and _becomes_nf4(name, checkpoint):
@@ -86,19 +90,30 @@ class _Stored:
         for file in checkpoint.weight_files:
             self.places |= read_places(file)
 
+    def dtype(self, name: str) -> torch.dtype:
+        kind = self.places[name].header.dtype
+        if kind not in _DTYPES:
+            raise UserError(f"{self.files[name]}: '{name}' is of type {kind}; expected F32, BF16, F16 or U8.")
+        return _DTYPES[kind]
+
     def read(self, name: str) -> torch.Tensor:
-        place, file = self.places[name], self.files[name]
-        if place.header.dtype not in _DTYPES:
-            raise UserError(
-                f"{file}: '{name}' is of type {place.header.dtype}; expected F32, BF16, F16 or U8."
-            )
+        place, file, dtype = self.places[name], self.files[name], self.dtype(name)
         content = torch.empty(place.end - place.start, dtype=torch.uint8)
         with open(file, "rb") as stream:
             stream.seek(place.start)
             done = 0
             while done < content.numel():  # one call reads 2 GB at most
                 done += stream.readinto(content[done:].numpy())  # type: ignore[arg-type]
-        return content.view(_DTYPES[place.header.dtype]).view(place.header.shape).to(self.device)
+        return content.view(dtype).view(place.header.shape).to(self.device)
+
+
+def _map_embedding(model: DecoderForCausalLM, stored: _Stored, dtype: torch.dtype) -> None:
+    """Leave the token table in its file, where it has the model's dtype there and lies as the processor reads it."""
+    name = "model.embed_tokens.weight"
+    place = stored.places[name]
+    if stored.dtype(name) == dtype and place.start % dtype.itemsize == 0:
+        table = map_tensor(stored.files[name], place.start, place.header.shape, dtype)
+        model.model.embed_tokens = OuterEmbedding(table, model.config.pad_token_id)
 
 
 def _becomes_nf4(layer: str, checkpoint: Checkpoint) -> bool:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from fettle.adapters.load import device_of
 from fettle.errors import UserError
 from fettle.files import human_bytes
-from fettle.memory.allocator import keep_freed_memory, return_freed_memory
+from fettle.memory.allocator import keep_freed_memory, return_freed_memory, return_memory
 from fettle.memory.budget import free_bytes, parse_bytes
 from fettle.memory.costs import Workload
 from fettle.memory.plan import Plan, Planner, allowed_policies
@@ -25,6 +25,7 @@ from fettle.memory.shapes import Shapes
 from fettle.models.config import config_of
 from fettle.models.decoder import DecoderForCausalLM
 from fettle.models.families import Family
+from fettle.models.outer_embedding import OuterEmbedding
 from fettle.quantization.layers import is_quantized
 from fettle.training.alone import is_alone
 from fettle.training.options import PlanOptions, TrainOptions
@@ -51,15 +52,17 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     device = device_of(options.device)
     budget = free_bytes(device) if options.memory is None else parse_bytes(options.memory)
     pair = 2 if options.method == "dpo" else 1
+    is_nf4 = is_nf4 or options.quantization == "nf4"  # as load_model decides
     work = Workload(
         tokens=pair * options.batch_size * context,
         documents=pair * options.batch_size,
         batch_size=options.batch_size,
         rank=options.rank,
         dtype=getattr(torch, options.dtype),
-        is_nf4=is_nf4 or options.quantization == "nf4",  # as load_model decides
+        is_nf4=is_nf4,
         references=pair - 1,
         device_type=device.type,
+        has_outer_embedding=is_nf4 and device.type == "cpu" and not config.tie_word_embeddings,
     )
     planner = _planner(
         config, family, work, device, options.gradient_accumulation_steps, PROGRAM_BYTES[device.type]
@@ -107,6 +110,10 @@ class Followed:
     def apply(self) -> None:
         """Give every layer its policy."""
         self.model.set_policies(self.plan.policies)
+        if self.plan.work.has_outer_embedding:
+            self.model.model.move_embedding_out()
+        if self.plan.work.device_type == "cpu":
+            (return_memory if self.plan.work.returns_memory else keep_freed_memory)()
         if can_replay(self.model) and Policy.PARK not in self.plan.policies:
             self.model.model.use_graphs(self.work.tokens)
         else:
@@ -167,6 +174,7 @@ def follow(
         is_nf4=is_quantized(model),
         has_dropout=options.dropout > 0,
         device_type=device.type,
+        has_outer_embedding=isinstance(model.get_input_embeddings(), OuterEmbedding),
     )
     base = PROGRAM_BYTES[device.type]
     if device.type == "cpu":  # as it is, the data included

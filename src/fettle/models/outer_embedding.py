@@ -1,0 +1,53 @@
+"""A frozen token table outside the memory that training is short of.
+
+A step reads a few thousand rows of the table, however large it is. So beside a GPU it can stay in the host's memory,
+and on a CPU in its file, mapped, of which only what is read becomes resident. The numbers are the same.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+class OuterEmbedding(nn.Embedding):
+    """As `nn.Embedding` with `weight` (rows, channels) on the CPU, where `.to(device)` leaves it: no parameter, though
+    it is saved like one."""
+
+    def __init__(self, table: torch.Tensor, padding_idx: int | None) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = table.shape
+        self.padding_idx = padding_idx
+        self._table = table.detach().cpu()
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]  # a parameter there
+        """The table."""
+        return self._table
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: (...,) on any device -> (..., channels) on the same."""
+        is_elsewhere = ids.device.type != "cpu"
+        rows = torch.empty(ids.numel(), self.embedding_dim, dtype=self._table.dtype, pin_memory=is_elsewhere)
+        torch.index_select(self._table, 0, ids.flatten().cpu(), out=rows)
+        return rows.to(ids.device, non_blocking=True).view(*ids.shape, -1)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "OuterEmbedding":
+        """A change of type reaches the table, a change of device does not."""
+        self._table = self._table.to(fn(self._table[:0]).dtype)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self._table
+
+
+def map_tensor(file: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor as it lies in `file` from byte `start` on, read where and when it is used. Writing to it changes
+    no file."""
+    size = math.prod(shape) * dtype.itemsize
+    content = np.memmap(file, dtype=np.uint8, mode="c", offset=start, shape=(size,))
+    return torch.from_numpy(content).view(dtype).view(shape)
