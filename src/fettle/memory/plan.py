@@ -21,9 +21,11 @@ from fettle.memory.shapes import Shapes
 
 STEP_SECONDS = {"cpu": 0.0, "cuda": 0.01}
 """What the trainer itself takes for a step, in Python, while the GPU waits."""
+EAGER_SECONDS = 0.0135
+"""What Python takes to launch a layer's kernels in a step without a CUDA graph, on one H100; the GPU waits for it."""
 OUTER_SECONDS = 2e-10
 """A byte of a token's embedding from the host's memory to the GPU."""
-RETURN_FACTOR = 1.1
+RETURN_FACTOR = 1.4
 """A step is so much longer where freed memory goes back to the system at once: every tensor's pages are zeroed anew."""
 NEAR = 1.02
 """Plans whose seconds are this close are taken as equally fast: the probe's timings vary as much."""
@@ -136,6 +138,10 @@ class Planner:
             reference = rates.forward.at(work.tokens) + pairs * pair.of(policy, is_trained=False)
             total += work.references * reference
         total += (1 + work.references) * rates.head * work.tokens
+        if work.device_type == "cuda" and (
+            work.has_dropout or Policy.PARK in policies
+        ):  # as LayerGraphs refuses
+            total = max(total, EAGER_SECONDS * len(policies))
         if work.returns_memory:
             total *= RETURN_FACTOR
         if work.has_outer_embedding and work.device_type == "cuda":

@@ -1,10 +1,11 @@
 """A frozen token table outside the memory that training is short of.
 
 A step reads a few thousand rows of the table, however large it is. So beside a GPU it can stay in the host's memory,
-and on a CPU in its file, mapped, of which only what is read becomes resident. The numbers are the same.
+and on a CPU in its file, mapped. The numbers are the same.
 """
 
 import math
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,26 @@ class OuterEmbedding(nn.Embedding):
     """As `nn.Embedding` with `weight` (rows, channels) on the CPU, where `.to(device)` leaves it: no parameter, though
     it is saved like one."""
 
-    def __init__(self, table: torch.Tensor, padding_idx: int | None) -> None:
+    def __init__(
+        self, table: torch.Tensor, padding_idx: int | None, mapping: mmap.mmap | None = None
+    ) -> None:
+        """mapping: that of the table's file; what a look-up brought into memory leaves it again."""
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = table.shape
         self.padding_idx = padding_idx
         self._table = table.detach().cpu()
+        self._mapping = mapping
+
+    @classmethod
+    def mapped(
+        cls, file: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype, padding_idx: int | None
+    ) -> "OuterEmbedding":
+        """With a table that lies in `file` from byte `start` on. Writing to it changes no file."""
+        content = np.memmap(
+            file, dtype=np.uint8, mode="c", offset=start, shape=math.prod(shape) * dtype.itemsize
+        )
+        mapping = content._mmap  # type: ignore[attr-defined]  # the only way to it
+        return cls(torch.from_numpy(content).view(dtype).view(shape), padding_idx, mapping)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]  # a parameter there
@@ -33,6 +49,8 @@ class OuterEmbedding(nn.Embedding):
         is_elsewhere = ids.device.type != "cpu"
         rows = torch.empty(ids.numel(), self.embedding_dim, dtype=self._table.dtype, pin_memory=is_elsewhere)
         torch.index_select(self._table, 0, ids.flatten().cpu(), out=rows)
+        if self._mapping is not None:  # the system maps far more around the rows than was asked for
+            self._mapping.madvise(mmap.MADV_DONTNEED)
         return rows.to(ids.device, non_blocking=True).view(*ids.shape, -1)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "OuterEmbedding":
@@ -43,11 +61,3 @@ class OuterEmbedding(nn.Embedding):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self._table
-
-
-def map_tensor(file: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor as it lies in `file` from byte `start` on, read where and when it is used. Writing to it changes
-    no file."""
-    size = math.prod(shape) * dtype.itemsize
-    content = np.memmap(file, dtype=np.uint8, mode="c", offset=start, shape=(size,))
-    return torch.from_numpy(content).view(dtype).view(shape)

@@ -17,7 +17,7 @@ from fettle.errors import UserError
 from fettle.memory.allocator import exact_memory
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
-from fettle.models.outer_embedding import OuterEmbedding, map_tensor
+from fettle.models.outer_embedding import OuterEmbedding
 from fettle.models.rope import DecoderRotaryEmbedding
 from fettle.models.safetensors_header import Place, read_places
 from fettle.models.save import save_model
@@ -112,8 +112,9 @@ def _map_embedding(model: DecoderForCausalLM, stored: _Stored, dtype: torch.dtyp
     name = "model.embed_tokens.weight"
     place = stored.places[name]
     if stored.dtype(name) == dtype and place.start % dtype.itemsize == 0:
-        table = map_tensor(stored.files[name], place.start, place.header.shape, dtype)
-        model.model.embed_tokens = OuterEmbedding(table, model.config.pad_token_id)
+        model.model.embed_tokens = OuterEmbedding.mapped(
+            stored.files[name], place.start, place.header.shape, dtype, model.config.pad_token_id
+        )
 
 
 def _becomes_nf4(layer: str, checkpoint: Checkpoint) -> bool:

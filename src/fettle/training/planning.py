@@ -35,6 +35,9 @@ PROGRAM_BYTES = {"cpu": 520_000_000, "cuda": 0}
 RUNTIME_BYTES = {"cpu": 130_000_000, "cuda": 100_000_000}
 """What the libraries take for themselves once products run: packed copies of weights, threads, cuBLAS's workspaces."""
 
+FP32_RUNTIME_BYTES = 120_000_000
+"""The same on top where products run in fp32, whose library keeps more for itself."""
+
 
 def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     """Print what a run would cost, from the model's config alone. Raises UserError where it cannot fit."""
@@ -92,7 +95,10 @@ def _planner(
         keep_freed_memory()  # before the probe, which is to see what the run will
     rates = probe(config, shapes, work, device)
     return_freed_memory()  # what the probe's layer took
-    return Planner(shapes, rates, accumulation, base + RUNTIME_BYTES[device.type])
+    runtime = RUNTIME_BYTES[device.type]
+    if device.type == "cpu" and work.product_item == 4:
+        runtime += FP32_RUNTIME_BYTES
+    return Planner(shapes, rates, accumulation, base + runtime)
 
 
 @dataclass(slots=True)
