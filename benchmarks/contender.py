@@ -133,13 +133,16 @@ def fill_adapter(model: nn.Module) -> None:
 
 
 def materialise(model: nn.Module, device: torch.device) -> nn.Module:
-    """Weights for a model made on the meta device; its rotary embedding is made anew."""
+    """Weights for a model made on the meta device; what is computed, not stored, is made anew."""
     rotary = model.model.rotary_emb
     model.model.rotary_emb = None
     model.to_empty(device=device)
     model.model.rotary_emb = type(rotary)(model.config).to(device)
     for name, parameter in model.named_parameters():
         fill(name, parameter)
+    for name, buffer in model.named_buffers():
+        if name.endswith("embed_scale"):  # Gemma 2's in stock transformers
+            buffer.fill_(model.config.hidden_size**0.5)
     model.tie_weights()
     return model
 
@@ -305,12 +308,12 @@ def materialise_nf4(model: Any, device: torch.device) -> Any:
         )
         del table
 
-    for name, module in list(model.model.named_modules(prefix="model")):
-        if isinstance(module, nn.Linear):
-            module.to_empty(device=device)
-            for leaf, parameter in module.named_parameters():
-                fill(f"{name}.{leaf}", parameter)
-            model.set_submodule(name, Nf4Linear.from_linear(module))
+    linear = [name for name, each in model.model.named_modules(prefix="model") if isinstance(each, nn.Linear)]
+    for name in linear:  # not the modules themselves, which a list would keep alive
+        module = model.get_submodule(name).to_empty(device=device)
+        for leaf, parameter in module.named_parameters():
+            fill(f"{name}.{leaf}", parameter)
+        model.set_submodule(name, Nf4Linear.from_linear(module))
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(model.config).to(device)
     for name, parameter in list(model.named_parameters()):

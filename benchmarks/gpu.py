@@ -12,6 +12,7 @@ the libraries takes longer than a step.
 import argparse
 import gc
 import json
+import re
 import sys
 import time
 import traceback
@@ -280,12 +281,16 @@ def _compare_with_trl(report: Report, part: str, model: str, options: argparse.N
 
 
 def _run_or_leanest(words: str) -> dict[str, Any]:
-    """Where the budget is too little for any plan, the leanest one, which is then told to be it."""
+    """Where the budget is too little for any plan, what the refusal says is the least."""
     try:
         return _run(words)
-    except UserError as refusal:
-        print(refusal, flush=True)
-        return _run(f"{words.partition(' --memory')[0]} --redo all") | {"refusal": str(refusal)}
+    except UserError as error:  # its traceback holds the model: nothing runs before it is let go
+        refusal = str(error)
+    print(refusal, flush=True)
+    gc.collect()
+    least, unit = re.findall(r"least this run needs is ([\d.]+) (\w+)", refusal)[0]
+    words = f"{words.partition(' --memory')[0]} --memory {1.01 * float(least)}{unit}"
+    return _run(words) | {"refusal": refusal}
 
 
 def contexts(report: Report, options: argparse.Namespace) -> None:

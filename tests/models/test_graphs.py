@@ -76,6 +76,37 @@ def test_a_second_forward_pass_leaves_what_the_first_one_kept() -> None:
     assert (replayed - plain).norm() < 0.02 * plain.norm()
 
 
+def test_a_pass_without_gradient_follows_the_adapters_state() -> None:
+    """As a preference method makes it: between a forward and a backward pass, the adapters switched off."""
+    torch.manual_seed(0)
+    model: DecoderForCausalLM = causal_lm_class("llama")(CONFIGS["llama"]).to("cuda", torch.bfloat16)
+    adapted = adapt(model, rank=4).train()
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3)
+    generator = torch.Generator().manual_seed(0)
+    every = [torch.randint(3, 61, (1, 256), generator=generator).cuda() for _ in range(4)]
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return adapted(input_ids=ids, use_cache=False).logits
+
+    def both(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with adapted.disable_adapter():
+            without = logits(ids)
+        return logits(ids), without
+
+    plain = [both(ids) for ids in every]
+    model.model.use_graphs(256)
+    for ids, expected in zip(every, plain, strict=True):
+        loss = adapted(input_ids=ids, labels=ids, use_cache=False).loss
+        for found, each in zip(both(ids), expected, strict=True):
+            torch.testing.assert_close(found, each, rtol=2e-2, atol=2e-2)
+        loss.backward()
+    assert len(model.model.graphs.without_gradient) == 2
+    assert (plain[0][0] - plain[0][1]).abs().max() > 0.1
+
+
 def gradients_of_two(tokens: int | None, *, clear: bool) -> torch.Tensor:
     """The adapters' gradients of one batch, or of the sum of two that go forward before either goes back."""
     torch.manual_seed(0)

@@ -257,7 +257,13 @@ class Decoder(DecoderPreTrainedModel):
                 x = layer(x, cos_sin=cos_sin, attention_mask=None, documents=documents, past_key_values=None)
             return x
 
-        self.graphs = LayerGraphs(layers, self.layers.parameters(), tokens)
+        adapted: Any = next((m for m in self.layers.modules() if hasattr(m, "disable_adapters")), None)
+
+        def adapters() -> tuple[bool, tuple[str, ...]] | None:
+            """Which are at work: PEFT switches them all together."""
+            return None if adapted is None else (adapted.disable_adapters, tuple(adapted.active_adapters))
+
+        self.graphs = LayerGraphs(layers, self.layers.parameters(), tokens, adapters)
 
     @can_return_tuple
     def forward(
@@ -293,7 +299,7 @@ class Decoder(DecoderPreTrainedModel):
         masks = self.masks(x, attention_mask, position_ids, past_key_values) if documents is None else {}
         lengths = None if packed is None else packed.lengths.view(x.shape[:2])
         cos_sin = self.rotary_emb(x, position_ids, lengths)
-        graphs = self.graphs if self.training and torch.is_grad_enabled() else None
+        graphs = self.graphs if self.training else None
         if graphs is not None and documents is not None and not output_hidden_states and graphs.serves(x):
             return BaseModelOutputWithPast(last_hidden_state=self.norm(graphs.run(x, cos_sin, documents)))
         every_state = [x] if output_hidden_states else []

@@ -3,10 +3,14 @@
 A step of a small model spends more time launching kernels from Python than running them. A graph is launched
 once for all of its kernels. It is fixed in shape, so rows are padded to one length with a document of their own;
 and in place, so inputs are copied in, and the adapters' gradients are added up inside the graph.
+
+Passes without gradient, as preference training makes for its reference model, have a graph of their own for each
+state of the adapters. It shares no memory with the other two, as it runs between them.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -24,24 +28,35 @@ SHORTEST = 0.6
 class LayerGraphs:
     """The graphs of one model for rows of up to `tokens` tokens; captured when first asked to `run`.
 
-    layers: calls every layer, (x, cos_sin, documents) -> x. It must do the same in every call, without dropout.
+    layers: calls every layer, (x, cos_sin, documents) -> x. It must do the same in every call, without dropout, as
+    long as `state` returns the same.
     """
 
-    def __init__(self, layers: Layers, parameters: Iterable[nn.Parameter], tokens: int) -> None:
-        self.layers, self.tokens = layers, tokens
+    def __init__(
+        self,
+        layers: Layers,
+        parameters: Iterable[nn.Parameter],
+        tokens: int,
+        state: Callable[[], Hashable] = lambda: None,
+    ) -> None:
+        self.layers, self.tokens, self.state = layers, tokens, state
         self.trained = [parameter for parameter in parameters if parameter.requires_grad]
-        self.calls = 0
+        self.calls: Counter[Hashable] = Counter()
         self.captured: _Captured | None = None
+        self.without_gradient: dict[Hashable, _Forward] = {}
 
     def serves(self, x: torch.Tensor) -> bool:
         """Whether to run x (B, N, E) here. The first call is not: it warms up what is compiled on first use.
 
         Nor is one between another's forward and backward pass: the graph's memory holds what that one kept.
         """
-        is_fit = SHORTEST * self.tokens <= x.shape[0] * x.shape[1] <= self.tokens
-        self.calls += is_fit
-        is_free = self.captured is None or self.captured.open() is None
-        return is_fit and is_free and self.calls > 1 and not x.requires_grad
+        if not SHORTEST * self.tokens <= x.shape[0] * x.shape[1] <= self.tokens:
+            return False
+        has_gradient = torch.is_grad_enabled()
+        kind = has_gradient or self.state()
+        self.calls[kind] += 1
+        is_free = not has_gradient or self.captured is None or self.captured.open() is None
+        return is_free and self.calls[kind] > 1 and not x.requires_grad
 
     def run(
         self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], documents: Documents
@@ -50,26 +65,41 @@ class LayerGraphs:
 
         documents: of all rows one after the other, which is how the graph sees them.
         """
-        needed = len(documents.bounds) + 1  # one more for the padding
-        if self.captured is None or len(self.captured.documents.bounds) < needed:
-            self.captured = None  # its memory, first
-            self.captured = _Captured(self, x, cos_sin, 1 << (needed - 1).bit_length())
-        captured = self.captured
         rows = x.reshape(1, -1, x.shape[-1])
         cos, sin = (each.expand(x.shape[0], -1, -1).reshape(1, -1, each.shape[-1]) for each in cos_sin)
-        captured.take(rows, (cos, sin), documents)
-        output: torch.Tensor = _Replay.apply(captured, self.trained[0])
+        graph = self._graph(rows, (cos, sin), len(documents.bounds) + 1)  # one more for the padding
+        graph.take(rows, (cos, sin), documents)
+        if isinstance(graph, _Captured):
+            output: torch.Tensor = _Replay.apply(graph, self.trained[0])
+        else:
+            output = graph.replay()
         return output[:, : rows.shape[1]].view_as(x)
 
+    def _graph(
+        self, rows: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], bounds: int
+    ) -> "_Captured | _Forward":
+        """The graph for this pass; recorded where there is none, or one for fewer documents."""
+        size, state = 1 << (bounds - 1).bit_length(), self.state()
+        if torch.is_grad_enabled():
+            if self.captured is None or len(self.captured.documents.bounds) < bounds:
+                self.captured = None  # its memory, first
+                self.captured = _Captured(self, rows, cos_sin, size)
+            return self.captured
+        found = self.without_gradient.pop(state, None)
+        if found is None or len(found.documents.bounds) < bounds:
+            found = None
+            found = _Forward(self, rows, cos_sin, size)
+        self.without_gradient[state] = found
+        return found
 
-class _Captured:
+
+class _Inputs:
+    """What a graph reads: always at the same place, always of the same shape."""
+
     def __init__(
-        self, owner: LayerGraphs, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], bounds: int
+        self, tokens: int, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], bounds: int
     ) -> None:
-        tokens, device = owner.tokens, x.device
-        self.open: Callable[[], Any] = lambda: None
-        """The forward pass whose backward pass is still to come, if there is one."""
-        self.trained = owner.trained
+        device = x.device
         self.x = x.new_zeros(1, tokens, x.shape[-1])
         self.cos_sin = tuple(each.new_zeros(1, tokens, each.shape[-1]) for each in cos_sin)
         self.documents = Documents(
@@ -79,6 +109,48 @@ class _Captured:
             longest=tokens,
         )
         self.documents.bounds[0] = 0
+
+    def take(self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], documents: Documents) -> None:
+        """Copy the inputs in; what is beyond them is padding, a document of its own."""
+        length = x.shape[1]
+        for static, given in zip((self.x, *self.cos_sin), (x, *cos_sin), strict=True):
+            static[:, :length].copy_(given)
+            static[:, length:].zero_()
+        starts, bounds = self.documents.starts, self.documents.bounds
+        starts[:length].copy_(documents.starts)
+        starts[length:].fill_(length)
+        bounds[: len(documents.bounds)].copy_(documents.bounds)
+        bounds[len(documents.bounds) :].fill_(self.x.shape[1])
+
+
+class _Forward(_Inputs):
+    """A pass without gradient."""
+
+    def __init__(
+        self, owner: LayerGraphs, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], bounds: int
+    ) -> None:
+        super().__init__(owner.tokens, x, cos_sin, bounds)
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(x.device)
+        with torch.cuda.graph(self.graph), torch.no_grad():
+            self.output = owner.layers(self.x, self.cos_sin, self.documents)
+
+    def replay(self) -> torch.Tensor:
+        self.graph.replay()
+        return self.output.clone()
+
+
+class _Captured(_Inputs):
+    """A forward and a backward pass."""
+
+    def __init__(
+        self, owner: LayerGraphs, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], bounds: int
+    ) -> None:
+        super().__init__(owner.tokens, x, cos_sin, bounds)
+        device = x.device
+        self.open: Callable[[], Any] = lambda: None
+        """The forward pass whose backward pass is still to come, if there is one."""
+        self.trained = owner.trained
         self.sums = torch.zeros(sum(p.numel() for p in self.trained), device=device)
         sizes = [parameter.numel() for parameter in self.trained]
         self.views = [part.view_as(p) for part, p in zip(self.sums.split(sizes), self.trained, strict=True)]
@@ -97,18 +169,6 @@ class _Captured:
         for parameter, gradient in zip(self.trained, before, strict=True):
             parameter.grad = gradient
         self.output = self.output.detach()
-
-    def take(self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], documents: Documents) -> None:
-        """Copy the inputs in; what is beyond them is padding, a document of its own."""
-        length = x.shape[1]
-        for static, given in zip((self.x, *self.cos_sin), (x, *cos_sin), strict=True):
-            static[:, :length].copy_(given)
-            static[:, length:].zero_()
-        starts, bounds = self.documents.starts, self.documents.bounds
-        starts[:length].copy_(documents.starts)
-        starts[length:].fill_(length)
-        bounds[: len(documents.bounds)].copy_(documents.bounds)
-        bounds[len(documents.bounds) :].fill_(self.x.shape[1])
 
     def begin_sum(self) -> None:
         """Make the parameters' gradients views of one tensor, which the graph adds to. What other batches of the
