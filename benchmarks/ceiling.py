@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from contender import config_of, parser
+from contender import config_of, parser, product_dtype
 from torch.nn import functional as F
 
 COPY_BYTES = 256 * 2**20
@@ -58,9 +58,9 @@ def floor_seconds(config: Any, tokens: int, rate: float) -> float:
 
 
 def product_seconds(tokens: int, inputs: int, outputs: int, device: torch.device) -> float:
-    """Seconds of one bf16 product (tokens, inputs) by (outputs, inputs)."""
-    x = torch.randn(tokens, inputs, device=device, dtype=torch.bfloat16)
-    weight = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16)
+    """Seconds of one product (tokens, inputs) by (outputs, inputs), in bf16 where the device has it."""
+    x = torch.randn(tokens, inputs, device=device, dtype=product_dtype(device))
+    weight = torch.randn(outputs, inputs, device=device, dtype=x.dtype)
     return seconds_of(lambda: F.linear(x, weight), device)
 
 

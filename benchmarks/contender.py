@@ -5,6 +5,8 @@
 
 Both get the same weights (random, drawn by the parameter's name), the same packs and TRL's own trainer; trl is
 transformers + PEFT + TRL as they come, trl-liger the same with Liger's kernels. `compare.py` runs them in turn.
+Weights are bf16 numbers, held in bf16; but on a CPU without bf16 arithmetic, where its backward pass would take hours,
+TRL holds them in fp32.
 """
 
 import argparse
@@ -60,6 +62,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "tokens": options.tokens,
         "documents": options.documents,
         "quantization": options.quantization,
+        "dtype": str(trainer.model.dtype).removeprefix("torch."),
         "memory": options.memory,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "seconds": clock.seconds,
@@ -117,7 +120,7 @@ def reset_peak(device: torch.device) -> None:
 def fill(name: str, tensor: torch.Tensor) -> None:
     """Random numbers that hang on the name alone, the same in every process: a block, over and over."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    block = torch.randn(BLOCK, generator=generator).mul_(0.02).to(tensor.dtype).to(tensor.device)
+    block = torch.randn(BLOCK, generator=generator).mul_(0.02).bfloat16().to(tensor.device, tensor.dtype)
     flat = tensor.data.view(-1)
     for start in range(0, flat.numel(), BLOCK):
         part = flat[start : start + BLOCK]
@@ -145,6 +148,12 @@ def materialise(model: nn.Module, device: torch.device) -> nn.Module:
             buffer.fill_(model.config.hidden_size**0.5)
     model.tie_weights()
     return model
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """The type that stock PyTorch multiplies fastest among bf16 and fp32."""
+    is_emulated = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if is_emulated else torch.bfloat16
 
 
 def config_of(options: argparse.Namespace) -> Any:
@@ -230,7 +239,7 @@ def trl_trainer(options: argparse.Namespace, device: torch.device, clock: Clock)
     with torch.device("meta"):
         # Gemma 2 needs its soft cap, which PyTorch's fused attention leaves out
         attention = {"attn_implementation": "eager"} if config.model_type == "gemma2" else {}
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, **attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=product_dtype(device), **attention)
     model = materialise(model, device)
     changes: dict[str, Any] = {"use_liger_kernel": True} if options.contender == "trl-liger" else {}
     if options.no_checkpointing:

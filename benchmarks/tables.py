@@ -97,10 +97,8 @@ def ops_table(content: dict[str, Any]) -> str:
 
 
 def gpu_table(content: dict[str, Any]) -> str:
-    """Whole models, preference training, and long contexts, a table each."""
+    """Whole models, preference training, and long contexts, a table of each that was measured."""
     head = ["", "ms a step", "times as fast", "peak, GB", "predicted", "of TRL's peak"]
-    models = table(head, against_trl(content, "models"))
-    pairs = table(head, against_trl(content, "preference"))
     contexts = [
         [
             f"{result['name'].split()[0]}, {int(result['name'].split()[1]):,} tokens, rank {rank}",
@@ -112,12 +110,17 @@ def gpu_table(content: dict[str, Any]) -> str:
         if result["part"] == "contexts" and "seconds" in (run := result["found"])
         for rank in [32 if "llama" in result["name"] else 16]
     ]
-    long = table(["", "seconds a step", "predicted", "peak, GB", "predicted"], contexts)
-    return (
-        f"{models}\n\nPairs of 1,024 tokens each, by TRL's DPO trainer:\n\n{pairs}\n\n"
-        "One row in NF4, Phi-3.5-mini with a budget of 16 GiB, Llama with every layer redone (one to three steps each, "
-        f"of which the first two prepare the graph):\n\n{long}"
-    )
+    tables = [
+        ("A row of 2,048 tokens, rank 16:", head, against_trl(content, "models")),
+        ("Pairs of 1,024 tokens each, by TRL's DPO trainer:", head, against_trl(content, "preference")),
+        (
+            "One row in NF4, Phi-3.5-mini with a budget of 16 GiB, Llama with every layer redone (one to three steps "
+            "each, of which the first two prepare the graph):",
+            ["", "seconds a step", "predicted", "peak, GB", "predicted"],
+            contexts,
+        ),
+    ]
+    return "\n\n".join(f"{title}\n\n{table(columns, rows)}" for title, columns, rows in tables if rows)
 
 
 def against_trl(content: dict[str, Any], part: str) -> list[list[str]]:
@@ -131,9 +134,15 @@ def against_trl(content: dict[str, Any], part: str) -> list[list[str]]:
         seconds, base = (statistics.median(each["seconds"][3:]) for each in (run, found[f"{model} trl"]))
         losses = run["losses"][0], found[f"{model} trl"]["losses"][0]
         is_same = abs(losses[0] - losses[1]) < 0.01 * losses[1]  # NF4's weights are other ones, if near
+        label = CONTENDERS[contender]
+        if contender == "nf4":
+            memory = (
+                run["memory"] or ""
+            )  # a share of TRL's peak in bytes; a refused one was replaced, with a unit
+            label += f", budget {int(memory) / 1e9:.2f} GB" if memory.isdecimal() else ", the leanest"
         rows.append(
             [
-                f"{model}, {CONTENDERS[contender]}",
+                f"{model}, {label}",
                 f"{1e3 * seconds:.0f}",
                 f"{base / seconds:.1f}" if is_same else "other loss",
                 *_peaks(run),
@@ -148,7 +157,7 @@ def _peaks(run: dict[str, Any]) -> list[str]:
     return [f"{run['peak_bytes'] / 1e9:.2f}", predicted]
 
 
-CONTENDERS = {"fettle": "fettle, bf16", "nf4": "fettle, NF4, layers redone", "trl": "TRL's defaults, bf16"}
+CONTENDERS = {"fettle": "fettle, bf16", "nf4": "fettle, NF4", "trl": "TRL's defaults, bf16"}
 
 TABLES = {
     "comparison": comparison_table,
@@ -160,8 +169,7 @@ TABLES = {
 
 def circumstances_line(content: dict[str, Any]) -> str:
     if content["kind"] == "gpu":
-        where = f"{content['gpu']}; torch {content['torch']}; commit {content['commit']}"
-        return f"{where}. A row of 2,048 tokens, rank 16."
+        return f"{content['gpu']}; torch {content['torch']}; commit {content['commit']}."
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     return f"{content['processor']}, {content['cores']} cores; {versions}; commit {content['commit']}."
 
