@@ -242,6 +242,8 @@ def trl_trainer(options: argparse.Namespace, device: torch.device, clock: Clock)
         model = AutoModelForCausalLM.from_config(config, dtype=product_dtype(device), **attention)
     model = materialise(model, device)
     changes: dict[str, Any] = {"use_liger_kernel": True} if options.contender == "trl-liger" else {}
+    if model.dtype == torch.float32:
+        changes["bf16"] = False  # TRL's default would multiply in bf16 all the same
     if options.no_checkpointing:
         changes["gradient_checkpointing"] = False
     make = SFTTrainer if options.method == "sft" else DPOTrainer

@@ -84,18 +84,38 @@ def _parser() -> Parser:
     _add_model(command)
     _add_sampling(command, temperature=0.7)
 
-    command = add("export", _export, "write a full model, its adapter merged in and checked")
-    command.add_argument("--model", required=True, help="checkpoint folder, output of train, or hub name")
-    command.add_argument(
-        "--format", choices=["safetensors"], default="safetensors", help="form of the result"
-    )
-    command.add_argument("--to", required=True, type=Path, help="new folder for the model")
-    _add_dtype(command)
+    _add_export(add("export", _export, "hand a model over: its adapter merged in, in the form others open"))
 
     command = add("pretrain", _pretrain, "make a new small model from nothing, as the embedded one was")
     add_options(command, PretrainOptions)
     _add_resume(command)
     return parser
+
+
+def _add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help="checkpoint folder, output of train, or hub name")
+    command.add_argument(
+        "--format",
+        choices=["safetensors", "nf4", "gguf", "adapter-gguf"],
+        default="safetensors",
+        help="safetensors: a folder for transformers and vLLM; nf4: the same in bitsandbytes' four bits; gguf: a file "
+        "for llama.cpp and Ollama; adapter-gguf: the adapter alone, for llama.cpp's --lora",
+    )
+    command.add_argument("--to", required=True, type=Path, help="new folder, or new .gguf file")
+    command.add_argument("--overwrite", action="store_true", help="replace a .gguf file that is there")
+    _add_dtype(command)
+    gguf = command.add_argument_group("for --format gguf")
+    gguf.add_argument(
+        "--quantization",
+        nargs="+",
+        metavar="KIND",
+        help="q4_k_m (default), q8_0, f16, ...; several share one pass",
+    )
+    gguf.add_argument("--importance-matrix", type=Path, help="a .gguf that llama-imatrix wrote")
+    gguf.add_argument(
+        "--verify", action="store_true", help="run the file in llama.cpp and compare it with the model"
+    )
+    gguf.add_argument("--ollama", action="store_true", help="write a Modelfile beside it")
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -217,6 +237,7 @@ def _sampling(options: dict[str, Any]) -> Any:
 
 
 def _export(options: dict[str, Any]) -> None:
-    from fettle.export.checkpoint import export_safetensors
+    from fettle.export.job import ExportOptions, export
 
-    print(export_safetensors(options["model"], options["to"], dtype=options["dtype"]))
+    for path in export(ExportOptions(**options)):
+        print(path)

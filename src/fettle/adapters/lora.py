@@ -125,8 +125,8 @@ def attach(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) 
     """
     read_adapter_config(folder)
     shapes = {name: place.header.shape for name, place in read_places(folder / ADAPTER_WEIGHTS).items()}
-    _require_fit(model, shapes, folder)
-    config = _read_config(folder)
+    require_fit(model, shapes, folder)
+    config = read_config(folder)
     _use_our_layer(config)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
@@ -136,7 +136,8 @@ def attach(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) 
     return adapted
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def read_config(folder: Path) -> LoraConfig:
+    """Return the folder's adapter_config.json; UserError for what is no LoRA adapter's."""
     file = folder / "adapter_config.json"
     try:
         config = PeftConfig.from_pretrained(str(folder))
@@ -154,7 +155,7 @@ def _use_our_layer(config: LoraConfig) -> None:
     config._register_custom_module({nn.Linear: LoraLinear, Nf4Linear: LoraLinear})
 
 
-def _require_fit(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+def require_fit(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
     """Compare every lora_A and lora_B matrix with the linear layer it is meant for."""
     modules = dict(model.named_modules())
     for name, shape in shapes.items():

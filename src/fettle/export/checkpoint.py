@@ -4,15 +4,17 @@ import math
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
 from fettle.adapters.load import base_of, load
-from fettle.export.merge import merge
+from fettle.export.merge import merge, write_down_context
 from fettle.files import require_free_space, require_new_folder, write_aside
 from fettle.models.checkpoint import inspect, is_adapter, locate
+from fettle.models.decoder import DecoderForCausalLM
 from fettle.models.load import Dtype
+from fettle.models.quantized import save_nf4
 from fettle.models.save import save_model
-from fettle.quantization.layers import dequantize_linears
+from fettle.quantization.layers import dequantize_linears, quantize_linears
 
 _BYTES_A_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -24,7 +26,23 @@ def export_safetensors(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> 
     context leaves a model that has the long factors at every length. The folder is complete (weights,
     config, generation config, tokenizer, chat template) or not there.
     """
-    to = Path(to)
+    full, tokenizer = _merged(name, to := Path(to), dtype)
+    with write_aside(to) as aside:
+        save_model(full, tokenizer, aside)
+    return to
+
+
+def export_nf4(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> Path:
+    """The same with the layers' matrices in NF4, as transformers and vLLM open it where bitsandbytes is installed."""
+    full, tokenizer = _merged(name, to := Path(to), dtype)
+    quantize_linears(full)
+    with write_aside(to) as aside:
+        save_nf4(full, tokenizer, aside)
+    return to
+
+
+def _merged(name: str | Path, to: Path, dtype: Dtype) -> tuple[DecoderForCausalLM, PreTrainedTokenizerBase]:
+    """The full model in memory, once everything that could stand against writing it to `to` has been looked at."""
     require_new_folder(to, "the exported model")
     folder = locate(str(name))
     stored = inspect(base_of(folder)[1] if is_adapter(folder) else folder)
@@ -36,15 +54,5 @@ def export_safetensors(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> 
     model, tokenizer = load(name, dtype=dtype)
     dequantize_linears(model)  # an adapter trained on quantised weights is merged onto those, as they are
     full = merge(model, tokenizer) if isinstance(model, PeftModel) else model
-    _write_down_context(full)
-    with write_aside(to) as aside:
-        save_model(full, tokenizer, aside)
-    return to
-
-
-def _write_down_context(model: PreTrainedModel) -> None:
-    """Where LongRoPE is fixed at its long factors, let the config give no others: stock models choose by length."""
-    rope, context = model.config.rope_parameters, model.model.rotary_emb.context_tokens
-    is_longrope = rope["rope_type"] == "longrope" and context is not None
-    if is_longrope and context > rope["original_max_position_embeddings"]:
-        rope["short_factor"] = list(rope["long_factor"])
+    write_down_context(full.config, full.model.rotary_emb.context_tokens)
+    return full, tokenizer

@@ -16,7 +16,7 @@ adapters of rank 16 on every linear layer whose update is 2 to 50% of the weight
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.adapters.lora import LoraLinear
 from fettle.errors import UserError
@@ -125,6 +125,14 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The root mean square difference as a share of the root mean square of `expected`."""
     expected = expected.float()
     return float((found.float() - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def write_down_context(config: PreTrainedConfig, context_tokens: int | None) -> None:
+    """Where LongRoPE is fixed at its long factors, let the config give no others: stock models choose by length."""
+    rope = config.rope_parameters
+    is_longrope = rope["rope_type"] == "longrope" and context_tokens is not None
+    if is_longrope and context_tokens > rope["original_max_position_embeddings"]:
+        rope["short_factor"] = list(rope["long_factor"])
 
 
 def _refusal(what: str, dtype: torch.dtype) -> UserError:

@@ -1,0 +1,90 @@
+"""From whatever `--model` names to GGUF files: one pass over the weights, a proof, and a Modelfile."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from fettle.errors import UserError
+from fettle.export.gguf.importance import read_importance
+from fettle.export.gguf.proof import print_proof
+from fettle.export.gguf.types import quantization_of
+from fettle.export.gguf.write import Progress, write_gguf
+from fettle.export.ollama import modelfile
+from fettle.export.source import open_source
+from fettle.files import human_bytes, write_aside
+
+
+def export_gguf(
+    name: str | Path,
+    to: Path,
+    *,
+    quantizations: Sequence[str] = ("q4_k_m",),
+    importance: Path | None = None,
+    overwrite: bool = False,
+    check: bool = False,
+    ollama: bool = False,
+    console: Console | None = None,
+) -> list[Path]:
+    """Write the model that `name` stands for, an adapter merged in, as GGUF and return the files.
+
+    to: the file, my-model.gguf; with several quantizations each has its own name in it, my-model-q4_k_m.gguf.
+    importance: llama.cpp's importance matrix (a .gguf of llama-imatrix). check: run each file in llama.cpp and print
+    how it compares with the model. ollama: write a Modelfile beside each file. Raises UserError for what the user can
+    mend; a file is complete or not there.
+    """
+    console = console or Console()
+    files = files_for(Path(to), quantizations)
+    modelfiles = {path: path.with_name(f"{path.stem}.Modelfile") for path in files.values()} if ollama else {}
+    for place in modelfiles.values():
+        if place.exists() and not overwrite:
+            raise UserError(f"{place} is already there: name another file, or give --overwrite.")
+    source = open_source(name)
+    weights = {} if importance is None else read_importance(importance)
+    with _progress(console, f"writing {', '.join(files)}") as progress:
+        write_gguf(
+            source.tensors(), source.config, source.tokenizer, files,
+            name=source.name, stop_ids=source.stop_ids, importance=weights, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    for path, place in modelfiles.items():
+        with write_aside(place, replace=overwrite) as aside:
+            aside.write_text(modelfile(path.name, source.tokenizer, source.stop_ids), encoding="utf-8")
+    if check:
+        print_proof(name, source, files, console)
+    return list(files.values())
+
+
+def files_for(to: Path, quantizations: Sequence[str]) -> dict[str, Path]:
+    """Each quantization's file; UserError for an unknown one, or for a name that is no GGUF file's."""
+    names = list(dict.fromkeys(each.lower() for each in quantizations))
+    for each in names:
+        quantization_of(each)
+    if to.suffix != ".gguf":
+        raise UserError(f"--to is {to}: a GGUF file's name ends in .gguf; write {to.name}.gguf.")
+    if len(names) == 1:
+        return {names[0]: to}
+    return {each: to.with_name(f"{to.stem}-{each}.gguf") for each in names}
+
+
+@contextmanager
+def _progress(console: Console, what: str) -> Iterator[Progress]:
+    """A bar, and what moves it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None, figures="")
+
+        def advance(done: int, total: int) -> None:
+            memory = psutil.Process().memory_info().rss
+            text = f"{done / 1e9:.2f} of {total / 1e9:.2f} G weights, {human_bytes(memory)} memory"
+            bar.update(task, completed=done, total=total, figures=text)
+
+        yield advance

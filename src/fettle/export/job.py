@@ -1,0 +1,61 @@
+"""`fettle export`: one model, handed over in one of several forms."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fettle.errors import UserError
+from fettle.export.checkpoint import export_nf4, export_safetensors
+from fettle.models.load import Dtype
+
+Format = Literal["safetensors", "nf4", "gguf", "adapter-gguf"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """As the command line has them; those that belong to another format are refused."""
+
+    model: str
+    to: Path
+    format: Format = "safetensors"
+    overwrite: bool = False
+    dtype: Dtype = "auto"
+    quantization: list[str] | None = None
+    importance_matrix: Path | None = None
+    verify: bool = False
+    ollama: bool = False
+
+
+ONLY_FOR: dict[str, tuple[Format, ...]] = {
+    "overwrite": ("gguf", "adapter-gguf"),
+    "dtype": ("safetensors", "nf4"),
+    "quantization": ("gguf",),
+    "importance_matrix": ("gguf",),
+    "verify": ("gguf",),
+    "ollama": ("gguf",),
+}
+
+
+def export(options: ExportOptions) -> list[Path]:
+    """Write what is asked for and return the files or the folder. Raises UserError for what the user can mend."""
+    for name, formats in ONLY_FOR.items():
+        if getattr(options, name) not in (None, False, "auto") and options.format not in formats:
+            option, expected = name.replace("_", "-"), " or ".join(formats)
+            raise UserError(f"--{option} belongs to --format {expected}, and --format is {options.format}.")
+    if options.format == "safetensors":
+        return [export_safetensors(options.model, options.to, dtype=options.dtype)]
+    if options.format == "nf4":
+        return [export_nf4(options.model, options.to, dtype=options.dtype)]
+    from fettle.export.gguf import export_adapter_gguf, export_gguf  # they bring llama.cpp's wheel with them
+
+    if options.format == "adapter-gguf":
+        return [export_adapter_gguf(options.model, options.to, overwrite=options.overwrite)]
+    return export_gguf(
+        options.model,
+        options.to,
+        quantizations=options.quantization or ["q4_k_m"],
+        importance=options.importance_matrix,
+        overwrite=options.overwrite,
+        check=options.verify,
+        ollama=options.ollama,
+    )

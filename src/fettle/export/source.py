@@ -1,0 +1,174 @@
+"""A model as a stream of its tensors: an adapter merged in, NF4 unpacked, one tensor in memory at a time.
+
+Merging onto a stored matrix is W + scale * B A in fp32. An adapter trained on weights in NF4 is merged onto those
+weights, as NF4 holds them. What is more than plain LoRA (DoRA, ranks that differ from layer to layer, whole modules
+beside the adapter) goes through PEFT's own merge, which needs the whole model in memory.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from fettle.adapters.facts import read_facts, require_trained_on
+from fettle.adapters.load import base_of, load
+from fettle.adapters.lora import read_config as read_adapter
+from fettle.adapters.lora import require_fit
+from fettle.errors import UserError
+from fettle.export.merge import merge, write_down_context
+from fettle.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, inspect, is_adapter, locate
+from fettle.models.decoder import causal_lm_class
+from fettle.models.load import load_tokenizer, read_config, require_complete, stored_dtype
+from fettle.models.safetensors_header import read_places
+from fettle.ops.nf4 import nf4_dequantize, nf4_quantize
+from fettle.quantization.layers import HEAD, dequantize_linears
+from fettle.quantization.nf4 import STATE_KEY, from_tensors
+
+Update = Callable[[torch.Tensor], torch.Tensor]
+"""What merging makes of a matrix."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Source:
+    """name: for people. tensors: called anew for every pass, Hugging Face's name and the dense tensor. stop_ids: what
+    ends an answer."""
+
+    name: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]
+    stop_ids: list[int]
+
+
+def open_source(name: str | Path) -> Source:
+    """Find what `name` stands for (as `fettle.load` does) without reading its weights; UserError for every fault."""
+    folder = locate(str(name))
+    base = base_of(folder)[1] if is_adapter(folder) else folder
+    checkpoint = inspect(base)
+    config = read_config(checkpoint)
+    require_complete(checkpoint, config)
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    tokenizer = load_tokenizer(folder if has_tokenizer else base)
+    source = Source(
+        name=folder.resolve().name,
+        config=config,
+        tokenizer=tokenizer,
+        tensors=lambda: _stored(checkpoint),
+        stop_ids=_stop_ids(base, tokenizer),
+    )
+    if folder is not base:
+        _adapted(source, folder, base, checkpoint)
+    return source
+
+
+def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -> None:
+    """Let the source's tensors be those of the merged model."""
+    facts = read_facts(folder)
+    if facts is not None:
+        require_trained_on(facts, folder, base)
+        write_down_context(source.config, facts.context_tokens)
+    if not _is_plain(read_adapter(folder)):
+        source.tensors = lambda: _whole(folder)
+        return
+    with torch.device("meta"):
+        model = causal_lm_class(source.config.model_type)(source.config)
+    shapes = {name: place.header.shape for name, place in read_places(folder / ADAPTER_WEIGHTS).items()}
+    require_fit(model, shapes, folder)
+    is_nf4 = facts is not None and facts.quantization == "nf4"
+    matrices = {
+        f"{name}.weight"
+        for name, each in model.named_modules()
+        if isinstance(each, nn.Linear) and name.rpartition(".")[2] != HEAD
+    }
+
+    def merged() -> Iterator[tuple[str, torch.Tensor]]:
+        updates = _updates(folder)
+        dtype = stored_dtype(checkpoint)
+        for name, tensor in _stored(checkpoint):
+            if is_nf4 and name in matrices:
+                tensor = nf4_dequantize(nf4_quantize(tensor.to(dtype)))
+            yield name, updates[name](tensor) if name in updates else tensor
+
+    source.tensors = merged
+
+
+def _is_plain(adapter: Any) -> bool:
+    odd = (
+        "use_dora",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+        "trainable_token_indices",
+        "fan_in_fan_out",
+    )
+    return adapter.bias == "none" and not any(getattr(adapter, name, None) for name in odd)
+
+
+def adapter_scale(adapter: Any) -> float:
+    """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) where the adapter is rank-stabilised."""
+    return float(adapter.lora_alpha / (math.sqrt(adapter.r) if adapter.use_rslora else adapter.r))
+
+
+def adapter_matrices(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield each adapted matrix's name in the base model, A (rank, inputs) and B (outputs, rank)."""
+    with safe_open(str(folder / ADAPTER_WEIGHTS), framework="pt") as file:
+        for name in sorted(file.keys()):
+            if name.endswith(".lora_A.weight"):
+                target = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                b = file.get_tensor(name.replace(".lora_A.", ".lora_B."))
+                yield f"{target}.weight", file.get_tensor(name), b
+
+
+def _updates(folder: Path) -> dict[str, Update]:
+    scale = adapter_scale(read_adapter(folder))
+
+    def update(a: torch.Tensor, b: torch.Tensor) -> Update:
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise UserError(
+                f"{folder}: the adapter holds numbers that are none (NaN or infinite): its training went astray; "
+                "train again with a lower --learning-rate."
+            )
+        return lambda weight: weight.float().addmm_(b.float(), a.float(), alpha=scale)
+
+    return {name: update(a, b) for name, a, b in adapter_matrices(folder)}
+
+
+def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint's own tensors, mapped; NF4 matrices unpacked."""
+    for path in checkpoint.weight_files:
+        with safe_open(str(path), framework="pt") as file:
+            names = sorted(file.keys())
+            packed = {name.removesuffix(f".{STATE_KEY}") for name in names if name.endswith(STATE_KEY)}
+            for name in names:
+                owner, _, leaf = name.rpartition(".weight")
+                if name.endswith("rotary_emb.inv_freq") or (owner in packed and leaf):
+                    continue  # computed, not stored; a part of the matrix below
+                if owner in packed:
+                    parts = [each for each in names if each.startswith(name)]
+                    tensors = {each.removeprefix(f"{owner}."): file.get_tensor(each) for each in parts}
+                    yield name, nf4_dequantize(from_tensors(tensors, f"{path}: '{name}'"))
+                else:
+                    yield name, file.get_tensor(name)
+
+
+def _whole(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Through PEFT, in memory."""
+    model, tokenizer = load(folder, device="cpu")
+    dequantize_linears(model)
+    full = merge(model, tokenizer) if isinstance(model, PeftModel) else model
+    yield from full.state_dict().items()
+
+
+def _stop_ids(base: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer, by the base's generation config."""
+    found: Any = tokenizer.eos_token_id
+    if (base / "generation_config.json").exists():
+        found = GenerationConfig.from_pretrained(str(base)).eos_token_id or found
+    return [] if found is None else [found] if isinstance(found, int) else list(found)

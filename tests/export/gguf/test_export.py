@@ -1,0 +1,114 @@
+"""`fettle export --format gguf` and adapter-gguf, from the command line to llama.cpp."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader, GGUFWriter, quants
+
+from fettle.adapters.load import load
+from fettle.export.gguf import export_adapter_gguf, export_gguf
+from fettle.export.gguf.importance import read_importance
+from fettle.export.gguf.llama_cpp import LlamaCpp
+from fettle.export.merge import merge
+
+IDS = [(7 * n * n + 31 * n) % 200 + 5 for n in range(20)]
+
+
+def test_a_run_becomes_files_that_say_what_it_says(cli, trained: Path, tmp_path: Path) -> None:
+    words = ("export", "--model", trained, "--format", "gguf", "--to", tmp_path / "m.gguf")
+    ended = cli(*words, "--quantization", "f16", "Q8_0", "--verify", "--ollama")
+    assert ended.code == 0, ended.err
+    files = [tmp_path / "m-f16.gguf", tmp_path / "m-q8_0.gguf"]
+    assert ended.out.splitlines()[-2:] == [str(file) for file in files]
+    assert "in llama.cpp" in ended.out and "16 of 16 tokens" in ended.out
+    assert (tmp_path / "m-f16.Modelfile").read_text().startswith("FROM ./m-f16.gguf")
+    model, tokenizer = load(trained, dtype="float32")
+    with torch.no_grad():
+        expected = merge(model, tokenizer)(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
+    found = torch.from_numpy(LlamaCpp(files[0]).logits(IDS))
+    assert (found - expected).norm() < 2e-2 * expected.norm()
+
+
+def test_an_adapter_alone_holds_its_matrices(trained: Path, tmp_path: Path) -> None:
+    file = export_adapter_gguf(trained, tmp_path / "a.gguf")
+    reader = GGUFReader(file)
+    assert reader.fields["adapter.type"].contents() == "lora"
+    model, _ = load(trained)
+    layers = {name: each for name, each in model.get_base_model().named_modules() if hasattr(each, "lora_A")}
+    tensors = {each.name: torch.from_numpy(np.array(each.data)) for each in reader.tensors}
+    assert len(tensors) == 2 * len(layers)
+    down = layers["model.layers.0.mlp.down_proj"]
+    scale = reader.fields["adapter.lora.alpha"].contents() / down.r["default"]
+    assert scale == pytest.approx(down.scaling["default"])
+    assert torch.equal(tensors["blk.0.ffn_down.weight.lora_a"], down.lora_A["default"].weight.float())
+    assert torch.equal(tensors["blk.0.ffn_down.weight.lora_b"], down.lora_B["default"].weight.float())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--quantization", "q4_k_n"], "did you mean q4_k_"),
+        (["--to", "model.bin"], "ends in .gguf"),
+        (["--to", "there.gguf"], "already there"),
+        (["--importance-matrix", "there.gguf"], "not a readable importance matrix"),
+        (["--dtype", "float16"], "--dtype belongs to --format safetensors or nf4, and --format is gguf"),
+        (["--format", "safetensors", "--verify"], "--verify belongs to --format gguf"),
+        (["--format", "adapter-gguf"], "holds no adapter"),
+    ],
+)
+def test_what_cannot_be_is_refused(cli, small_model, tmp_path, monkeypatch, words, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.gguf").write_text("mine")
+    ended = cli("export", "--model", small_model, "--format", "gguf", "--to", "new.gguf", *words)
+    assert ended.code == 2 and message in ended.err
+    assert (tmp_path / "there.gguf").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_interrupted_export_leaves_no_file(small_model: Path, tmp_path: Path, monkeypatch) -> None:
+    from fettle.export.gguf import write
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(write, "_bytes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_gguf(small_model, tmp_path / "m.gguf", quantizations=["f16"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_importance_matrix_is_heeded(small_model: Path, tmp_path: Path) -> None:
+    """Read as llama-imatrix writes it, and passed on to the quantiser."""
+    export_gguf(small_model, tmp_path / "plain.gguf", quantizations=["q4_0"])
+    tensors = {each.name: each for each in GGUFReader(tmp_path / "plain.gguf").tensors}
+    name = "blk.0.ffn_down.weight"
+    columns = int(tensors[name].shape[0])
+    sums = np.linspace(1, 100, columns, dtype=np.float32)
+    writer = GGUFWriter(tmp_path / "importance.gguf", "imatrix")
+    writer.add_tensor(f"{name}.in_sum2", sums[None])
+    writer.add_tensor(f"{name}.counts", np.array([[4.0]], dtype=np.float32))
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file"):
+        getattr(writer, step)()
+    writer.close()
+    assert np.allclose(read_importance(tmp_path / "importance.gguf")[name], sums / 4)
+    export_gguf(
+        small_model,
+        tmp_path / "weighed.gguf",
+        quantizations=["q4_0"],
+        importance=tmp_path / "importance.gguf",
+    )
+    weighed = {each.name: each for each in GGUFReader(tmp_path / "weighed.gguf").tensors}
+    plain, other = (quants.dequantize(each[name].data, each[name].tensor_type) for each in (tensors, weighed))
+    assert not np.array_equal(plain, other)
+
+
+def test_nf4_is_exported_as_such(cli, trained: Path, tmp_path: Path) -> None:
+    from fettle.quantization.layers import is_quantized
+
+    ended = cli("export", "--model", trained, "--format", "nf4", "--to", tmp_path / "nf4")
+    assert ended.code == 0, ended.err
+    model, _ = load(tmp_path / "nf4")
+    assert is_quantized(model)
+    shutil.rmtree(tmp_path / "nf4")

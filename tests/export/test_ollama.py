@@ -1,0 +1,92 @@
+"""Modelfiles: what the Go template says is what the model's own chat template says."""
+
+import re
+
+import pytest
+
+from fettle.export.ollama import Turns, go_template, modelfile, turns_of
+from fettle.models.checkpoint import embedded_model
+from fettle.models.load import load_tokenizer
+
+TEMPLATES = {
+    "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "phi": "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+    "no system": "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    "<turn>{{ 'model' if m['role'] == 'assistant' else 'user' }}\n{{ m['content'] | trim }}</turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>model\n{% endif %}",
+}
+IRREGULAR = "{% for m in messages %}{{ loop.index }}{{ m['content'] }};{% endfor %}"
+TALK = [("user", "One"), ("assistant", "Two"), ("user", 'Three {braces} and "quotes"')]
+
+
+def run_go(template: str, messages: list[tuple[str, str]]) -> str:
+    """The little of Go's text/template that is written here."""
+    head, body, tail = re.fullmatch(
+        r"(.*?)\{\{- range .Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", template, re.DOTALL
+    ).groups()
+    branches = re.findall(r'\{\{ (?:else )?if eq .Role "(\w+)" \}\}(.*?)(?=\{\{ else if|\Z)', body, re.DOTALL)
+    written = dict(branches)
+    return head + "".join(written[role].replace("{{ .Content }}", text) for role, text in messages) + tail
+
+
+@pytest.fixture
+def tokenizer():
+    return load_tokenizer(embedded_model())
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_go_template_renders_as_the_models_own(name, tokenizer) -> None:
+    tokenizer.chat_template = TEMPLATES[name]
+    turns = turns_of(tokenizer)
+    assert turns is not None and (turns.system is None) is (name == "no system")
+    talks = [TALK] if turns.system is None else [TALK, [("system", "Be brief."), *TALK]]
+    for talk in talks:
+        messages = [{"role": role, "content": text} for role, text in talk]
+        expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert run_go(go_template(turns), talk) == expected
+
+
+def test_an_irregular_template_is_left_to_the_file(tokenizer) -> None:
+    tokenizer.chat_template = IRREGULAR
+    assert turns_of(tokenizer) is None
+    assert "TEMPLATE" not in modelfile("a.gguf", tokenizer, [])
+
+
+def test_a_modelfile_names_the_file_and_the_stops(tokenizer) -> None:
+    tokenizer.chat_template = TEMPLATES["phi"]
+    lines = modelfile("a.gguf", tokenizer, [tokenizer.eos_token_id]).splitlines()
+    assert lines[0] == "FROM ./a.gguf"
+    assert f'PARAMETER stop "{tokenizer.eos_token}"' in lines
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Phi-3.5-mini-instruct",
+        "Llama-3.1-8B-Instruct",
+        "TinyLlama-1.1B-Chat-v1.0",
+        "zephyr-7b-beta",
+        "gemma-2-9b-it",
+    ],
+)
+def test_real_templates(name, shared_data) -> None:
+    folder = shared_data / "checkpoints" / name
+    if not folder.is_dir():
+        pytest.skip(f"needs the tokenizer of {name}, which is not here")
+    tokenizer = load_tokenizer(folder)
+    turns = turns_of(tokenizer)
+    if turns is None:
+        pytest.skip(f"{name}'s template has no form in Go here")
+    messages = [{"role": role, "content": text} for role, text in TALK]
+    expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert (tokenizer.bos_token or "") + run_go(go_template(turns), TALK) in (
+        expected,
+        (tokenizer.bos_token or "") + expected,
+    )
+
+
+def test_turns_render_in_order() -> None:
+    turns = Turns(system=("<s>", "</s>"), user=("<u>", "</u>"), answer=("<a>", "</a>"))
+    assert turns.render([("system", "x"), ("user", "y")]) == "<s>x</s><u>y</u><a>"
