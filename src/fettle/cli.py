@@ -100,7 +100,9 @@ def _parser() -> Parser:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--model", required=True, help="checkpoint folder, output of train, hub name, or fettle-tiny"
+        "--model",
+        required=True,
+        help="checkpoint folder, output of train, GGUF file, hub name, or fettle-tiny",
     )
     command.add_argument("--system", help="a system turn before the prompt")
     command.add_argument(
