@@ -84,6 +84,21 @@ def _parser() -> Parser:
     _add_model(command)
     _add_sampling(command, temperature=0.7)
 
+    command = add("compare", _compare, "show two models side by side on your rows: quality, size, speed")
+    for letter in ("A", "B"):
+        command.add_argument(
+            letter.lower(), metavar=letter, help="checkpoint folder, output of train, GGUF file or hub name"
+        )
+    command.add_argument("--data", required=True, help="rows in any form that train reads")
+    command.add_argument("--samples", type=int, default=64, help="rows compared at most (default: 64)")
+    command.add_argument(
+        "--max-length", type=int, default=1024, help="tokens of a row that count (default: 1024)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="chooses the rows (default: 0)")
+    command.add_argument("--json", action="store_true", help="print the figures as JSON")
+    _add_device(command)
+    _add_dtype(command)
+
     command = add("export", _export, "write a full model, its adapter merged in and checked")
     command.add_argument("--model", required=True, help="checkpoint folder, output of train, or hub name")
     command.add_argument(
@@ -105,10 +120,14 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         help="checkpoint folder, output of train, GGUF file, hub name, or fettle-tiny",
     )
     command.add_argument("--system", help="a system turn before the prompt")
+    _add_device(command)
+    _add_dtype(command)
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--device", choices=["cpu", "cuda"], help="where to compute (default: cuda where there is one)"
     )
-    _add_dtype(command)
 
 
 def _add_dtype(command: argparse.ArgumentParser) -> None:
@@ -216,6 +235,18 @@ def _sampling(options: dict[str, Any]) -> Any:
 
     names = ("max_new_tokens", "temperature", "top_p", "seed")
     return Sampling(**{name: options[name] for name in names})
+
+
+def _compare(options: dict[str, Any]) -> None:
+    from fettle.evaluation.comparison import show
+    from fettle.evaluation.side_by_side import compare
+
+    as_json = options.pop("json")
+    comparison = compare(**options)
+    if as_json:
+        print(comparison.as_json())
+    else:
+        show(comparison)
 
 
 def _export(options: dict[str, Any]) -> None:
