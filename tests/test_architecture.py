@@ -16,7 +16,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "fettle"
 FLOORS = {
     "ground": {"errors", "files", "options"},
     "ops": {"ops"},
-    "parts": {"data", "models", "adapters", "memory", "quantization", "tiny"},
+    "parts": {"data", "models", "adapters", "memory", "quantization", "llama_cpp", "tiny"},
     "jobs": {"training", "generation", "evaluation", "export"},
     "faces": {"__init__", "__main__", "cli", "quickstart", "studio", "server"},
 }

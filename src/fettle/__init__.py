@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fettle.adapters.lora import adapt, attach
     from fettle.data import collator, pack, read_rows, split_held_out, tokenize_rows
     from fettle.errors import Interrupted, UserError
+    from fettle.evaluation.comparison import Comparison
+    from fettle.evaluation.side_by_side import compare
     from fettle.export.checkpoint import export_safetensors
     from fettle.export.merge import merge
     from fettle.generation import Sampling, generate
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from fettle.training.sft import resume_training, train
 
 _HOME = {
+    "Comparison": "fettle.evaluation.comparison",
     "Interrupted": "fettle.errors",
     "Outcome": "fettle.training.outcome",
     "PretrainOptions": "fettle.training.options",
@@ -39,6 +42,7 @@ _HOME = {
     "adapt": "fettle.adapters.lora",
     "attach": "fettle.adapters.lora",
     "collator": "fettle.data",
+    "compare": "fettle.evaluation.side_by_side",
     "export_safetensors": "fettle.export.checkpoint",
     "generate": "fettle.generation",
     "load": "fettle.adapters.load",
@@ -55,6 +59,7 @@ _HOME = {
 }
 
 __all__ = [  # the keys of _HOME, spelled out for type checkers
+    "Comparison",
     "Interrupted",
     "Outcome",
     "PretrainOptions",
@@ -64,6 +69,7 @@ __all__ = [  # the keys of _HOME, spelled out for type checkers
     "adapt",
     "attach",
     "collator",
+    "compare",
     "export_safetensors",
     "generate",
     "load",

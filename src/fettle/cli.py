@@ -84,6 +84,21 @@ def _parser() -> Parser:
     _add_model(command)
     _add_sampling(command, temperature=0.7)
 
+    command = add("compare", _compare, "show two models side by side on your rows: quality, size, speed")
+    for letter in ("A", "B"):
+        command.add_argument(
+            letter.lower(), metavar=letter, help="checkpoint folder, output of train, GGUF file or hub name"
+        )
+    command.add_argument("--data", required=True, help="rows in any form that train reads")
+    command.add_argument("--samples", type=int, default=64, help="rows compared at most (default: 64)")
+    command.add_argument(
+        "--max-length", type=int, default=1024, help="tokens of a row that count (default: 1024)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="chooses the rows (default: 0)")
+    command.add_argument("--json", action="store_true", help="print the figures as JSON")
+    _add_device(command)
+    _add_dtype(command)
+
     _add_export(add("export", _export, "hand a model over: its adapter merged in, in the form others open"))
 
     command = add("pretrain", _pretrain, "make a new small model from nothing, as the embedded one was")
@@ -96,14 +111,15 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="checkpoint folder, output of train, or hub name")
     command.add_argument(
         "--format",
-        choices=["safetensors", "nf4", "gguf", "adapter-gguf"],
+        choices=["safetensors", "nf4", "fp8", "w4a16", "gguf", "adapter-gguf"],
         default="safetensors",
-        help="safetensors: a folder for transformers and vLLM; nf4: the same in bitsandbytes' four bits; gguf: a file "
-        "for llama.cpp and Ollama; adapter-gguf: the adapter alone, for llama.cpp's --lora",
+        help="safetensors: a folder for transformers and vLLM; nf4: the same in bitsandbytes' four bits; fp8, w4a16: "
+        "compressed for vLLM; gguf: a file for llama.cpp and Ollama; adapter-gguf: the adapter alone, for llama.cpp",
     )
     command.add_argument("--to", required=True, type=Path, help="new folder, or new .gguf file")
     command.add_argument("--overwrite", action="store_true", help="replace a .gguf file that is there")
     _add_dtype(command)
+    command.add_argument("--data", help="rows of yours: w4a16 is calibrated on them, fp8 compared")
     gguf = command.add_argument_group("for --format gguf")
     gguf.add_argument(
         "--quantization",
@@ -120,13 +136,19 @@ def _add_export(command: argparse.ArgumentParser) -> None:
 
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--model", required=True, help="checkpoint folder, output of train, hub name, or fettle-tiny"
+        "--model",
+        required=True,
+        help="checkpoint folder, output of train, GGUF file, hub name, or fettle-tiny",
     )
     command.add_argument("--system", help="a system turn before the prompt")
+    _add_device(command)
+    _add_dtype(command)
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--device", choices=["cpu", "cuda"], help="where to compute (default: cuda where there is one)"
     )
-    _add_dtype(command)
 
 
 def _add_dtype(command: argparse.ArgumentParser) -> None:
@@ -234,6 +256,18 @@ def _sampling(options: dict[str, Any]) -> Any:
 
     names = ("max_new_tokens", "temperature", "top_p", "seed")
     return Sampling(**{name: options[name] for name in names})
+
+
+def _compare(options: dict[str, Any]) -> None:
+    from fettle.evaluation.comparison import show
+    from fettle.evaluation.side_by_side import compare
+
+    as_json = options.pop("json")
+    comparison = compare(**options)
+    if as_json:
+        print(comparison.as_json())
+    else:
+        show(comparison)
 
 
 def _export(options: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Whatever `--model` names, ready to use: a full checkpoint, or an adapter on the base it finds by itself."""
+"""Whatever `--model` names, ready to use: a full checkpoint, an adapter on the base it finds by itself, a GGUF file."""
 
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fettle.adapters.facts import read_facts, require_trained_on
 from fettle.adapters.lora import attach
 from fettle.errors import UserError
+from fettle.llama_cpp.gguf_file import is_gguf
+from fettle.llama_cpp.model import open_gguf
 from fettle.models.checkpoint import inspect, is_adapter, locate, read_adapter_config
 from fettle.models.load import Dtype, load_model, load_tokenizer
 
@@ -19,9 +21,11 @@ def load(
     """Load a model and its tokenizer.
 
     name: a checkpoint folder, an output folder of `fettle train` or any PEFT LoRA adapter, a hub name, or
-    "fettle-tiny", the embedded model. device: None takes a CUDA device where there is one.
-    Raises UserError for whatever the user can mend.
+    "fettle-tiny", the embedded model; or a GGUF file, which is run in llama.cpp and has no weights in PyTorch.
+    device: None takes a CUDA device where there is one. Raises UserError for whatever the user can mend.
     """
+    if is_gguf(name):
+        return open_gguf(Path(name).expanduser(), dtype=dtype, device=device)
     folder = locate(str(name))
     where = device_of(device)
     if not is_adapter(folder):

@@ -26,7 +26,7 @@ def export_safetensors(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> 
     context leaves a model that has the long factors at every length. The folder is complete (weights,
     config, generation config, tokenizer, chat template) or not there.
     """
-    full, tokenizer = _merged(name, to := Path(to), dtype)
+    full, tokenizer = merged_model(name, to := Path(to), dtype)
     with write_aside(to) as aside:
         save_model(full, tokenizer, aside)
     return to
@@ -34,14 +34,16 @@ def export_safetensors(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> 
 
 def export_nf4(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> Path:
     """The same with the layers' matrices in NF4, as transformers and vLLM open it where bitsandbytes is installed."""
-    full, tokenizer = _merged(name, to := Path(to), dtype)
+    full, tokenizer = merged_model(name, to := Path(to), dtype)
     quantize_linears(full)
     with write_aside(to) as aside:
         save_nf4(full, tokenizer, aside)
     return to
 
 
-def _merged(name: str | Path, to: Path, dtype: Dtype) -> tuple[DecoderForCausalLM, PreTrainedTokenizerBase]:
+def merged_model(
+    name: str | Path, to: Path, dtype: Dtype
+) -> tuple[DecoderForCausalLM, PreTrainedTokenizerBase]:
     """The full model in memory, once everything that could stand against writing it to `to` has been looked at."""
     require_new_folder(to, "the exported model")
     folder = locate(str(name))

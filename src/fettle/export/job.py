@@ -1,6 +1,7 @@
 """`fettle export`: one model, handed over in one of several forms."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -8,7 +9,7 @@ from fettle.errors import UserError
 from fettle.export.checkpoint import export_nf4, export_safetensors
 from fettle.models.load import Dtype
 
-Format = Literal["safetensors", "nf4", "gguf", "adapter-gguf"]
+Format = Literal["safetensors", "nf4", "fp8", "w4a16", "gguf", "adapter-gguf"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,7 @@ class ExportOptions:
     format: Format = "safetensors"
     overwrite: bool = False
     dtype: Dtype = "auto"
+    data: str | None = None
     quantization: list[str] | None = None
     importance_matrix: Path | None = None
     verify: bool = False
@@ -29,6 +31,7 @@ class ExportOptions:
 ONLY_FOR: dict[str, tuple[Format, ...]] = {
     "overwrite": ("gguf", "adapter-gguf"),
     "dtype": ("safetensors", "nf4"),
+    "data": ("fp8", "w4a16"),
     "quantization": ("gguf",),
     "importance_matrix": ("gguf",),
     "verify": ("gguf",),
@@ -46,6 +49,8 @@ def export(options: ExportOptions) -> list[Path]:
         return [export_safetensors(options.model, options.to, dtype=options.dtype)]
     if options.format == "nf4":
         return [export_nf4(options.model, options.to, dtype=options.dtype)]
+    if options.format in ("fp8", "w4a16"):
+        return [_compressed(options)]
     from fettle.export.gguf import export_adapter_gguf, export_gguf  # they bring llama.cpp's wheel with them
 
     if options.format == "adapter-gguf":
@@ -59,3 +64,16 @@ def export(options: ExportOptions) -> list[Path]:
         check=options.verify,
         ollama=options.ollama,
     )
+
+
+def _compressed(options: ExportOptions) -> Path:
+    from fettle.export.calibration import rows_of
+    from fettle.export.compressed import export_compressed
+
+    if options.format == "w4a16" and options.data is None:
+        raise UserError(
+            "--format w4a16 rounds weights by what they see: give rows of yours, --data FILE (a hundred or so)."
+        )
+    data = options.data
+    rows = None if data is None else partial(rows_of, data)
+    return export_compressed(options.model, options.to, options.format, rows=rows, report=print)

@@ -26,6 +26,7 @@ from transformers import (
 
 from fettle.data import end_of_turn, generation_prompt
 from fettle.errors import UserError
+from fettle.llama_cpp.model import LlamaCppForCausalLM
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -114,8 +115,9 @@ def complete(
     answers = [""] * len(texts)
     _seed(sampling)
     with _evaluating(model):
-        for start in range(0, len(order), BATCH_SIZE):
-            chosen = order[start : start + BATCH_SIZE]
+        size = 1 if isinstance(model, LlamaCppForCausalLM) else BATCH_SIZE
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
             inputs = _encode(model, tokenizer, [texts[i] for i in chosen], is_rendered)
             with _decoding_by(model, GenerationConfig(**_arguments(model, tokenizer, inputs, sampling))):
                 output = model.generate(**inputs, stopping_criteria=watch)

@@ -23,7 +23,7 @@ from transformers.utils import can_return_tuple
 
 from fettle.memory.policies import Keeping, Policy, run_layer
 from fettle.models.families import FAMILIES, Family, head_dim_of, option, sliding_window_of
-from fettle.models.graphs import LayerGraphs
+from fettle.models.graphs import LayerGraphs, adapters_at_work
 from fettle.models.mlp import DecoderMLP
 from fettle.models.outer_embedding import OuterEmbedding
 from fettle.models.packing import find_documents, row_documents
@@ -257,13 +257,7 @@ class Decoder(DecoderPreTrainedModel):
                 x = layer(x, cos_sin=cos_sin, attention_mask=None, documents=documents, past_key_values=None)
             return x
 
-        adapted: Any = next((m for m in self.layers.modules() if hasattr(m, "disable_adapters")), None)
-
-        def adapters() -> tuple[bool, tuple[str, ...]] | None:
-            """Which are at work: PEFT switches them all together."""
-            return None if adapted is None else (adapted.disable_adapters, tuple(adapted.active_adapters))
-
-        self.graphs = LayerGraphs(layers, self.layers.parameters(), tokens, adapters)
+        self.graphs = LayerGraphs(layers, self.layers.parameters(), tokens, adapters_at_work(self.layers))
 
     @can_return_tuple
     def forward(

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from fettle.export.gguf.llama_cpp import LlamaCpp
+from fettle.export.gguf.verify import file_logits
+from fettle.llama_cpp.gguf_file import GGUFFile
 from fettle.models.checkpoint import embedded_model
 from fettle.models.decoder import causal_lm_class
 from fettle.models.families import FAMILIES
@@ -100,8 +101,8 @@ def tokenizer():
 
 
 @torch.no_grad()
-def divergence(model, path, ids: list[int], context_tokens: int | None = None) -> float:
+def divergence(model, path, ids: list[int]) -> float:
     """Mean KL(source || file) in nats."""
     source = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
-    found = torch.from_numpy(LlamaCpp(path).logits(ids, context_tokens)).double().log_softmax(-1)
+    found = file_logits(GGUFFile(path), ids).double().log_softmax(-1)
     return float((source.exp() * (source - found)).sum(-1).mean())

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from fettle.errors import UserError
 from fettle.export.gguf import verify, write_gguf
 from fettle.export.gguf.battery import battery
-from fettle.export.gguf.llama_cpp import LlamaCpp
 from fettle.export.gguf.tokenizer import PRE_TOKENIZERS, name_for, tokenizer_fields
+from fettle.llama_cpp.gguf_file import GGUFFile
 from fettle.models.checkpoint import embedded_model
 from fettle.models.decoder import causal_lm_class
 from fettle.models.families import FAMILIES
@@ -53,7 +53,7 @@ def write_with_tokenizer(folder, path):
     )
     model = causal_lm_class(family)(config)
     write_gguf(model.state_dict().items(), config, tokenizer, {"f16": path}, name=folder.name)
-    return tokenizer, LlamaCpp(path)
+    return tokenizer, GGUFFile(path)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -63,7 +63,9 @@ def test_ids_are_the_tokenizers(name, shared_data, tmp_path):
         pytest.skip(f"needs the tokenizer of {name}, which is not here")
     tokenizer, llama = write_with_tokenizer(folder, tmp_path / "model.gguf")
     texts = battery(tokenizer.all_special_tokens)
-    unequal = [text for text in texts if llama.tokenize(text) != tokenizer(text)["input_ids"]]
+    unequal = [
+        text for text in texts if llama.tokenize(text, add_special=True) != tokenizer(text)["input_ids"]
+    ]
     assert len(texts) > 500
     assert len(unequal) <= CHECKPOINTS[name], unequal[:5]
     expected = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
@@ -75,7 +77,7 @@ def test_ids_are_the_tokenizers(name, shared_data, tmp_path):
 
 
 def test_the_embedded_model_is_proved_whole(tokenizer, tmp_path):
-    """Ids, logits and the greedy continuation, through a child process."""
+    """Ids, logits and the greedy continuation."""
     model, path = load_model(embedded_model(), dtype="float32").eval(), tmp_path / "tiny.gguf"
     files = {"f16": path, "q8_0": tmp_path / "q8.gguf"}
     write_gguf(
@@ -140,8 +142,10 @@ def byte_level(pattern: str) -> PreTrainedTokenizerFast:
 def test_ids_of_byte_level_tokenizers_are_their_own(pattern, model_of, tmp_path):
     model, path, tokenizer = model_of("qwen2"), tmp_path / "model.gguf", byte_level(pattern)
     write_gguf(model.state_dict().items(), model.config, tokenizer, {"q8_0": path})
-    llama, texts = LlamaCpp(path), battery(["<|end|>"])
-    assert [text for text in texts if llama.tokenize(text) != tokenizer(text)["input_ids"]] == []
+    llama, texts = GGUFFile(path), battery(["<|end|>"])
+    assert [
+        text for text in texts if llama.tokenize(text, add_special=True) != tokenizer(text)["input_ids"]
+    ] == []
 
 
 def test_a_cut_that_llama_cpp_does_not_know_is_refused():

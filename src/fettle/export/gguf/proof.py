@@ -28,9 +28,9 @@ def print_proof(name: str | Path, source: Source, files: dict[str, Path], consol
     for column in (
         "file",
         "size",
-        "texts cut alike",
-        "mean KL, nats",
-        "likeliest token alike",
+        "texts alike",
+        "mean KL",
+        "top token alike",
         "greedy alike",
     ):
         table.add_column(column, justify="left" if column == "file" else "right")
@@ -44,7 +44,7 @@ def print_proof(name: str | Path, source: Source, files: dict[str, Path], consol
             f"{proof.texts_equal} of {proof.texts}",
             f"{proof.kl:.1e}",
             f"{proof.top_agreement:.0%}",
-            f"{proof.continuation_equal} of {proof.continuation_tokens} tokens",
+            f"{proof.continuation_equal} of {proof.continuation_tokens}",
         )
     console.print(table)
     if unequal:

@@ -1,21 +1,14 @@
 """Proof of a GGUF file: llama.cpp opens it, cuts text as the tokenizer does, and says what the source model says."""
 
-import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fettle.errors import UserError
 from fettle.export.gguf.battery import battery
-from fettle.export.gguf.ggml import library
+from fettle.llama_cpp.gguf_file import GGUFFile
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog. 0123456789",
@@ -50,31 +43,18 @@ def verify(
     *,
     texts: Sequence[str] | None = None,
 ) -> Verification:
-    """Run the file in llama.cpp, in a process of its own, and compare it with `model`.
+    """Run the file in llama.cpp and compare it with `model`.
 
     texts: to be cut into ids (default: `battery`, with the tokenizer's special tokens).
     Raises UserError where llama.cpp is not installed, or does not open or run the file.
     """
-    library()
-    if texts is None:
-        texts = battery(tokenizer.all_special_tokens)
+    file = GGUFFile(Path(path))
+    texts = battery(tokenizer.all_special_tokens) if texts is None else texts
+    expected_ids = {text: tokenizer(text)["input_ids"] for text in texts}
+    unequal = [text for text, ids in expected_ids.items() if file.tokenize(text, add_special=True) != ids]
     inputs = [tokenizer(text)["input_ids"] for text in PROBES]
-    prompt = inputs[0]
-    request = {
-        "model": str(Path(path).absolute()),
-        "texts": list(texts),
-        "inputs": inputs,
-        "prompt": prompt,
-        "new_tokens": NEW_TOKENS,
-    }
-    arrays = ask(request)
-    unequal = [
-        text for n, text in enumerate(texts) if arrays[f"ids_{n}"].tolist() != tokenizer(text)["input_ids"]
-    ]
-    divergences, agreements = zip(
-        *(_compare(model, ids, arrays[f"logits_{n}"]) for n, ids in enumerate(inputs)), strict=True
-    )
-    expected = _greedy(model, prompt)
+    divergences, agreements = zip(*(_compare(model, file, ids) for ids in inputs), strict=True)
+    expected = _greedy(model, inputs[0])
     return Verification(
         texts=len(texts),
         texts_equal=len(texts) - len(unequal),
@@ -82,30 +62,21 @@ def verify(
         kl=float(torch.cat(divergences).mean()),
         top_agreement=float(torch.cat(agreements).float().mean()),
         continuation_tokens=len(expected),
-        continuation_equal=_common(expected, arrays["continuation"].tolist()),
+        continuation_equal=_common(expected, _greedy_in_file(file, inputs[0])),
     )
 
 
-def ask(request: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Return llama.cpp's answer to `request` (see `fettle.export.gguf.llama_cpp.answer`) from a child process."""
-    with tempfile.TemporaryDirectory() as folder:
-        question, reply = Path(folder, "request.json"), Path(folder, "answer.npz")
-        question.write_text(json.dumps(request), encoding="utf-8")
-        command = [sys.executable, "-m", "fettle.export.gguf.llama_cpp", str(question), str(reply)]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        if ended.returncode != 0:
-            lines = ended.stderr.strip().splitlines() or ["no reason given"]
-            raise UserError(f"llama.cpp failed on {request['model']} (exit {ended.returncode}): {lines[-1]}")
-        with np.load(reply) as arrays:
-            return dict(arrays)
+def file_logits(file: GGUFFile, ids: list[int]) -> torch.Tensor:
+    """Logits at every position, fp32 (tokens, vocabulary)."""
+    return torch.cat([chunk.clone() for chunk in file.logits(ids, range(len(ids)))])
 
 
 @torch.inference_mode()
-def _compare(model: PreTrainedModel, ids: list[int], logits: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def _compare(model: PreTrainedModel, file: GGUFFile, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return KL(source || file) in nats and whether the likeliest token is the same, both (tokens,)."""
     output = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
     source = output.logits[0].double().cpu().log_softmax(-1)
-    found = torch.from_numpy(logits).double().log_softmax(-1)
+    found = file_logits(file, ids).double().log_softmax(-1)
     return (source.exp() * (source - found)).sum(-1), source.argmax(-1) == found.argmax(-1)
 
 
@@ -115,6 +86,13 @@ def _greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     for _ in range(NEW_TOKENS):
         output = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
         ids.append(int(output.logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def _greedy_in_file(file: GGUFFile, prompt: list[int]) -> list[int]:
+    ids = list(prompt)
+    for _ in range(NEW_TOKENS):
+        ids.append(int(file.next_logits(ids).argmax()))
     return ids[len(prompt) :]
 
 

@@ -1,0 +1,229 @@
+"""Two models on the same rows: what each makes of them, how far they are apart, what they weigh, how fast they are.
+
+Each model reads the rows in its own way, with its own tokenizer and chat template. Where both turn a row into the
+same ids, their probabilities are compared token by token; answers are compared as text, and so across tokenizers too.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import TypeAlias
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from transformers import PreTrainedTokenizerBase
+
+from fettle.adapters.load import base_of, load
+from fettle.data import Example, Row, read_rows, tokenize_rows
+from fettle.errors import UserError
+from fettle.evaluation.compare import Answer, Question, answer, exact_share, questions
+from fettle.evaluation.comparison import Comparison, Side
+from fettle.evaluation.scoring import Distributions, Gap, OnExample, Scores, score
+from fettle.evaluation.speed import measure_speed
+from fettle.generation.decode import Model
+from fettle.llama_cpp.gguf_file import GGUFFile, is_gguf
+from fettle.llama_cpp.model import LlamaCppForCausalLM
+from fettle.models.checkpoint import is_adapter, locate, weight_files
+from fettle.models.load import Dtype
+
+QUESTIONS_AT_ONCE = 16
+
+Stage: TypeAlias = Callable[[str, int], Callable[[int], None]]
+"""Begins a part of the work, of so many steps; returns what is told of each so many steps done."""
+
+
+def compare(
+    a: str | Path,
+    b: str | Path,
+    data: str | Path,
+    *,
+    samples: int = 64,
+    max_length: int = 1024,
+    dtype: Dtype = "auto",
+    device: str | None = None,
+    seed: int = 0,
+    console: Console | None = None,
+) -> Comparison:
+    """Compare two models on at most `samples` rows of `data`, each cut after `max_length` tokens.
+
+    a, b: whatever `fettle.load` takes. dtype and device: of models run in PyTorch. They are loaded one after the
+    other. Progress is shown on `console` (default: standard error). Raises UserError for what the user can mend.
+    """
+    if samples < 1:
+        raise UserError(f"--samples is {samples}; expected 1 or more.")
+    sizes = [size_bytes(name) for name in (a, b)]  # a wrong name is found before the first model is loaded
+    rows = read_rows(data)
+    rows = rows if len(rows) <= samples else Random(seed).sample(rows, samples)
+    with _progress(console or Console(stderr=True)) as stage:
+        opened = _open(a, rows, max_length, dtype, device)
+        distributions = Distributions(opened.examples, opened.model.config.vocab_size)
+        first = opened.read(stage, distributions.keep)
+        examples = opened.examples
+        del opened
+        gc.collect()
+        opened = _open(b, rows, max_length, dtype, device)
+        gap = Gap((examples, first.scores, distributions), opened.examples, opened.model.config.vocab_size)
+        second = opened.read(stage, gap.add)
+    shared, equal, before_difference = _answers_alike(first.answers, second.answers, opened.tokenizer)
+    return Comparison(
+        rows=len(rows),
+        a=first.side(str(a), sizes[0]),
+        b=second.side(str(b), sizes[1]),
+        kl=gap.kl,
+        kl_tokens=gap.kl_tokens,
+        top_agreement=gap.top_agreement,
+        answers=shared,
+        equal_answers=equal,
+        tokens_before_difference=before_difference,
+        notes=_notes(gap, len(opened.examples), shared),
+    )
+
+
+def size_bytes(name: str | Path) -> int:
+    """Return what the weights of a model take on disk, an adapter's base included; UserError where there are none."""
+    if is_gguf(name):
+        GGUFFile(Path(name).expanduser())
+        return Path(name).expanduser().stat().st_size
+    folder = locate(str(name))
+    folders = [folder, base_of(folder)[1]] if is_adapter(folder) else [folder]
+    return sum(file.stat().st_size for folder in folders for file in weight_files(folder))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """What a model made of the rows; the answers by the number of their row."""
+
+    runtime: str
+    scores: Scores
+    answers: dict[int, Answer]
+    prompt_tokens_per_second: float
+    generated_tokens_per_second: float
+
+    def side(self, name: str, size: int) -> Side:
+        return Side(
+            name=name,
+            runtime=self.runtime,
+            perplexity=self.scores.perplexity,
+            tokens=self.scores.tokens,
+            exact_share=exact_share(list(self.answers.values())),
+            size_bytes=size,
+            prompt_tokens_per_second=self.prompt_tokens_per_second,
+            generated_tokens_per_second=self.generated_tokens_per_second,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A model ready to read the rows; `asked` by the number of the row."""
+
+    name: str
+    model: Model
+    tokenizer: PreTrainedTokenizerBase
+    examples: list[Example]
+    asked: dict[int, Question]
+
+    def read(self, stage: Stage, on_example: OnExample) -> _Reading:
+        """Score the examples, answer the questions, take the time."""
+        advance = stage(f"scoring {self.name}", len(self.examples))
+
+        def on_scored(number: int, log_probs: torch.Tensor) -> None:
+            on_example(number, log_probs)
+            advance(1)
+
+        scores = score(self.model, self.examples, on_scored)
+        answers = self._answers(stage(f"answers of {self.name}", len(self.asked)))
+        longest = max(self.examples, key=lambda example: len(example.input_ids))
+        stage(f"timing {self.name}", 1)
+        speed = measure_speed(self.model, longest.input_ids)
+        return _Reading(
+            runtime=_runtime(self.model),
+            scores=scores,
+            answers=answers,
+            prompt_tokens_per_second=speed.prompt,
+            generated_tokens_per_second=speed.generation,
+        )
+
+    def _answers(self, advance: Callable[[int], None]) -> dict[int, Answer]:
+        numbers = list(self.asked)
+        found: dict[int, Answer] = {}
+        for start in range(0, len(numbers), QUESTIONS_AT_ONCE):
+            chosen = numbers[start : start + QUESTIONS_AT_ONCE]
+            given = answer(self.model, self.tokenizer, [self.asked[number] for number in chosen])
+            by_question = {item.question: item for item in given}
+            found |= {n: by_question[self.asked[n]] for n in chosen if self.asked[n] in by_question}
+            advance(len(chosen))
+        return found
+
+
+def _open(name: str | Path, rows: list[Row], max_length: int, dtype: Dtype, device: str | None) -> _Opened:
+    """Load a model and put the rows into its own words. dtype and device do not touch a GGUF file."""
+    model, tokenizer = load(name) if is_gguf(name) else load(name, dtype=dtype, device=device)
+    longest = min(max_length, model.config.max_position_embeddings)
+    try:
+        examples = tokenize_rows(rows, tokenizer, max_length=longest).examples
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    asked = {number: q for number, row in enumerate(rows) for q in questions([row], tokenizer)}
+    return _Opened(str(name), model, tokenizer, examples, asked)
+
+
+def _answers_alike(
+    first: dict[int, Answer], second: dict[int, Answer], tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, float | None, float | None]:
+    """Return how many questions both answered, the share answered alike, and the mean tokens before a difference."""
+    shared = [(first[number].answer, second[number].answer) for number in first.keys() & second.keys()]
+    if not shared:
+        return 0, None, None
+    equal = sum(ours == theirs for ours, theirs in shared)
+    before = [_tokens_in_common(ours, theirs, tokenizer) for ours, theirs in shared]
+    return len(shared), equal / len(shared), sum(before) / len(shared)
+
+
+def _tokens_in_common(ours: str, theirs: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens two answers begin with alike; all of them where they are equal."""
+    cut: list[list[int]] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (ours, theirs)]
+    return next((n for n, (a, b) in enumerate(zip(*cut, strict=False)) if a != b), min(map(len, cut)))
+
+
+def _runtime(model: Model) -> str:
+    if isinstance(model, LlamaCppForCausalLM):
+        return "llama.cpp"
+    return f"PyTorch, {str(model.dtype).removeprefix('torch.')}, {model.device.type}"
+
+
+def _notes(gap: Gap, examples: int, answers: int) -> tuple[str, ...]:
+    """Say what was left out, and why."""
+    notes = []
+    if gap.unequal == examples:
+        notes.append(
+            "The tokenizers or chat templates differ, so no row has the same tokens: KL and equal likeliest tokens "
+            "are left out, and perplexities, being per token, cannot be compared."
+        )
+    elif gap.unequal:
+        notes.append(
+            f"{gap.unequal} of {examples} examples have other tokens in B: left out of KL and top-1."
+        )
+    if gap.unequal < examples and not gap.has_equal_vocabulary:
+        notes.append("The vocabularies are of different sizes: KL is left out.")
+    if not answers:
+        notes.append("No row has a prompt and an answer, so no answers are compared.")
+    return tuple(notes)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Stage]:
+    """Show a bar for each part of the work on a terminal; elsewhere say what begins."""
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def stage(text: str, steps: int) -> Callable[[int], None]:
+            task = progress.add_task(text, total=steps)
+            if not console.is_terminal:
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+            return lambda done: progress.advance(task, done)
+
+        yield stage

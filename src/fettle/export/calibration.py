@@ -1,0 +1,97 @@
+"""What a model's matrices see on real rows: curvatures for GPTQ, layer by layer, and the loss on rows set apart."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fettle.data import read_rows, tokenize_rows
+from fettle.errors import UserError
+from fettle.models.decoder import DecoderForCausalLM
+from fettle.models.packing import row_documents
+
+SAMPLES, HELD_OUT = 128, 16
+LENGTH = 512
+"""Tokens of a row: longer ones are cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of ids, each (1, tokens)."""
+
+    calibration: list[torch.Tensor]
+    held_out: list[torch.Tensor]
+
+
+def rows_of(data: str | Path, tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """The data's first rows, in any form that fettle reads; every eighth, up to HELD_OUT, is set apart.
+
+    Raises UserError where there are too few.
+    """
+    tokenized = tokenize_rows(read_rows(str(data)), tokenizer, max_length=LENGTH)
+    rows = [torch.tensor([example.input_ids]) for example in tokenized.examples[: SAMPLES + HELD_OUT]]
+    rows = [row for row in rows if row.shape[1] > 1]
+    if len(rows) < 2:
+        raise UserError(
+            f"--data {data}: {len(rows)} usable rows; calibration needs at least 2, and better 100."
+        )
+    held_out = rows[::8][:HELD_OUT] if len(rows) >= 8 else rows[:1]
+    apart = {id(row) for row in held_out}
+    return Rows([row for row in rows if id(row) not in apart], held_out)
+
+
+@torch.no_grad()
+def mean_loss(model: DecoderForCausalLM, rows: Sequence[torch.Tensor]) -> float:
+    """Mean over tokens, in nats."""
+    total, count = 0.0, 0
+    for row in rows:
+        logits = model(input_ids=row.to(model.device), use_cache=False).logits[0, :-1].float()
+        total += float(nn.functional.cross_entropy(logits, row[0, 1:].to(logits.device), reduction="sum"))
+        count += row.shape[1] - 1
+    return total / count
+
+
+@torch.no_grad()
+def curvatures_by_layer(
+    model: DecoderForCausalLM, rows: Sequence[torch.Tensor]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield, for one layer after the other, X^T X (inputs, inputs) in fp32 of each linear layer's inputs X, by name.
+
+    When asked for the next layer's, the caller may have changed this one: the next sees what it gives then.
+    """
+    decoder = model.model
+    states = [decoder.embed(row.to(model.device), None) for row in rows]
+    for layer in decoder.layers:
+        sums: dict[str, torch.Tensor] = {}
+        hooks = [
+            each.register_forward_pre_hook(partial(_add, sums, name))
+            for name, each in layer.named_modules()
+            if isinstance(each, nn.Linear)
+        ]
+        for state in states:
+            _run(model, layer, state)
+        for hook in hooks:
+            hook.remove()
+        yield sums
+        states = [_run(model, layer, state) for state in states]
+
+
+def _add(
+    sums: dict[str, torch.Tensor], name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]
+) -> None:
+    x = inputs[0].flatten(0, -2).float()
+    sums[name] = sums.get(name, 0) + x.T @ x
+
+
+def _run(model: DecoderForCausalLM, layer: nn.Module, state: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(state.shape[1], device=state.device)[None]
+    cos_sin = model.model.rotary_emb(state, positions, None)
+    documents = row_documents(state, None)
+    found: torch.Tensor = layer(
+        state, cos_sin=cos_sin, attention_mask=None, documents=documents, past_key_values=None
+    )
+    return found

@@ -1,0 +1,129 @@
+"""llama.cpp as a library: found inside the `xllamacpp` wheel, its C functions given their types.
+
+Only what the interface has kept stable is relied on. Parameter structs are taken from llama.cpp's own defaults and
+handed back as opaque bytes; the four sizes at the head of the context's are recognised by their default values, and a
+library that has others is refused.
+"""
+
+import ctypes
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from fettle.errors import UserError, reason_of
+
+OPAQUE_BYTES = 4096
+"""More than any parameter struct has."""
+
+DEFAULT_SIZES = (512, 2048, 512, 1)
+"""n_ctx, n_batch, n_ubatch, n_seq_max."""
+
+LINES_OF_LOG = 200
+"""Kept of what llama.cpp says about itself, to find the reason of a failure in."""
+
+
+class Parameters(ctypes.Structure):
+    """Parameters of a model or a context; of the latter, `sizes` are those of DEFAULT_SIZES."""
+
+    _fields_ = [("sizes", ctypes.c_uint32 * 4), ("rest", ctypes.c_byte * (OPAQUE_BYTES - 16))]
+
+
+class Batch(ctypes.Structure):
+    """llama_batch: tokens to run. What is left at null llama.cpp fills in: positions that follow, one sequence."""
+
+    _fields_ = [
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.c_void_p),
+        ("n_seq_id", ctypes.c_void_p),
+        ("seq_id", ctypes.c_void_p),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    ]
+
+
+_POINTER, _NUMBER, _FLAG, _TEXT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_bool, ctypes.c_char_p
+_NUMBERS = ctypes.POINTER(_NUMBER)
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, _TEXT, _POINTER)
+
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_quantize_chunk": (ctypes.c_size_t, [_NUMBER, _POINTER, _POINTER, *[ctypes.c_int64] * 3, _POINTER]),
+    "ggml_quantize_init": (None, [_NUMBER]),
+    "ggml_row_size": (ctypes.c_size_t, [_NUMBER, ctypes.c_int64]),
+    "llama_backend_init": (None, []),
+    "llama_context_default_params": (Parameters, []),
+    "llama_decode": (_NUMBER, [_POINTER, Batch]),
+    "llama_detokenize": (_NUMBER, [_POINTER, _NUMBERS, _NUMBER, _TEXT, _NUMBER, _FLAG, _FLAG]),
+    "llama_free": (None, [_POINTER]),
+    "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [_POINTER]),
+    "llama_get_memory": (_POINTER, [_POINTER]),
+    "llama_init_from_model": (_POINTER, [_POINTER, Parameters]),
+    "llama_log_set": (None, [_LOG, _POINTER]),
+    "llama_memory_clear": (None, [_POINTER, _FLAG]),
+    "llama_memory_seq_rm": (_FLAG, [_POINTER, _NUMBER, _NUMBER, _NUMBER]),
+    "llama_model_chat_template": (_TEXT, [_POINTER, _TEXT]),
+    "llama_model_default_params": (Parameters, []),
+    "llama_model_free": (None, [_POINTER]),
+    "llama_model_get_vocab": (_POINTER, [_POINTER]),
+    "llama_model_has_decoder": (_FLAG, [_POINTER]),
+    "llama_model_has_encoder": (_FLAG, [_POINTER]),
+    "llama_model_load_from_file": (_POINTER, [_TEXT, Parameters]),
+    "llama_model_meta_val_str": (_NUMBER, [_POINTER, _TEXT, _TEXT, ctypes.c_size_t]),
+    "llama_model_n_ctx_train": (_NUMBER, [_POINTER]),
+    "llama_set_n_threads": (None, [_POINTER, _NUMBER, _NUMBER]),
+    "llama_supports_gpu_offload": (_FLAG, []),
+    "llama_token_to_piece": (_NUMBER, [_POINTER, _NUMBER, _TEXT, _NUMBER, _NUMBER, _FLAG]),
+    "llama_tokenize": (_NUMBER, [_POINTER, _TEXT, _NUMBER, _NUMBERS, _NUMBER, _FLAG, _FLAG]),
+    "llama_vocab_bos": (_NUMBER, [_POINTER]),
+    "llama_vocab_eos": (_NUMBER, [_POINTER]),
+    "llama_vocab_get_attr": (ctypes.c_int, [_POINTER, _NUMBER]),
+    "llama_vocab_get_text": (_TEXT, [_POINTER, _NUMBER]),
+    "llama_vocab_is_eog": (_FLAG, [_POINTER, _NUMBER]),
+    "llama_vocab_n_tokens": (_NUMBER, [_POINTER]),
+    "llama_vocab_pad": (_NUMBER, [_POINTER]),
+}
+
+log: list[str] = []
+"""What llama.cpp said last."""
+
+
+@_LOG
+def _keep(level: int, text: bytes | None, data: Any) -> None:
+    log.append((text or b"").decode("utf-8", "replace"))
+    del log[:-LINES_OF_LOG]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Return llama.cpp, ready to open files; UserError where the wheel is missing or has another interface."""
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "GGUF files run in llama.cpp, whose wheel is not installed: pip install xllamacpp (no compiler is needed)."
+        )
+    files = [file for ending in ("*.so", "*.pyd") for file in sorted(Path(spec.origin).parent.glob(ending))]
+    try:
+        llama = ctypes.CDLL(str(files[0]))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(llama, name)
+            function.restype, function.argtypes = result, arguments
+    except (IndexError, OSError, AttributeError) as error:
+        raise UserError(
+            f"The installed xllamacpp cannot be used ({reason_of(error)}): pip install --upgrade xllamacpp."
+        ) from error
+    if tuple(llama.llama_context_default_params().sizes) != DEFAULT_SIZES:
+        raise UserError(
+            "The installed xllamacpp has a newer interface than fettle knows; install an older one."
+        )
+    llama.llama_log_set(_keep, None)
+    llama.llama_backend_init()
+    return llama
+
+
+def last_fault() -> str:
+    """Return llama.cpp's own reason for what has just failed: its first line that names an error, in one line."""
+    lines = [line.strip().rstrip(".") for line in "".join(log).splitlines() if line.strip()]
+    faults = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
+    reason = (faults or lines or ["it gives no reason"])[0]
+    return reason.rpartition("error loading model: ")[2].removeprefix("llama_model_load: ")

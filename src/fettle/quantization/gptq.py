@@ -1,0 +1,72 @@
+"""Four-bit weights whose rounding errors cancel on real inputs: GPTQ (Frantar et al., 2022, arXiv 2210.17323).
+
+For inputs X (tokens, inputs) the error of a rounded matrix Q is ||(W - Q) X^T||^2, whose curvature is H = X^T X.
+Columns are rounded one after the other; the error of each is spread over those still to come, by the rows of the upper
+Cholesky factor U of H^-1 (algorithm 1):
+
+    W[:, j+1:] -= (W[:, j] - Q[:, j]) / U[j, j] * U[j, j+1:]
+
+Columns of a group share a scale, the largest magnitude over 7.5 as the codes are -8 to 7.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+GROUP = 128
+LOWEST, HIGHEST = -8, 7
+DAMPING = 0.01
+"""Of the mean curvature, added to every column's: inputs that are always zero would leave H without an inverse."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int4:
+    """codes: int8 (outputs, inputs), from -8 to 7. scales: (outputs, inputs / GROUP)."""
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    def dense(self) -> torch.Tensor:
+        """The matrix, (outputs, inputs), in the scales' dtype."""
+        groups = self.codes.unflatten(1, (-1, GROUP)).to(self.scales.dtype)
+        return (groups * self.scales[..., None]).flatten(1)
+
+
+@torch.no_grad()
+def gptq(weight: torch.Tensor, curvature: torch.Tensor | None, scale_dtype: torch.dtype) -> Int4:
+    """Round `weight` (outputs, inputs), inputs a multiple of GROUP.
+
+    curvature: H (inputs, inputs), fp32; None rounds each weight to its nearest code.
+    """
+    left = weight.float().clone()
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = []
+    factor = None if curvature is None else _factor(curvature)
+    for start in range(0, weight.shape[1], GROUP):
+        group = slice(start, start + GROUP)
+        scale = (left[:, group].abs().amax(1) / 7.5).clamp(min=1e-10).to(scale_dtype)
+        scales.append(scale)
+        if factor is None:
+            codes[:, group] = _round(left[:, group], scale[:, None])
+            continue
+        errors = torch.empty_like(left[:, group])
+        for column in range(start, start + GROUP):
+            code = _round(left[:, column], scale)
+            codes[:, column] = code
+            error = (left[:, column] - code * scale.float()) / factor[column, column]
+            left[:, column + 1 : group.stop] -= error[:, None] * factor[column, column + 1 : group.stop]
+            errors[:, column - start] = error
+        left[:, group.stop :] -= errors @ factor[group, group.stop :]
+    return Int4(codes, torch.stack(scales, 1))
+
+
+def _round(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (values / scale.float()).round_().clamp_(LOWEST, HIGHEST)
+
+
+def _factor(curvature: torch.Tensor) -> torch.Tensor:
+    """U, upper triangular, with U^T U = H^-1 of the damped H."""
+    damped = curvature.double()
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean().clamp(min=1e-10))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).float()

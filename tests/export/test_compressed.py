@@ -1,0 +1,54 @@
+"""FP8 and four-bit folders open in stock transformers and say what the model says, as far as their bits allow."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from fettle.models.decoder import causal_lm_class
+from fettle.models.load import load_model, load_tokenizer
+from fettle.models.save import save_model
+
+
+@pytest.fixture(scope="module")
+def wide_model(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide enough for groups of 128, but for one matrix."""
+    tokenizer = load_tokenizer(small_model)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=256,
+    )  # fmt: skip
+    to = tmp_path_factory.mktemp("wide") / "model"
+    save_model(causal_lm_class("llama")(config).to(torch.bfloat16), tokenizer, to)
+    return to
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 60)[None]).logits[0].float()
+
+
+@pytest.mark.parametrize(("layout", "bound"), [("fp8", 0.06), ("w4a16", 0.25)])
+def test_stock_transformers_opens_it(cli, wide_model, chats, tmp_path, layout, bound) -> None:
+    ended = cli(
+        "export", "--model", wide_model, "--format", layout, "--data", chats, "--to", tmp_path / "out"
+    )
+    assert ended.code == 0, ended.err
+    assert "loss on rows that were not calibrated on" in ended.out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected, compressed = logits(load_model(wide_model)), logits(found)
+    assert 1e-4 < float((compressed - expected).norm() / expected.norm()) < bound
+    if layout == "w4a16":
+        assert "down_proj keeps its type: its 192 inputs are no multiple of 128" in ended.out
+        assert "model.layers.0.mlp.down_proj" in config["ignore"]
+
+
+def test_four_bits_need_rows(cli, wide_model, tmp_path) -> None:
+    ended = cli("export", "--model", wide_model, "--format", "w4a16", "--to", tmp_path / "out")
+    assert ended.code == 2 and "--data FILE" in ended.err
+    assert not (tmp_path / "out").exists()
