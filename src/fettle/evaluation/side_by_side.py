@@ -148,7 +148,8 @@ class _Opened:
         )
 
     def _answers(self, advance: Callable[[int], None]) -> dict[int, Answer]:
-        numbers, found = list(self.asked), {}
+        numbers = list(self.asked)
+        found: dict[int, Answer] = {}
         for start in range(0, len(numbers), QUESTIONS_AT_ONCE):
             chosen = numbers[start : start + QUESTIONS_AT_ONCE]
             given = answer(self.model, self.tokenizer, [self.asked[number] for number in chosen])
