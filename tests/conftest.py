@@ -10,10 +10,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 import pytest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # These are read when the libraries are imported, so they come before any such import; commands that tests
 # start inherit them.
@@ -148,3 +151,106 @@ def trained(
     )
     assert ended.code == 0, ended.err
     return output
+
+
+# ---- the same small model as a checkpoint folder and as a GGUF file -----------------------------------------
+
+GGUF_CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How llama.cpp cuts text before byte-level BPE under the name qwen2."""
+
+
+class GGUFPair(NamedTuple):
+    """One model twice: a checkpoint folder in fp32 and a GGUF file whose matrices are in fp16."""
+
+    folder: Path
+    file: Path
+
+
+@pytest.fixture(scope="session")
+def gguf_pair(tmp_path_factory: pytest.TempPathFactory) -> GGUFPair:
+    """Qwen2 with 2 layers of 64 and random weights that fp16 holds without rounding."""
+    import torch
+    from transformers import GenerationConfig, Qwen2Config
+
+    from fettle.models.decoder import causal_lm_class
+    from fettle.models.save import save_model
+
+    tokenizer = _qwen2_tokenizer()
+    special = {f"{role}_token_id": 0 for role in ("bos", "eos", "pad")}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        **(sizes | heads | special),
+    )
+    torch.manual_seed(0)
+    model = causal_lm_class("qwen2")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, 1.5 * parameter.shape[1] ** -0.5)
+            parameter.copy_(parameter.half())
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    pair = GGUFPair(folder := tmp_path_factory.mktemp("gguf") / "model", folder.with_name("model.gguf"))
+    save_model(model, tokenizer, pair.folder)
+    _write_gguf(model, tokenizer, pair.file)
+    return pair
+
+
+def _qwen2_tokenizer() -> "PreTrainedTokenizerFast":
+    """Phi-3's roles on byte-level BPE that both libraries cut alike."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from fettle.tiny.tokenizer import train_tokenizer
+
+    trained = train_tokenizer([text.format(n=n) for n in range(9) for text in WORDS], 400)
+    content = json.loads(trained.backend_tokenizer.to_str())
+    content["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": GGUF_CUT}
+    for token in content["added_tokens"]:
+        token["rstrip"] = False
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        chat_template=trained.chat_template,
+        **{f"{role}_token": trained.eos_token for role in ("bos", "eos", "pad")},
+    )
+
+
+def _write_gguf(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", path: Path) -> None:
+    import gguf
+
+    config, content = model.config, json.loads(tokenizer.backend_tokenizer.to_str())
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    special = {token["id"] for token in content["added_tokens"]}
+    kinds = (gguf.TokenType.NORMAL, gguf.TokenType.CONTROL)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    writer.add_token_types([kinds[index in special] for index in range(len(tokenizer))])
+    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_eot_token_id(tokenizer.convert_tokens_to_ids("<|end|>"))
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        values = (tensor.half() if tensor.dim() == 2 else tensor).numpy()
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

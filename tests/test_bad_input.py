@@ -676,3 +676,67 @@ def test_a_wrong_merge_is_refused_and_nothing_is_written(refused, trained, tmp_p
     monkeypatch.setattr(LoraLinear, "get_delta_weight", lambda layer, name: 2 * right(layer, name))
     says = ("differs from the adapter model", "nothing was written")
     refused("export", "--model", trained, "--to", tmp_path / "out", says=says)
+
+
+# --- GGUF files, and two models side by side ----------------------------------------------------------------
+
+BAD_GGUF = [
+    ("absent.gguf", None, ["absent.gguf cannot be read (No such file", "GGUF file"]),
+    ("empty.gguf", lambda file: b"", ["empty.gguf is no GGUF file", "expected b'GGUF'"]),
+    ("page.gguf", lambda file: b"<html>", ["page.gguf is no GGUF file: it begins with b'<htm'"]),
+    ("head.gguf", lambda file: file[:4], ["head.gguf cannot be opened", "failed to read header"]),
+    ("entries.gguf", lambda file: file[:3000], ["entries.gguf cannot be opened", "failed to read"]),
+    ("cut.gguf", lambda file: file[:-3000], ["cut.gguf cannot be opened", "incomplete"]),
+    (
+        "other.gguf",
+        lambda file: file.replace(b"qwen2", b"qwen9"),
+        ["other.gguf cannot be opened", "unknown model architecture: 'qwen9'"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "spoil", "says"), BAD_GGUF, ids=[case[0] for case in BAD_GGUF])
+def test_a_bad_gguf_file_is_named(refused, gguf_pair, small_model, chats, tmp_path, name, spoil, says):
+    if spoil is not None:
+        (tmp_path / name).write_bytes(spoil(gguf_pair.file.read_bytes()))
+    refused("generate", "--model", tmp_path / name, "--prompt", "Say 1.", says=says)
+    refused("chat", "--model", tmp_path / name, says=says)
+    refused("compare", small_model, tmp_path / name, "--data", chats, says=says)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--dtype", "float32"), "--dtype is float32, but a GGUF file"),
+        (("--device", "cuda"), "--device is cuda, but the installed llama.cpp"),
+        (("--max-new-tokens", 4000), "more than the model's context of 2048 tokens"),
+    ],
+)
+def test_what_a_gguf_file_cannot_do(refused, gguf_pair, words, says):
+    refused("generate", "--model", gguf_pair.file, "--prompt", "Say 1.", *words, says=says)
+
+
+def test_a_gguf_file_is_neither_trained_nor_exported(refused, gguf_pair, chats, tmp_path):
+    says = "is a GGUF file, which is made for running a model"
+    refused("train", "--model", gguf_pair.file, "--data", chats, "--output", tmp_path / "out", says=says)
+    refused("export", "--model", gguf_pair.file, "--to", tmp_path / "out", says=says)
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "says"),
+    [
+        ("", (), "rows.jsonl"),
+        (chat_row(("user", "Say 1.")), (), ["rows.jsonl, line 1", "no assistant turn"]),
+        (chat_row(("user", "Say 1."), ("assistant", " ")), (), ["Nothing is left", "turn is empty"]),
+        (GOOD, ("--samples", 0), "--samples is 0; expected 1 or more"),
+        (GOOD, ("--max-length", 1), "max_length is 1; expected at least 2"),
+    ],
+)
+def test_rows_that_cannot_be_compared(refused, small_model, tmp_path, content, words, says):
+    (tmp_path / "rows.jsonl").write_text(content)
+    refused("compare", small_model, small_model, "--data", tmp_path / "rows.jsonl", *words, says=says)
+
+
+def test_a_wrong_second_model_is_found_before_the_first_is_loaded(refused, small_model, chats, monkeypatch):
+    monkeypatch.setattr("fettle.evaluation.side_by_side.load", None)
+    refused("compare", small_model, "no/such-model", "--data", chats, says="no/such-model")

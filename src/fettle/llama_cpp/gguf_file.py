@@ -49,6 +49,8 @@ class GGUFFile:
         self._vocabulary = self._llama.llama_model_get_vocab(self._model)
         self.vocab_size: int = self._llama.llama_vocab_n_tokens(self._vocabulary)
         self.context_length: int = self._llama.llama_model_n_ctx_train(self._model)
+        original = self.metadata(f"{self.architecture}.rope.scaling.original_context_length")
+        self._original_context = None if original is None else int(original)
         self._held: list[int] = []
         self._room = 0
         self._pieces: dict[int, bytes] = {}
@@ -173,8 +175,8 @@ class GGUFFile:
         return torch.from_numpy(np.ctypeslib.as_array(found, (len(wanted), self.vocab_size)))
 
     def _make_room(self, tokens: int, shared: int) -> None:
-        """Leave the first `shared` held tokens in a memory of at least `tokens`; none where it must be made anew."""
-        if self._room_for(tokens) != self._room and tokens > self._room:
+        """Leave the first `shared` held tokens in a memory fit for `tokens`; none where it must be made anew."""
+        if tokens > self._room or self._is_long(tokens) != self._is_long(self._room):
             self._new_context(self._room_for(tokens))
             return
         memory = self._llama.llama_get_memory(self._context)
@@ -184,13 +186,16 @@ class GGUFFile:
             self._llama.llama_memory_clear(memory, True)
             self._held = []
 
+    def _is_long(self, tokens: int) -> bool:
+        """Whether so many tokens call for LongRoPE's long factors."""
+        return self._original_context is not None and tokens > self._original_context
+
     def _room_for(self, tokens: int) -> int:
         room = SMALLEST_CONTEXT
         while room < tokens:
             room *= 2
-        original = self.metadata(f"{self.architecture}.rope.scaling.original_context_length")
-        if original is not None and tokens <= int(original):
-            room = min(room, int(original))
+        if self._original_context is not None and tokens <= self._original_context:
+            return min(room, self._original_context)
         return room
 
     def _new_context(self, room: int) -> None:

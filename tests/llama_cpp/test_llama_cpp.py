@@ -1,0 +1,147 @@
+"""A GGUF file in llama.cpp says what stock transformers says of the checkpoint it was made from."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fettle.adapters.load import load
+from fettle.data import read_rows, tokenize_rows
+from fettle.errors import UserError
+from fettle.generation import Sampling, generate
+from fettle.llama_cpp import library as llama_library
+from fettle.llama_cpp.gguf_file import CHUNK_TOKENS, SMALLEST_CONTEXT
+from fettle.llama_cpp.tokenizer import offsets
+
+PROMPT = "What is the capital of France?"
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog; 12 345.",
+    "<|user|>\nSay 7.<|end|>\n<|assistant|>\nHere is 7!<|end|>\n",
+    "  spaces,\n\n\tlines and naïve café ☕ 你好 🦊🦊",
+    "",
+]
+
+# fp16 keys and values, as llama.cpp keeps them, in a model that sees nothing but noise: 7e-6 was measured.
+ALLOWED_KL = 3e-5
+
+
+@pytest.fixture(scope="module")
+def opened(gguf_pair):
+    return load(gguf_pair.file)
+
+
+@pytest.fixture(scope="module")
+def stock(gguf_pair):
+    model = AutoModelForCausalLM.from_pretrained(gguf_pair.folder).eval()
+    return model, AutoTokenizer.from_pretrained(gguf_pair.folder)
+
+
+def ids_of_length(length: int) -> torch.Tensor:
+    return torch.tensor([[(7 * n * n + 31 * n) % 330 + 5 for n in range(length)]])
+
+
+@torch.no_grad()
+def kl(model, other, ids: torch.Tensor) -> float:
+    """Mean KL(other || model) in nats."""
+    found = model(ids).logits[0].double().log_softmax(-1)
+    expected = other(ids).logits[0].double().log_softmax(-1)
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("length", [1, 24, CHUNK_TOKENS + 1, SMALLEST_CONTEXT + 200])
+def test_logits_are_those_of_transformers(opened, stock, length):
+    assert kl(opened[0], stock[0], ids_of_length(length)) < ALLOWED_KL
+
+
+def test_chosen_logits_are_those_of_all(opened):
+    ids = ids_of_length(CHUNK_TOKENS + 40)
+    chosen = torch.tensor([0, 7, CHUNK_TOKENS - 1, CHUNK_TOKENS, CHUNK_TOKENS + 39])
+    with torch.no_grad():
+        everything = opened[0](ids).logits
+        assert torch.equal(opened[0](ids, logits_to_keep=chosen).logits, everything[:, chosen])
+        assert torch.equal(opened[0](ids, logits_to_keep=1).logits, everything[:, -1:])
+
+
+def test_what_was_run_before_changes_nothing(opened, stock):
+    """Texts that share a beginning, then one that shares none, then a shorter one."""
+    ids = ids_of_length(60)
+    other = ids.flip(1)
+    for text in (ids[:, :40], ids, other, ids[:, :30], ids[:, :30]):
+        found = opened[0](text, use_cache=True, logits_to_keep=1).logits[0, -1].log_softmax(-1)
+        with torch.no_grad():
+            expected = stock[0](text).logits[0, -1].log_softmax(-1)
+        assert (found - expected).abs().max() < 0.02  # another text's next token is off by more than 1
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_ids_offsets_and_words_are_the_tokenizers_own(opened, stock, text):
+    ours, theirs = (
+        tokenizer(text, return_offsets_mapping=True, return_attention_mask=False)
+        for tokenizer in (opened[1], stock[1])
+    )
+    assert all(ours[name] == theirs[name] for name in ("input_ids", "offset_mapping"))
+    for skips in (True, False):
+        words = [t.decode(ours["input_ids"], skip_special_tokens=skips) for t in (opened[1], stock[1])]
+        assert words[0] == words[1]
+
+
+def test_rows_become_the_same_examples(opened, stock, chats):
+    rows = read_rows(chats)
+    ours, theirs = (
+        tokenize_rows(rows, tokenizer, max_length=64).examples for tokenizer in (opened[1], stock[1])
+    )
+    assert ours == theirs
+
+
+def test_an_answer_ends_at_the_end_of_turn(opened, stock):
+    ends = [stock[1].convert_tokens_to_ids(token) for token in ("<|end|>", "<|endoftext|>")]
+    assert set(opened[0].generation_config.eos_token_id) == set(ends)
+
+
+def test_greedy_answers_are_those_of_the_checkpoint(opened, gguf_pair):
+    folder = load(gguf_pair.folder, device="cpu")
+    for prompt in (PROMPT, "Say 3.", "The quick brown"):
+        for raw in (True, False):
+            answers = [
+                generate(*loaded, prompt, raw=raw, sampling=Sampling(max_new_tokens=24))
+                for loaded in (opened, folder)
+            ]
+            assert answers[0] == answers[1] != ""
+
+
+def test_a_file_that_is_left_is_closed(gguf_pair):
+    model, tokenizer = load(gguf_pair.file)
+    model(ids_of_length(4))
+    gone = weakref.ref(model.file)
+    del model, tokenizer
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces", "spans"),
+    [
+        ("Hi you", [b"<s>", b" Hi", b" you"], [(0, 0), (0, 2), (2, 6)]),  # a token and a space were added
+        ("<|u|>\nHi", [b"<|u|>", b" Hi"], [(0, 6), (6, 8)]),  # the tag took the line break in
+        ("a<|u|>\n", [b"a", b"<|u|>"], [(0, 1), (1, 7)]),
+        ("é!", [b"\xc3", b"\xa9", b"!"], [(0, 1), (0, 1), (1, 2)]),
+        ("a b", [b"a", b" ", b"b", b"</s>"], [(0, 1), (1, 2), (2, 3), (3, 3)]),
+    ],
+)
+def test_tokens_are_found_in_the_text(text, pieces, spans):
+    assert offsets(text, pieces) == spans
+
+
+def test_tokens_of_another_text_are_refused():
+    with pytest.raises(UserError, match="cannot be found again"):
+        offsets("Hello", [b"Good", b"bye"])
+
+
+def test_without_the_wheel_the_line_to_type_is_said(monkeypatch, gguf_pair):
+    monkeypatch.setattr(llama_library.importlib.util, "find_spec", lambda name: None)
+    llama_library.library.cache_clear()
+    with pytest.raises(UserError, match="pip install xllamacpp"):
+        load(gguf_pair.file)
+    llama_library.library.cache_clear()
