@@ -99,7 +99,7 @@ def probe(config: PreTrainedConfig, shapes: Shapes, work: Workload, device: torc
             points.append((tokens, max(0.1 * seconds, seconds - share)))
         return Line.through(*points)
 
-    line(Policy.KEEP, is_trained=True)  # warm-up
+    _time_layer(model, Policy.KEEP, LENGTHS[device.type][0], work, device, is_trained=True)  # warm-up
     layers: dict[Policy, Line] = {}
     for policy in Policy:
         if policy == Policy.PARK:  # its copies run beside the products
@@ -127,10 +127,11 @@ def visible_pairs(tokens: int, window: int | None) -> float:
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """The least of two runs, or of up to ten short ones; the device's queue is emptied before and after."""
+    """The least of up to ten runs that take a third of a second together; of longer ones, one. The device's queue is
+    emptied before and after."""
     best, began = float("inf"), time.perf_counter()
     for count in range(10):
-        if count >= 2 and time.perf_counter() - began > ENOUGH_SECONDS:
+        if count >= 1 and time.perf_counter() - began > ENOUGH_SECONDS:
             break
         _synchronize(device)
         start = time.perf_counter()
