@@ -125,6 +125,12 @@ def test_a_file_that_is_left_is_closed(gguf_pair):
     [
         ("Hi you", [b"<s>", b" Hi", b" you"], [(0, 0), (0, 2), (2, 6)]),  # a token and a space were added
         ("<|u|>\nHi", [b"<|u|>", b" Hi"], [(0, 6), (6, 8)]),  # the tag took the line break in
+        (
+            "<|u|>é!",
+            [b"<|u|>", b" ", b"\xc3\xa9", b"!"],
+            [(0, 5), (5, 6), (5, 6), (6, 7)],
+        ),  # a space by itself
+        ("<|u|>\né", [b"<|u|>", b" ", b"\xc3", b"\xa9"], [(0, 6), (6, 7), (6, 7), (6, 7)]),
         ("a<|u|>\n", [b"a", b"<|u|>"], [(0, 1), (1, 7)]),
         ("é!", [b"\xc3", b"\xa9", b"!"], [(0, 1), (0, 1), (1, 2)]),
         ("a b", [b"a", b" ", b"b", b"</s>"], [(0, 1), (1, 2), (2, 3), (3, 3)]),
