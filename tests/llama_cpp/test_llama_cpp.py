@@ -111,6 +111,32 @@ def test_greedy_answers_are_those_of_the_checkpoint(opened, gguf_pair):
             assert answers[0] == answers[1] != ""
 
 
+def test_the_commands_say_the_same_of_both(cli, gguf_pair):
+    settings = ("--max-new-tokens", 12, "--device", "cpu", "--system", "Be brief.")
+    lines = f"{PROMPT}\nSay 3.\n/new\nSay 4.\n"
+    said = []
+    for model in gguf_pair:
+        one = cli("generate", "--model", model, "--prompt", PROMPT, *settings)
+        talk = cli("chat", "--model", model, "--temperature", 0, *settings, stdin=lines)
+        assert (one.code, one.err, talk.code) == (0, "", 0)
+        said.append((one.out, talk.out))
+    assert said[0] == said[1]
+    assert said[0][1].startswith(said[0][0]) and said[0][1].count("\n") >= 3
+
+
+def test_sampling_is_repeated_by_its_seed(opened):
+    drawn = [
+        generate(*opened, PROMPT, sampling=Sampling(max_new_tokens=12, temperature=1.5, top_p=0.9, seed=seed))
+        for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_file_without_the_usual_ending_is_known_by_its_head(gguf_pair, tmp_path):
+    (blob := tmp_path / "sha256-0123").symlink_to(gguf_pair.file)
+    assert generate(*load(blob), PROMPT, sampling=Sampling(max_new_tokens=4))
+
+
 def test_a_file_that_is_left_is_closed(gguf_pair):
     model, tokenizer = load(gguf_pair.file)
     model(ids_of_length(4))
@@ -125,6 +151,12 @@ def test_a_file_that_is_left_is_closed(gguf_pair):
     [
         ("Hi you", [b"<s>", b" Hi", b" you"], [(0, 0), (0, 2), (2, 6)]),  # a token and a space were added
         ("<|u|>\nHi", [b"<|u|>", b" Hi"], [(0, 6), (6, 8)]),  # the tag took the line break in
+        (
+            "<|u|>é!",
+            [b"<|u|>", b" ", b"\xc3\xa9", b"!"],
+            [(0, 5), (5, 6), (5, 6), (6, 7)],
+        ),  # a space by itself
+        ("<|u|>\né", [b"<|u|>", b" ", b"\xc3", b"\xa9"], [(0, 6), (6, 7), (6, 7), (6, 7)]),
         ("a<|u|>\n", [b"a", b"<|u|>"], [(0, 1), (1, 7)]),
         ("é!", [b"\xc3", b"\xa9", b"!"], [(0, 1), (0, 1), (1, 2)]),
         ("a b", [b"a", b" ", b"b", b"</s>"], [(0, 1), (1, 2), (2, 3), (3, 3)]),

@@ -137,8 +137,9 @@ class _Opened:
         scores = score(self.model, self.examples, on_scored)
         answers = self._answers(stage(f"answers of {self.name}", len(self.asked)))
         longest = max(self.examples, key=lambda example: len(example.input_ids))
-        stage(f"timing {self.name}", 1)
+        advance = stage(f"timing {self.name}", 1)
         speed = measure_speed(self.model, longest.input_ids)
+        advance(1)
         return _Reading(
             runtime=_runtime(self.model),
             scores=scores,

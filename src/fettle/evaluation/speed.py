@@ -24,7 +24,7 @@ class Speed:
 def measure_speed(model: PreTrainedModel | PeftModel, ids: Sequence[int]) -> Speed:
     """Time the model on a prompt of at most PROMPT_TOKENS of `ids`, and on NEW_TOKENS that follow a few of them."""
     room = model.config.max_position_embeddings - NEW_TOKENS
-    given = torch.tensor([list(ids)[: min(PROMPT_TOKENS, room)]], device=model.device)
+    given = torch.tensor([list(ids)[: max(1, min(PROMPT_TOKENS, room))]], device=model.device)
     start = given[:, :8]
     config = GenerationConfig(
         max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0

@@ -75,29 +75,39 @@ class LlamaCppTokenizer(PreTrainedTokenizerBase):
 def offsets(text: str, pieces: Sequence[bytes]) -> list[Span]:
     """Return which characters of `text` each token stands for, as (start, end), from the bytes of the tokens.
 
-    A space that the tokenizer adds before a word has no place in the text, nor has a special token that it adds; white
-    space that a special token takes in belongs to that token. Raises UserError where text and tokens do not match.
+    A space that the tokenizer adds before a word is no part of the text; where it is a token by itself, it stands for
+    the character it precedes, as in `tokenizers`. A special token that is added stands for nothing. White space that a
+    special token takes in belongs to that token. Raises UserError where text and tokens do not match.
     """
     data = text.encode()
     spans: list[Span] = []
-    position = 0
-    for piece in pieces:
+    position, last = 0, -1  # last: the token that white space taken in would belong to
+    for number, piece in enumerate(pieces):
         end = _end(data, position, piece)
         if end is None:
-            after = position + len(data[position:]) - len(data[position:].lstrip())
+            after = len(data) - len(data[position:].lstrip())
             end = _end(data, after, piece)
-            if end is not None and after > position:
-                spans[-1:] = [(spans[-1][0], after)] if spans else []
-                position = after
-            else:  # a token that the tokenizer adds
+            if end is None:  # a token that the tokenizer adds
                 end = position
+            else:
+                if last >= 0:
+                    spans[last] = (spans[last][0], after)
+                position = after
         spans.append((position, end))
+        last = last if _is_added_space(piece, spans[number]) else number
         position = end
     if data[position:].strip() or (data and not spans):
         raise UserError("llama.cpp's tokens cannot be found again in this text; remove the row.")
-    if spans:
-        spans[-1] = (spans[-1][0], len(data))
+    if position < len(data):
+        spans[last] = (spans[last][0], len(data))
+    for number, (piece, following) in enumerate(zip(pieces, spans[1:], strict=False)):
+        if _is_added_space(piece, spans[number]):
+            spans[number] = (following[0], min(following[0] + 1, len(data)))
     return _in_characters(data, spans)
+
+
+def _is_added_space(piece: bytes, span: Span) -> bool:
+    return piece == b" " and span[0] == span[1]
 
 
 def _end(data: bytes, position: int, piece: bytes) -> int | None:

@@ -88,7 +88,7 @@ def embedded_model() -> Path:
 def _not_a_folder(path: Path) -> str:
     if path.suffix == ".gguf":
         return (
-            f"{path} is a GGUF file, which is made for running a model (llama.cpp, Ollama): "
+            f"{path} is a GGUF file, which is made for running a model (fettle generate, chat and compare open it): "
             f"give the Hugging Face folder or hub name it was made from."
         )
     if any(path.match(pattern) for pattern in _PICKLES):
