@@ -50,7 +50,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def comparison_table(content: dict[str, Any]) -> str:
     rows = [
         [
-            row["name"],
+            row["name"] + (", in fp32" if row["runs"][0].get("dtype") == "float32" else ""),
             f"{row['step_seconds']:.2f}",
             f"{row['tokens_per_second']:.0f}",
             f"{row['share_of_ceiling']:.0%}",
@@ -159,7 +159,21 @@ def _peaks(run: dict[str, Any]) -> list[str]:
 
 CONTENDERS = {"fettle": "fettle, bf16", "nf4": "fettle, NF4", "trl": "TRL's defaults, bf16"}
 
+def watched_table(content: dict[str, Any]) -> str:
+    """One command on a full-size model, as `export.watched` saw it."""
+    what = ", ".join(content.get("quantizations", ["NF4"]))
+    row = [
+        f"{content['model']} in bf16 to {what}",
+        f"{content['seconds']:.0f}",
+        f"{content['peak_resident_bytes'] / 1e9:.2f}",
+        f"{content['peak_own_bytes'] / 1e9:.2f}",
+    ]
+    return table(["", "seconds", "peak resident, GB", "without mapped files, GB"], [row])
+
+
 TABLES = {
+    "export": watched_table,
+    "loading": watched_table,
     "comparison": comparison_table,
     "gpu": gpu_table,
     "predictions": predictions_table,

@@ -222,35 +222,7 @@ def _qwen2_tokenizer() -> "PreTrainedTokenizerFast":
 
 
 def _write_gguf(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", path: Path) -> None:
-    import gguf
+    from fettle.export.gguf import write_gguf
 
-    config, content = model.config, json.loads(tokenizer.backend_tokenizer.to_str())
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    special = {token["id"] for token in content["added_tokens"]}
-    kinds = (gguf.TokenType.NORMAL, gguf.TokenType.CONTROL)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-    writer.add_token_types([kinds[index in special] for index in range(len(tokenizer))])
-    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_eot_token_id(tokenizer.convert_tokens_to_ids("<|end|>"))
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(tokenizer.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        values = (tensor.half() if tensor.dim() == 2 else tensor).numpy()
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+    write_gguf(model.state_dict().items(), model.config, tokenizer, {"f16": path}, stop_ids=stops)

@@ -53,6 +53,8 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
         answered = _render(tokenizer, [("user", USER), ("assistant", ANSWER), ("user", SECOND)])
     except Exception:  # no template, or one that raises
         return None
+    if not asked.startswith(question):  # some templates end a talk, but not a question, with the end of text
+        question = question.removesuffix(tokenizer.eos_token or "")
     if not asked.startswith(question) or any(answered.count(each) != 1 for each in (USER, ANSWER, SECOND)):
         return None
     user = question.split(USER)[0], question.split(USER)[1]
