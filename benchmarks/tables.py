@@ -159,6 +159,7 @@ def _peaks(run: dict[str, Any]) -> list[str]:
 
 CONTENDERS = {"fettle": "fettle, bf16", "nf4": "fettle, NF4", "trl": "TRL's defaults, bf16"}
 
+
 def watched_table(content: dict[str, Any]) -> str:
     """One command on a full-size model, as `export.watched` saw it."""
     what = ", ".join(content.get("quantizations", ["NF4"]))

@@ -15,14 +15,18 @@ from typing import Any
 
 from rich.console import Console
 
+from fettle.adapters.load import load
 from fettle.export.checkpoint import export_safetensors
+from fettle.export.gguf import export_gguf
 from fettle.files import require_new_folder
+from fettle.generation import generate
 from fettle.models.checkpoint import EMBEDDED
 from fettle.tiny.lessons import lessons, orders
 from fettle.training.options import TrainOptions
 from fettle.training.outcome import REPORT, Outcome, show
 from fettle.training.sft import train
 
+ORDER = "Order: 7 red hats for Ana, to be paid by card."
 ORDERS, REHEARSED, ASKED = 2700, 2000, 200
 """Rows of the new skill; rows of the old ones mixed in, so that they are not forgotten; questions of each kind."""
 
@@ -53,20 +57,28 @@ def quickstart(output: Path, *, console: Console | None = None) -> Outcome:
     )
     console.print("merging the adapter into the model, and checking that it still says the same")
     merged = export_safetensors(outcome.output, output / "merged")
-    outcome = _with_next_steps(outcome, merged)
+    console.print("the same as GGUF, and its answer in llama.cpp:")
+    (file,) = export_gguf(
+        outcome.output, output / "model.gguf", quantizations=["q8_0"], ollama=True, console=console
+    )
+    model, tokenizer = load(file)
+    console.print(f"> {ORDER}\n{generate(model, tokenizer, ORDER)}\n", markup=False, highlight=False)
+    outcome = _with_next_steps(outcome, merged, file)
     show(outcome, console)
     return outcome
 
 
-def _with_next_steps(outcome: Outcome, merged: Path) -> Outcome:
+def _with_next_steps(outcome: Outcome, merged: Path, gguf: Path) -> Outcome:
     """The same outcome, saying where the merged model lies and what to type next with one's own data."""
     files = [
         ("adapter", str(outcome.output)),
         ("merged", str(merged)),
+        ("GGUF", str(gguf)),
         ("report", str(outcome.output / REPORT)),
     ]
     commands = [
-        f'fettle generate --model {outcome.output} --prompt "Order: 7 red hats for Ana, to be paid by card."',
+        f'fettle generate --model {outcome.output} --prompt "{ORDER}"',
+        f"fettle compare {merged} {gguf} --data {merged.parent / 'data' / 'held_out.jsonl'}",
         f"fettle chat --model {merged}",
         f"fettle train --model {EMBEDDED} --data my_chats.jsonl --output my-model",
         "fettle train --model microsoft/Phi-3.5-mini-instruct --data my_chats.jsonl --output my-model",

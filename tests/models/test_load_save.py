@@ -13,13 +13,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from fettle.errors import UserError
 from fettle.models.load import load_model, load_tokenizer
 from fettle.models.save import save_model, save_tokenizer
 
 PairOf = Callable[[str], Any]
+
+OLD_SPELLINGS = ("torch_dtype", "rope_theta", "rope_scaling")
+"""Written beside the new ones, for readers of before transformers 5."""
 
 
 @pytest.fixture(scope="session")
@@ -84,7 +93,20 @@ def test_both_write_the_same_config(pair: Any, tokenizer: Any, tmp_path: Path) -
     save_model(pair.ours, tokenizer, tmp_path / "ours")
     for file in ("config.json", "generation_config.json"):
         stock, ours = (json.loads((tmp_path / name / file).read_text()) for name in ("stock", "ours"))
-        assert ours == stock
+        assert {name: value for name, value in ours.items() if name not in OLD_SPELLINGS} == stock
+    read = [AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("stock", "ours")]
+    stock, ours = (each["rope_parameters"] for each in read)
+    assert stock == {name: value for name, value in ours.items() if name in stock}
+    assert set(ours) - set(stock) <= {"type"} and read[0]["dtype"] == read[1]["dtype"]
+
+
+def test_older_readers_find_what_they_know(pair_of: PairOf, tokenizer: Any, tmp_path: Path) -> None:
+    save_model(pair_of("llama-llama3-rope").ours, tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    new = config["rope_parameters"]
+    assert config["rope_theta"] == new["rope_theta"] and config["torch_dtype"] == config["dtype"]
+    assert config["rope_scaling"]["factor"] == new["factor"]
+    assert config["rope_scaling"]["type"] == config["rope_scaling"]["rope_type"] == "llama3"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fettle.errors import UserError
 from fettle.export.checkpoint import export_nf4, export_safetensors
+from fettle.export.hub import push, require_hub
 from fettle.models.load import Dtype
 
 Format = Literal["safetensors", "nf4", "fp8", "w4a16", "gguf", "adapter-gguf"]
@@ -26,6 +27,7 @@ class ExportOptions:
     importance_matrix: Path | None = None
     verify: bool = False
     ollama: bool = False
+    push: str | None = None
 
 
 ONLY_FOR: dict[str, tuple[Format, ...]] = {
@@ -45,6 +47,15 @@ def export(options: ExportOptions) -> list[Path]:
         if getattr(options, name) not in (None, False, "auto") and options.format not in formats:
             option, expected = name.replace("_", "-"), " or ".join(formats)
             raise UserError(f"--{option} belongs to --format {expected}, and --format is {options.format}.")
+    if options.push is None:
+        return _write(options)
+    require_hub(options.push)
+    files = _write(options)
+    print(push(files, options.push, options.model))
+    return files
+
+
+def _write(options: ExportOptions) -> list[Path]:
     if options.format == "safetensors":
         return [export_safetensors(options.model, options.to, dtype=options.dtype)]
     if options.format == "nf4":

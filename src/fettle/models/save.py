@@ -19,7 +19,21 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """
     with without_progress_bars():
         model.save_pretrained(str(folder))
+    _add_old_spellings(folder / "config.json")
     save_tokenizer(tokenizer, folder)
+
+
+def _add_old_spellings(file: Path) -> None:
+    """Say dtype and rope as releases before transformers 5 read them, and vLLM's of that time, beside the new way."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    rope = dict(config.get("rope_parameters") or {})
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+        kind = rope.get("rope_type", "default")
+        config["rope_scaling"] = None if kind == "default" else rope | {"type": kind}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -35,7 +35,7 @@ PROGRAM_BYTES = {"cpu": 520_000_000, "cuda": 0}
 RUNTIME_BYTES = {"cpu": 130_000_000, "cuda": 100_000_000}
 """What the libraries take for themselves once products run: packed copies of weights, threads, cuBLAS's workspaces."""
 
-FP32_RUNTIME_BYTES = 120_000_000
+FP32_RUNTIME_BYTES = 60_000_000
 """The same on top where products run in fp32, whose library keeps more for itself."""
 
 

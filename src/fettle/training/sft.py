@@ -83,6 +83,7 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
     note = AdapterFacts(base_fingerprint=seen["model"], context_tokens=context, quantization=quantization)
     dtype = quantization or str(base.dtype).removeprefix("torch.")
     output = shlex.quote(options.output)
+    merged, gguf = (shlex.quote(options.output + ending) for ending in ("-merged", ".gguf"))
     return Job(
         options=options,
         asked_steps=asked_steps,
@@ -99,7 +100,9 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
         next_commands=[
             f'fettle generate --model {output} --prompt "..."',
             f"fettle chat --model {output}",
-            f"fettle export --model {output} --format safetensors --to {shlex.quote(options.output + '-merged')}",
+            f"fettle export --model {output} --format safetensors --to {merged}",
+            f"fettle export --model {output} --format gguf --to {gguf} --verify --ollama",
+            f"vllm serve {merged}",
         ],
         console=console,
         memory=memory,

@@ -1,0 +1,105 @@
+"""To the Hugging Face hub: the finished folder or files, with a model card that says how they came about."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fettle.errors import UserError, reason_of
+from fettle.models.checkpoint import is_adapter, locate, read_adapter_config
+
+CARD = "README.md"
+
+
+def require_hub(name: str) -> None:
+    """Raise UserError unless the hub answers and knows who asks: before anything is computed."""
+    from huggingface_hub import HfApi
+
+    owner, _, repository = name.partition("/")
+    if not owner or not repository or "/" in repository:
+        raise UserError(f"--push is {name!r}; expected a hub name, owner/name.")
+    try:
+        HfApi().whoami()
+    except (
+        Exception
+    ) as error:  # no network, no token, a token that has run out: the library has a class for each
+        raise UserError(
+            f"--push {name}: the hub does not know who asks, or is out of reach ({reason_of(error)}): log in with "
+            "`hf auth login`, or export without --push."
+        ) from error
+
+
+def push(files: Sequence[Path], name: str, model: str) -> str:
+    """Upload what was exported to `name`, made if need be, and return its address. What is here stays.
+
+    files: one folder, or files of one folder. model: what was exported, for the card.
+    """
+    from huggingface_hub import HfApi
+
+    api, card = HfApi(), model_card(model, files, name)
+    try:
+        api.create_repo(name, exist_ok=True)
+        for file in files:
+            if file.is_dir():
+                api.upload_folder(repo_id=name, folder_path=str(file))
+            else:
+                api.upload_file(repo_id=name, path_or_fileobj=str(file), path_in_repo=file.name)
+        api.upload_file(repo_id=name, path_or_fileobj=card.encode(), path_in_repo=CARD)
+    except Exception as error:  # whatever the hub or the network says
+        raise UserError(
+            f"the upload to {name} failed ({reason_of(error)}); what was exported is in {files[0]}: push it again with "
+            f"`hf upload {name} {files[0]}`."
+        ) from error
+    return f"https://huggingface.co/{name}"
+
+
+def model_card(model: str, files: Sequence[Path], name: str) -> str:
+    """The card: YAML that the hub reads, then how to use it and how it was trained."""
+    folder = locate(model)
+    base = read_adapter_config(folder)["base_model_name_or_path"] if is_adapter(folder) else None
+    is_file = not files[0].is_dir()
+    head: dict[str, Any] = {
+        "library_name": "gguf" if is_file else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["fettle", *(["gguf"] if is_file else [])],
+    }
+    if (
+        base is not None and base.count("/") == 1 and not Path(base).exists()
+    ):  # a hub name, not somebody's folder
+        head["base_model"] = base
+    use = f"llama-server -hf {name}" if is_file else f"vllm serve {name}"
+    lines = [
+        "---",
+        yaml.safe_dump(head, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {name.partition('/')[2]}",
+        "",
+    ]
+    lines += ["Fine-tuned and exported with fettle.", "", "```", use, "```"]
+    if (settings := _settings(folder)) is not None:
+        lines += ["", "## How it was trained", "", "```yaml", settings, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _settings(folder: Path) -> str | None:
+    """The run's own options, without what names places on this machine."""
+    file = folder / "run.yaml"
+    if not file.exists():
+        return None
+    options = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    kept = (
+        "rank",
+        "alpha",
+        "learning_rate",
+        "epochs",
+        "max_steps",
+        "max_length",
+        "batch_size",
+        "quantization",
+        "seed",
+    )
+    return yaml.safe_dump(
+        {key: options[key] for key in kept if options.get(key) is not None}, sort_keys=False
+    ).strip()
