@@ -8,6 +8,7 @@
     outcome = fettle.train(fettle.TrainOptions(model="fettle-tiny", data="chats.jsonl", output="my-model"))
     model, tokenizer = fettle.load("my-model")             # a PEFT PeftModel on its base
     fettle.export_safetensors("my-model", "my-model-merged")
+    fettle.export_gguf("my-model", "my-model.gguf")
 
 Names are imported when first used, so that `fettle --help` answers at once.
 """
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fettle.evaluation.comparison import Comparison
     from fettle.evaluation.side_by_side import compare
     from fettle.export.checkpoint import export_safetensors
+    from fettle.export.gguf import export_gguf
     from fettle.export.merge import merge
     from fettle.generation import Sampling, generate
     from fettle.models.save import save_model
@@ -43,6 +45,7 @@ _HOME = {
     "attach": "fettle.adapters.lora",
     "collator": "fettle.data",
     "compare": "fettle.evaluation.side_by_side",
+    "export_gguf": "fettle.export.gguf",
     "export_safetensors": "fettle.export.checkpoint",
     "generate": "fettle.generation",
     "load": "fettle.adapters.load",
@@ -70,6 +73,7 @@ __all__ = [  # the keys of _HOME, spelled out for type checkers
     "attach",
     "collator",
     "compare",
+    "export_gguf",
     "export_safetensors",
     "generate",
     "load",

@@ -8,8 +8,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from fettle.adapters.facts import AdapterFacts, write_facts
+from fettle.adapters.load import load
 from fettle.errors import UserError
 from fettle.export.source import open_source
+from fettle.models.checkpoint import fingerprint
+from fettle.models.load import load_model, load_tokenizer
+from fettle.models.quantized import save_nf4
+from fettle.quantization.layers import dequantize_linears
 
 KINDS = {
     "lora": {"r": 4, "lora_alpha": 6},
@@ -49,6 +55,28 @@ def test_a_plain_model_is_itself(small_model: Path) -> None:
         for name, tensor in source.tensors():
             assert torch.equal(tensor.float(), stock[name])
     assert source.name == small_model.name and source.stop_ids
+
+
+def test_nf4_is_unpacked(small_model: Path, tmp_path: Path) -> None:
+    model = load_model(small_model, quantization="nf4")
+    save_nf4(model, load_tokenizer(small_model), tmp_path / "nf4")
+    dequantize_linears(model)
+    expected = model.state_dict()
+    found = dict(open_source(tmp_path / "nf4").tensors())
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor.float(), expected[name].float()), name
+
+
+def test_an_adapter_trained_on_nf4_is_merged_onto_those_weights(small_model: Path, tmp_path: Path) -> None:
+    save_adapter(small_model, tmp_path / "adapter", r=4, lora_alpha=6)
+    facts = AdapterFacts(base_fingerprint=fingerprint(small_model), quantization="nf4")
+    write_facts(tmp_path / "adapter", facts)
+    model, _ = load(tmp_path / "adapter", device="cpu")
+    dequantize_linears(model)
+    merged = model.merge_and_unload().state_dict()
+    for name, tensor in open_source(tmp_path / "adapter").tensors():
+        torch.testing.assert_close(tensor.float(), merged[name].float(), rtol=1e-5, atol=1e-6)
 
 
 def test_an_adapter_with_numbers_that_are_none_is_refused(small_model: Path, tmp_path: Path) -> None:

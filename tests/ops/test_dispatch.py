@@ -46,7 +46,8 @@ def test_types_are_chosen_by_the_cpu_and_the_rows(has_bf16: bool) -> None:
         (torch.float64, torch.float64),
     ):
         assert product_dtype(torch.empty(FEW_ROWS, 4, dtype=dtype)) == expected
-        assert product_dtype(torch.empty(FEW_ROWS - 1, 4, dtype=dtype)) == dtype
+        assert product_dtype(torch.empty(FEW_ROWS - 1, 4, dtype=dtype)) == expected
+        assert product_dtype(torch.empty(FEW_ROWS - 1, 4, dtype=dtype), has_gradient=False) == dtype
     assert product_dtype(torch.empty(FEW_ROWS, 4, dtype=torch.float16, device="meta")) == torch.float16
 
 

@@ -38,9 +38,11 @@ FEW_ROWS = 32
 1,024 rows 135 s and 0.6 s."""
 
 
-def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """The type in which to multiply `x` (rows, inputs) by a matrix of its dtype."""
-    return x.dtype if len(x) < FEW_ROWS else best_product_dtype(x.device.type, x.dtype)
+def product_dtype(x: torch.Tensor, *, has_gradient: bool = True) -> torch.dtype:
+    """The type in which to multiply `x` (rows, inputs) by a matrix of its dtype. Where there is a gradient to come, few
+    rows make no exception: its product would be emulated too."""
+    is_quick = len(x) < FEW_ROWS and not has_gradient
+    return x.dtype if is_quick else best_product_dtype(x.device.type, x.dtype)
 
 
 def best_product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:

@@ -106,7 +106,7 @@ class _LoraLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, layers: tuple[Projection, ...], *adapters: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        rows = _rows(x)
+        rows = _rows(x, has_gradient=any(ctx.needs_input_grad))
         middles = _middles(rows, _updates(layers))
         remaining, outputs = iter(middles), []
         for layer in layers:
@@ -152,10 +152,10 @@ def frozen_linear(
     return F.linear(rows, dense(weight, rows.dtype), None if bias is None else bias.to(rows.dtype))
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _rows(x: torch.Tensor, *, has_gradient: bool = True) -> torch.Tensor:
     """X as (T, inputs), in the dtype of its products."""
     rows = x.reshape(-1, x.shape[-1])
-    return rows.to(product_dtype(rows))
+    return rows.to(product_dtype(rows, has_gradient=has_gradient))
 
 
 def _updates(layers: Sequence[Projection]) -> list[LowRank]:

@@ -159,7 +159,8 @@ class _Nf4Linear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: Nf4, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.weight = weight
         rows = x.reshape(-1, x.shape[-1])
-        output = frozen_linear(rows.to(product_dtype(rows)), weight, bias)
+        dtype = product_dtype(rows, has_gradient=ctx.needs_input_grad[0])
+        output = frozen_linear(rows.to(dtype), weight, bias)
         return output.to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
