@@ -14,6 +14,7 @@ def test_rows_are_those_of_the_plain_table() -> None:
     outer = OuterEmbedding(plain.weight, 0)
     ids = torch.tensor([[1, 9, 0], [9, 2, 3]])
     assert torch.equal(outer(ids), plain(ids))
+    assert outer(ids[:, :0]).shape == (2, 0, 4) and "10, 4" in repr(outer)
     assert not list(outer.parameters())
     assert torch.equal(outer.state_dict()["weight"], plain.weight)
 

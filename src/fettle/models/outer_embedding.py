@@ -25,6 +25,7 @@ class OuterEmbedding(nn.Embedding):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = table.shape
         self.padding_idx = padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self._table = table.detach().cpu()
         self._mapping = mapping
 
@@ -51,11 +52,13 @@ class OuterEmbedding(nn.Embedding):
         torch.index_select(self._table, 0, ids.flatten().cpu(), out=rows)
         if self._mapping is not None:  # the system maps far more around the rows than was asked for
             self._mapping.madvise(mmap.MADV_DONTNEED)
-        return rows.to(ids.device, non_blocking=True).view(*ids.shape, -1)
+        return rows.to(ids.device, non_blocking=True).view(*ids.shape, self.embedding_dim)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "OuterEmbedding":
         """A change of type reaches the table, a change of device does not."""
-        self._table = self._table.to(fn(self._table[:0]).dtype)
+        dtype = fn(self._table[:0]).dtype
+        if dtype != self._table.dtype:
+            self._table, self._mapping = self._table.to(dtype), None  # no longer the file's
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -53,8 +53,8 @@ def best_product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
 
 @functools.cache
 def has_bf16_products() -> bool:
-    """Whether this CPU's matrix products are made for bf16."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether PyTorch has quick bf16 products on this CPU: through oneDNN, from AVX-512 on."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def uses_flash_attention(query: torch.Tensor) -> bool:
