@@ -40,10 +40,26 @@ against 78 ms, 2 x 512 113 against 154 ms, 1 x 1024 213 against 168 ms."""
 @dataclass(frozen=True, slots=True)
 class Group:
     """Documents of similar length. index: (documents, longest) positions in the pack, the last token
-    repeated as padding; is_real: the same shape, False on padding."""
+    repeated as padding; is_real: the same shape, False on padding. is_whole: these are the pack's tokens as they
+    lie, without padding, so that what is gathered is a view."""
 
     index: torch.Tensor
     is_real: torch.Tensor
+    is_whole: bool
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, heads, ...) to (documents, heads, longest, ...)."""
+        if self.is_whole:
+            return x.unflatten(0, self.index.shape).transpose(1, 2)
+        chosen = x.transpose(0, 1).index_select(1, self.index.flatten())  # a head's tokens side by side
+        return chosen.unflatten(1, self.index.shape).transpose(0, 1)
+
+    def scatter(self, found: torch.Tensor, target: torch.Tensor) -> None:
+        """Put what is no padding of `found` (documents, heads, longest, ...) into `target` (T, heads, ...)."""
+        if self.is_whole:
+            self.gather(target).copy_(found)
+        else:
+            target[self.index[self.is_real]] = found.transpose(1, 2)[self.is_real].to(target.dtype)
 
 
 @dataclass(frozen=True)
@@ -76,15 +92,15 @@ class Documents:
         groups = []
         for size in sorted(set(sizes)):
             chosen = torch.tensor([i for i, s in enumerate(sizes) if s == size], device=starts.device)
-            groups.append(_group(starts[chosen], lengths[chosen]))
+            groups.append(_group(starts[chosen], lengths[chosen], len(self.lengths)))
         return tuple(groups)
 
 
-def _group(starts: torch.Tensor, lengths: torch.Tensor) -> Group:
+def _group(starts: torch.Tensor, lengths: torch.Tensor, tokens: int) -> Group:
     steps = torch.arange(int(lengths.max()), device=starts.device)
     is_real = steps < lengths[:, None]
     index = starts[:, None] + torch.minimum(steps, lengths[:, None] - 1)
-    return Group(index, is_real)
+    return Group(index, is_real, is_whole=index.numel() == tokens and bool(is_real.all()))
 
 
 @dataclass(slots=True)
@@ -190,11 +206,10 @@ def _forward(
     dtype = product_dtype(query)
     for group in documents.groups:
         forward = _fused_forward if _prefers_fused(query, group, rules) else _tiled_forward
-        q, k, v = (_gather(x, group).to(dtype) for x in (query, key, value))
+        q, k, v = (group.gather(x).to(dtype) for x in (query, key, value))
         group_out, group_logsumexp = forward(q, k, v, rules)
-        positions = group.index[group.is_real]
-        out[positions] = group_out.transpose(1, 2)[group.is_real].to(out.dtype)
-        logsumexp[:, positions] = group_logsumexp.transpose(0, 1)[:, group.is_real]
+        group.scatter(group_out, out)
+        group.scatter(group_logsumexp, logsumexp.T)
     return out, logsumexp
 
 
@@ -219,21 +234,13 @@ def _backward(
     dtype = product_dtype(query)
     for group in documents.groups:
         backward = _fused_backward if _prefers_fused(query, group, rules) else _tiled_backward
-        q, k, v, group_out, group_grad = (_gather(x, group).to(dtype) for x in (query, key, value, out, grad))
-        # Padding repeats a real token, whose gradient must count once.
-        group_grad = group_grad.masked_fill(~group.is_real[:, None, :, None], 0)
-        group_logsumexp = logsumexp[:, group.index].transpose(0, 1)
-        group_grads = backward(group_grad, q, k, v, group_out, group_logsumexp, rules)
-        positions = group.index[group.is_real]
+        q, k, v, group_out, group_grad = (group.gather(x).to(dtype) for x in (query, key, value, out, grad))
+        if not group.is_whole:  # padding repeats a real token, whose gradient must count once
+            group_grad = group_grad.masked_fill(~group.is_real[:, None, :, None], 0)
+        group_grads = backward(group_grad, q, k, v, group_out, group.gather(logsumexp.T), rules)
         for target, part in zip(grads, group_grads, strict=True):
-            target[positions] = part.transpose(1, 2)[group.is_real].to(target.dtype)
+            group.scatter(part, target)
     return grads[0], grads[1], grads[2]
-
-
-def _gather(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """(T, heads, D) to (documents, heads, longest, D); each head's tokens lie side by side."""
-    chosen = x.transpose(0, 1).index_select(1, group.index.flatten())
-    return chosen.unflatten(1, group.index.shape).transpose(0, 1)
 
 
 def _prefers_fused(query: torch.Tensor, group: Group, rules: Rules) -> bool:
@@ -308,7 +315,7 @@ def _with_dropout(
 ) -> torch.Tensor:
     outputs = []
     for group in documents.groups:
-        q, k, v = (_gather(x, group) for x in (query, key, value))
+        q, k, v = (group.gather(x) for x in (query, key, value))
         k, v = _repeat(k, q), _repeat(v, q)
         mask = _window_mask(q.shape[2], rules.window, q.device)
         out = softcap_attention(q, k, v, mask, scale=rules.scale, softcap=rules.softcap, dropout=dropout)

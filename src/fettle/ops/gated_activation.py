@@ -5,7 +5,6 @@ z = 2 sqrt(2 / pi) (g + 0.044715 g^3) for the tanh form of GELU. Their slope, wi
 a' = s + g s (1 - s) z'. Saved for backward: gate and up. Redone in backward: a(gate).
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,7 @@ from fettle.ops.dispatch import uses_triton
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
-ROWS = 256  # the CPU path's fp32 temporaries are this many rows high
-SLOPE, CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
+ROWS = 256  # the CPU path works on so many rows at once, which stay in the cache
 
 # Class names, because those of transformers are not imported here.
 CLASSES = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_pytorch_tanh"}
@@ -67,8 +65,7 @@ def gated_activation_forward(gate: torch.Tensor, up: torch.Tensor, activation_na
         from fettle.ops.kernels import gated_activation as kernels
 
         return kernels.gated_activation_forward(gate, up, activation_name)
-    activated = F.silu(gate) if activation_name == "silu" else F.gelu(gate, approximate="tanh")
-    return activated.mul_(up)
+    return _activate(gate, activation_name).mul_(up)
 
 
 def gated_activation_backward(
@@ -76,7 +73,8 @@ def gated_activation_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of gate and up, and the product `activation(gate) * up` once more.
 
-    grad, gate, up: (..., intermediate). Gradients are computed in at least fp32 and rounded once.
+    grad, gate, up: (..., intermediate). On a GPU gradients are computed in fp32 and rounded once; on a CPU each of
+    PyTorch's own fused passes rounds, as in stock models: a third of the time that fp32 throughout takes.
     """
     if uses_triton(gate):
         from fettle.ops.kernels import gated_activation as kernels
@@ -85,23 +83,25 @@ def gated_activation_backward(
     outputs = [torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(3)]
     grad_gate, grad_up, product = (t.view(-1, gate.shape[-1]) for t in outputs)
     grad, gate, up = (t.reshape(-1, t.shape[-1]) for t in (grad, gate, up))
-    wide = torch.promote_types(gate.dtype, torch.float32)
     for start in range(0, len(gate), ROWS):
         block = slice(start, start + ROWS)
-        activated, slope = _activation_and_slope(gate[block].to(wide), activation_name)
-        product[block] = activated.to(gate.dtype) * up[block]
-        grad_wide = grad[block].to(wide)
-        grad_up[block] = activated.mul_(grad_wide)
-        grad_gate[block] = slope.mul_(grad_wide).mul_(up[block])
+        gate_rows, up_rows, grad_rows = gate[block], up[block], grad[block]
+        activated = _activate(gate_rows, activation_name)
+        torch.mul(activated, up_rows, out=product[block])
+        torch.mul(activated, grad_rows, out=grad_up[block])
+        _activation_gradient(grad_rows * up_rows, gate_rows, activation_name, out=grad_gate[block])
     return outputs[0], outputs[1], outputs[2]
 
 
-def _activation_and_slope(gate: torch.Tensor, activation_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _activate(gate: torch.Tensor, activation_name: str) -> torch.Tensor:
+    return F.silu(gate) if activation_name == "silu" else F.gelu(gate, approximate="tanh")
+
+
+def _activation_gradient(
+    grad: torch.Tensor, gate: torch.Tensor, activation_name: str, *, out: torch.Tensor
+) -> None:
+    """Put grad * a'(gate) into `out`."""
     if activation_name == "silu":
-        sigmoid = torch.sigmoid(gate)
-        activated = gate * sigmoid
-        return activated, sigmoid + activated * (1 - sigmoid)
-    square = gate * gate
-    sigmoid = torch.sigmoid(SLOPE * gate * (1 + CUBIC * square))
-    activated = gate * sigmoid
-    return activated, sigmoid + activated * (1 - sigmoid) * SLOPE * (1 + 3 * CUBIC * square)
+        torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=out)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(grad, gate, approximate="tanh", grad_input=out)

@@ -58,12 +58,10 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, is_inverse
 
         rotate(x, cos, sin, output, is_inverse=is_inverse)
         return output
-    first, second = x[..., :rotary_dim].chunk(2, dim=-1)
-    cos_first, cos_second = cos.unsqueeze(1).chunk(2, dim=-1)
+    turned = x[..., :rotary_dim]
+    first, second = turned.chunk(2, dim=-1)
     sin_first, sin_second = sin.unsqueeze(1).chunk(2, dim=-1)
-    if is_inverse:
-        sin_first, sin_second = -sin_second, -sin_first
-    output_first, output_second = output[..., :rotary_dim].chunk(2, dim=-1)
-    torch.mul(first, cos_first, out=output_first).sub_(second * sin_first)
-    torch.mul(second, cos_second, out=output_second).add_(first * sin_second)
+    sines = (sin_second, -sin_first) if is_inverse else (-sin_first, sin_second)
+    exchanged = torch.cat((second, first), dim=-1).mul_(torch.cat(sines, dim=-1))
+    torch.mul(turned, cos.unsqueeze(1), out=output[..., :rotary_dim]).add_(exchanged)
     return output
