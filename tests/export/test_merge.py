@@ -203,5 +203,11 @@ def test_dora_is_merged_and_checked_by_its_logits(small_model, tokenizer, monkey
     assert max(map(relative_difference, probe_logits(merged, tokenizer), before)) < 1e-5
 
 
+def test_a_kind_that_peft_cannot_merge_is_refused(small_model, tokenizer):
+    config = LoraConfig(r=4, lora_bias=True, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match=r"cannot be merged .* has no bias"):
+        merge(get_peft_model(load_model(small_model), config).eval(), tokenizer)
+
+
 def test_relative_difference():
     assert relative_difference(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)

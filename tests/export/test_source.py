@@ -2,50 +2,88 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fettle.adapters.facts import AdapterFacts, write_facts
 from fettle.adapters.load import load
 from fettle.errors import UserError
+from fettle.export.gguf import export_adapter_gguf
 from fettle.export.source import open_source
 from fettle.models.checkpoint import fingerprint
 from fettle.models.load import load_model, load_tokenizer
 from fettle.models.quantized import save_nf4
+from fettle.models.save import save_model
 from fettle.quantization.layers import dequantize_linears
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "lora_alpha": 6},
     "rank-stabilised": {"r": 4, "lora_alpha": 6, "use_rslora": True},
     "dora": {"r": 4, "lora_alpha": 6, "use_dora": True},
     "patterns": {"r": 4, "lora_alpha": 6, "rank_pattern": {"down_proj": 2}},
+    "biases": {"r": 4, "lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
+    "embedding": {"r": 4, "target_modules": ["o_proj", "embed_tokens"]},
+    "parameters": {"r": 4, "target_modules": ["o_proj"], "target_parameters": ["mlp.down_proj.weight"]},
+    "head": {"r": 4, "modules_to_save": ["lm_head"], "target_modules": ["o_proj"]},
+    "pissa": {"r": 4, "init_lora_weights": "pissa"},
 }
 
 
 def save_adapter(base: Path, to: Path, **options) -> None:
     """A PEFT adapter with random weights, made by stock libraries."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **options))
+    usual = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    adapted = get_peft_model(model, LoraConfig(**usual | options))
     torch.manual_seed(0)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name and "magnitude" not in name:
             parameter.data.normal_(std=0.05)
+        elif "modules_to_save" in name:
+            parameter.data += 0.05 * torch.randn_like(parameter)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     adapted.save_pretrained(to)
 
 
+def tied(folder: Path, to: Path) -> Path:
+    """The checkpoint with its embedding as output head."""
+    model = load_model(folder)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    save_model(model, load_tokenizer(folder), to)
+    return to
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_tensors_are_those_of_pefts_merge(kind: str, small_model: Path, tmp_path: Path) -> None:
-    save_adapter(small_model, tmp_path / "adapter", **KINDS[kind])
-    stock = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+def test_tensors_are_those_of_pefts_merge(kind: str, gguf_pair: Any, tmp_path: Path) -> None:
+    save_adapter(gguf_pair.folder, tmp_path / "adapter", **KINDS[kind])
+    stock = AutoModelForCausalLM.from_pretrained(gguf_pair.folder, dtype=torch.float32)
     merged = PeftModel.from_pretrained(stock, tmp_path / "adapter").merge_and_unload().state_dict()
     found = dict(open_source(tmp_path / "adapter").tensors())
+    assert found.keys() == merged.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor.float(), merged[name].float(), rtol=1e-5, atol=1e-6)
-    assert {name for name in merged if name not in found} <= {"lm_head.weight"}  # where it is tied
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("lora", "rank-stabilised")])
+def test_what_is_more_than_plain_lora_is_no_adapter_for_llama_cpp(kind, gguf_pair, tmp_path) -> None:
+    save_adapter(gguf_pair.folder, tmp_path / "adapter", **KINDS[kind])
+    with pytest.raises(UserError, match="plain LoRA"):
+        export_adapter_gguf(tmp_path / "adapter", tmp_path / "a.gguf")
+
+
+@pytest.mark.filterwarnings("ignore:Model (has|with) .tie_word_embeddings")
+def test_an_adapted_head_that_is_the_embedding_is_refused(gguf_pair: Any, tmp_path: Path) -> None:
+    base = tied(gguf_pair.folder, tmp_path / "base")
+    save_adapter(base, tmp_path / "adapter", r=2, target_modules=["lm_head"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({name: each for name, each in load_file(file).items() if ".lora_" in name}, file)
+    with pytest.raises(UserError, match="'lm_head', whose weights are the embedding's"):
+        open_source(tmp_path / "adapter")
 
 
 def test_a_plain_model_is_itself(small_model: Path) -> None:
@@ -80,8 +118,6 @@ def test_an_adapter_trained_on_nf4_is_merged_onto_those_weights(small_model: Pat
 
 
 def test_an_adapter_with_numbers_that_are_none_is_refused(small_model: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     save_adapter(small_model, tmp_path / "adapter", r=2, lora_alpha=2)
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)

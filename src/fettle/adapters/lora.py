@@ -5,6 +5,7 @@ of PEFT's own layer. What is saved is therefore a plain PEFT adapter, and whatev
 cover (several adapters at once, dropout, DoRA, a merged layer) falls back to PEFT's forward.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ from fettle.ops import lora_linear
 from fettle.ops.lora_linear import LowRank, Projection
 from fettle.quantization.layers import matrix_of
 from fettle.quantization.nf4 import Nf4Linear
+
+PLAIN_OPTIONS = {
+    *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "eva_config"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "auto_mapping"),
+}
+"""Options of an adapter that leave it plain LoRA whatever they say."""
+
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Kinds of init_lora_weights that leave the base's weights where they were; PiSSA and its kin move them."""
 
 
 class LoraLinear(PeftLoraLinear):
@@ -149,6 +160,21 @@ def read_config(folder: Path) -> LoraConfig:
             "fettle runs LoRA adapters, and PEFT itself the others."
         )
     return config
+
+
+def is_plain_lora(config: LoraConfig, names: Iterable[str]) -> bool:
+    """Whether an adapter is W + scale * B A on linear layers and nothing else.
+
+    names: its tensors'. Every option that could make it more is at its default; one that PEFT has yet to invent, too.
+    """
+    usual = vars(LoraConfig())
+    is_usual = all(
+        (value or None) == (usual.get(option) or None)
+        for option, value in vars(config).items()
+        if option not in PLAIN_OPTIONS
+    )
+    is_matrices = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
+    return is_usual and is_matrices and config.init_lora_weights in PLAIN_STARTS
 
 
 def _use_our_layer(config: LoraConfig) -> None:

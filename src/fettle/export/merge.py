@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.adapters.lora import LoraLinear
-from fettle.errors import UserError
+from fettle.errors import UserError, reason_of
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog. 0123456789",
@@ -40,10 +40,15 @@ in the middle of 2 to 8 layers gives as little as 6e-3 where the update is 2% of
 def merge(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Return the base model with the adapter merged in, changed in place; the adapter is gone from it.
 
-    Raises UserError where the merged model differs from the adapter model beyond rounding.
+    Raises UserError where the merged model differs from the adapter model beyond rounding, or PEFT cannot merge it.
     """
     logits, rows = probe_logits(model, tokenizer), expected_rows(model)
-    merged = model.merge_and_unload()  # not PEFT's safe_merge, which rounds twice
+    try:
+        merged = model.merge_and_unload()  # not PEFT's safe_merge, which rounds twice
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # kinds of LoRA that PEFT cannot merge
+        raise UserError(
+            f"The adapter cannot be merged ({reason_of(error)}): use it as it is, on its base."
+        ) from error
     require_rows(merged, rows)
     require_logits(probe_logits(merged, tokenizer), logits, merged.dtype)
     return merged

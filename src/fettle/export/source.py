@@ -1,12 +1,12 @@
 """A model as a stream of its tensors: an adapter merged in, NF4 unpacked, one tensor in memory at a time.
 
 Merging onto a stored matrix is W + scale * B A in fp32. An adapter trained on weights in NF4 is merged onto those
-weights, as NF4 holds them. What is more than plain LoRA (DoRA, ranks that differ from layer to layer, whole modules
-beside the adapter) goes through PEFT's own merge, which needs the whole model in memory.
+weights, as NF4 holds them. What is more than plain LoRA (DoRA, ranks by layer, biases, embeddings, modules, PiSSA)
+goes through PEFT's own merge, which needs the whole model in memory.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from fettle.adapters.facts import read_facts, require_trained_on
 from fettle.adapters.load import base_of, load
+from fettle.adapters.lora import is_plain_lora, require_fit
 from fettle.adapters.lora import read_config as read_adapter
-from fettle.adapters.lora import require_fit
 from fettle.errors import UserError
 from fettle.export.merge import merge, write_down_context
 from fettle.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, inspect, is_adapter, locate
@@ -74,13 +74,14 @@ def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -
     if facts is not None:
         require_trained_on(facts, folder, base)
         write_down_context(source.config, facts.context_tokens)
-    if not _is_plain(read_adapter(folder)):
+    shapes = {name: place.header.shape for name, place in read_places(folder / ADAPTER_WEIGHTS).items()}
+    if not is_plain_lora(read_adapter(folder), shapes):
         source.tensors = lambda: _whole(folder)
         return
     with torch.device("meta"):
         model = causal_lm_class(source.config.model_type)(source.config)
-    shapes = {name: place.header.shape for name, place in read_places(folder / ADAPTER_WEIGHTS).items()}
     require_fit(model, shapes, folder)
+    _require_own_matrices(source.config, shapes, folder)
     is_nf4 = facts is not None and facts.quantization == "nf4"
     matrices = {
         f"{name}.weight"
@@ -99,16 +100,13 @@ def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -
     source.tensors = merged
 
 
-def _is_plain(adapter: Any) -> bool:
-    odd = (
-        "use_dora",
-        "modules_to_save",
-        "rank_pattern",
-        "alpha_pattern",
-        "trainable_token_indices",
-        "fan_in_fan_out",
-    )
-    return adapter.bias == "none" and not any(getattr(adapter, name, None) for name in odd)
+def _require_own_matrices(config: PreTrainedConfig, names: Iterable[str], folder: Path) -> None:
+    """Raise UserError where the output head is adapted and has no matrix of its own to merge into."""
+    if config.tie_word_embeddings and any(f".{HEAD}.lora_" in name for name in names):
+        raise UserError(
+            f"{folder}: it adapts '{HEAD}', whose weights are the embedding's in this model, so merging would change "
+            "both: use the adapter as it is, or train one without the output head."
+        )
 
 
 def adapter_scale(adapter: Any) -> float:

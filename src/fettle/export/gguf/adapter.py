@@ -6,15 +6,16 @@ import torch
 from gguf import GGUFWriter
 
 from fettle.adapters.load import base_of
+from fettle.adapters.lora import is_plain_lora, require_fit
 from fettle.adapters.lora import read_config as read_adapter
-from fettle.adapters.lora import require_fit
 from fettle.errors import UserError
 from fettle.export.gguf.metadata import as_stored, gguf_family_of, gguf_name
 from fettle.export.source import adapter_matrices, adapter_scale
 from fettle.files import write_aside
-from fettle.models.checkpoint import inspect, is_adapter, locate
+from fettle.models.checkpoint import ADAPTER_WEIGHTS, inspect, is_adapter, locate
 from fettle.models.decoder import causal_lm_class
 from fettle.models.load import read_config
+from fettle.models.safetensors_header import read_places
 
 
 def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) -> Path:
@@ -30,7 +31,11 @@ def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) 
     if not is_adapter(folder):
         raise UserError(f"{folder} holds no adapter: give the output of fettle train, or use --format gguf.")
     adapter = read_adapter(folder)
-    _require_plain(adapter, folder)
+    if not is_plain_lora(adapter, read_places(folder / ADAPTER_WEIGHTS)):
+        raise UserError(
+            f"{folder}: llama.cpp applies plain LoRA of one rank alone, and this adapter is more (DoRA, biases, "
+            "embeddings, whole modules, PiSSA, ranks by layer or the like): export the merged model, --format gguf."
+        )
     config = read_config(inspect(base_of(folder)[1]))
     matrices = list(adapter_matrices(folder))
     _require_base(config, matrices, folder)
@@ -48,19 +53,6 @@ def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) 
         writer.write_tensors_to_file()
         writer.close()
     return to
-
-
-def _require_plain(adapter, folder: Path) -> None:  # type: ignore[no-untyped-def]  # PEFT's config
-    if adapter.use_dora or adapter.modules_to_save or adapter.bias != "none":
-        raise UserError(
-            f"{folder}: llama.cpp applies plain LoRA alone, and this adapter is more (DoRA, biases or whole modules): "
-            "export the merged model, --format gguf."
-        )
-    if adapter.rank_pattern or adapter.alpha_pattern:
-        raise UserError(
-            f"{folder}: its ranks differ from layer to layer, which one alpha cannot say: export the merged model, "
-            "--format gguf."
-        )
 
 
 def _require_base(config, matrices, folder: Path) -> None:  # type: ignore[no-untyped-def]  # a family's config
