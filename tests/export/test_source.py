@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from fettle.adapters.facts import AdapterFacts, write_facts
 from fettle.adapters.load import load
 from fettle.errors import UserError
-from fettle.export.gguf import export_adapter_gguf
+from fettle.export.gguf import export_adapter_gguf, export_gguf, verify
 from fettle.export.source import open_source
 from fettle.models.checkpoint import fingerprint
 from fettle.models.load import load_model, load_tokenizer
@@ -84,6 +84,18 @@ def test_an_adapted_head_that_is_the_embedding_is_refused(gguf_pair: Any, tmp_pa
     save_file({name: each for name, each in load_file(file).items() if ".lora_" in name}, file)
     with pytest.raises(UserError, match="'lm_head', whose weights are the embedding's"):
         open_source(tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Model (has|with) .tie_word_embeddings", "ignore:Input and output embeddings"
+)
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_head_trained_beside_a_tied_embedding_is_in_the_gguf_file(module, gguf_pair, tmp_path) -> None:
+    base = tied(gguf_pair.folder, tmp_path / "base")
+    save_adapter(base, tmp_path / "adapter", r=2, target_modules=["o_proj"], modules_to_save=[module])
+    export_gguf(tmp_path / "adapter", tmp_path / "m.gguf", quantizations=["f32"])
+    model, tokenizer = load(tmp_path / "adapter", device="cpu")
+    assert verify(tmp_path / "m.gguf", model, tokenizer, texts=["one"]).kl < 1e-5
 
 
 def test_a_plain_model_is_itself(small_model: Path) -> None:

@@ -75,7 +75,9 @@ def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -
         require_trained_on(facts, folder, base)
         write_down_context(source.config, facts.context_tokens)
     shapes = {name: place.header.shape for name, place in read_places(folder / ADAPTER_WEIGHTS).items()}
-    if not is_plain_lora(read_adapter(folder), shapes):
+    if not is_plain_lora(adapter := read_adapter(folder), shapes):
+        if {HEAD, "embed_tokens"} & set(adapter.modules_to_save or ()) and not adapter.ensure_weight_tying:
+            source.config.tie_word_embeddings = False  # trained apart from each other
         source.tensors = lambda: _whole(folder)
         return
     with torch.device("meta"):
