@@ -27,7 +27,7 @@ from fettle.models.save import save_model, save_tokenizer
 
 PairOf = Callable[[str], Any]
 
-OLD_SPELLINGS = ("torch_dtype", "rope_theta", "rope_scaling")
+OLD_SPELLINGS = ("torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor")
 """Written beside the new ones, for readers of before transformers 5."""
 
 
@@ -93,7 +93,8 @@ def test_both_write_the_same_config(pair: Any, tokenizer: Any, tmp_path: Path) -
     save_model(pair.ours, tokenizer, tmp_path / "ours")
     for file in ("config.json", "generation_config.json"):
         stock, ours = (json.loads((tmp_path / name / file).read_text()) for name in ("stock", "ours"))
-        assert {name: value for name, value in ours.items() if name not in OLD_SPELLINGS} == stock
+        new = ({name: each[name] for name in each if name not in OLD_SPELLINGS} for each in (stock, ours))
+        assert next(new) == next(new)
     read = [AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("stock", "ours")]
     stock, ours = (each["rope_parameters"] for each in read)
     assert stock == {name: value for name, value in ours.items() if name in stock}
@@ -107,6 +108,31 @@ def test_older_readers_find_what_they_know(pair_of: PairOf, tokenizer: Any, tmp_
     assert config["rope_theta"] == new["rope_theta"] and config["torch_dtype"] == config["dtype"]
     assert config["rope_scaling"]["factor"] == new["factor"]
     assert config["rope_scaling"]["type"] == config["rope_scaling"]["rope_type"] == "llama3"
+
+
+@pytest.mark.parametrize("variant", ["phi3-longrope", "phi3-partial-rotary"])
+def test_older_readers_of_phi3_take_what_they_find(
+    variant: str, pair_of: PairOf, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Before transformers 5 a rope_scaling of other than three entries was refused."""
+    save_model(pair_of(variant).ours, tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    new = config["rope_parameters"]
+    assert config.get("partial_rotary_factor", 1.0) == new.get("partial_rotary_factor", 1.0)
+    if variant == "phi3-longrope":
+        assert config["original_max_position_embeddings"] == new["original_max_position_embeddings"] == 16
+        assert set(config["rope_scaling"]) == {"type", "short_factor", "long_factor"}
+    else:
+        assert config["rope_scaling"] is None and config["partial_rotary_factor"] == 0.5
+
+
+def test_a_factor_that_older_readers_cannot_be_told_is_kept(
+    pair_of: PairOf, tokenizer: Any, tmp_path: Path
+) -> None:
+    ours = pair_of("phi3-longrope").ours
+    ours.config.rope_parameters["attention_factor"] = 1.5
+    save_model(ours, tokenizer, tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters["attention_factor"] == 1.5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,14 +27,28 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def _add_old_spellings(file: Path) -> None:
     """Say dtype and rope as releases before transformers 5 read them, and vLLM's of that time, beside the new way."""
     config = json.loads(file.read_text(encoding="utf-8"))
-    rope = dict(config.get("rope_parameters") or {})
     if "dtype" in config:
         config["torch_dtype"] = config["dtype"]
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope.pop("rope_theta")
-        kind = rope.get("rope_type", "default")
-        config["rope_scaling"] = None if kind == "default" else rope | {"type": kind}
+    if "rope_theta" in (rope := config.get("rope_parameters") or {}):
+        config |= _old_rope(rope)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _old_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Where `rope` stood in config.json before transformers 5."""
+    kind = rope.get("rope_type", "default")
+    names = "rope_theta", "partial_rotary_factor"
+    outside: dict[str, Any] = {name: rope[name] for name in names if name in rope}
+    if kind == "default":
+        return outside | {"rope_scaling": None}
+    scaling = {name: value for name, value in rope.items() if name not in outside} | {"type": kind}
+    if kind != "longrope":
+        return outside | {"rope_scaling": scaling}
+    original = scaling.pop("original_max_position_embeddings", None)
+    outside |= {} if original is None else {"original_max_position_embeddings": original}
+    del scaling["rope_type"]
+    # three entries and no more; newer readers heed it before rope_parameters, so nothing may be lost by it
+    return outside | ({"rope_scaling": scaling} if len(scaling) == 3 else {})
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
