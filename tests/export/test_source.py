@@ -107,15 +107,29 @@ def test_a_plain_model_is_itself(small_model: Path) -> None:
     assert source.name == small_model.name and source.stop_ids
 
 
-def test_nf4_is_unpacked(small_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_nf4_is_unpacked(is_sharded: bool, small_model: Path, tmp_path: Path) -> None:
+    """A matrix and its scales may lie in different files."""
     model = load_model(small_model, quantization="nf4")
-    save_nf4(model, load_tokenizer(small_model), tmp_path / "nf4")
+    save_nf4(model, load_tokenizer(small_model), folder := tmp_path / "nf4")
+    if is_sharded:
+        reshard(folder)
     dequantize_linears(model)
     expected = model.state_dict()
-    found = dict(open_source(tmp_path / "nf4").tensors())
+    found = dict(open_source(folder).tensors())
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         assert torch.equal(tensor.float(), expected[name].float()), name
+
+
+def reshard(folder: Path) -> None:
+    """Deal the tensors out to two files, one after the other."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
 def test_an_adapter_trained_on_nf4_is_merged_onto_those_weights(small_model: Path, tmp_path: Path) -> None:

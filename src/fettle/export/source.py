@@ -26,10 +26,10 @@ from fettle.export.merge import merge, write_down_context
 from fettle.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, inspect, is_adapter, locate
 from fettle.models.decoder import causal_lm_class
 from fettle.models.load import load_tokenizer, read_config, require_complete, stored_dtype
+from fettle.models.quantized import StoredTensors
 from fettle.models.safetensors_header import read_places
 from fettle.ops.nf4 import nf4_dequantize, nf4_quantize
 from fettle.quantization.layers import HEAD, dequantize_linears
-from fettle.quantization.nf4 import STATE_KEY, from_tensors
 
 Update = Callable[[torch.Tensor], torch.Tensor]
 """What merging makes of a matrix."""
@@ -60,7 +60,7 @@ def open_source(name: str | Path) -> Source:
         name=folder.resolve().name,
         config=config,
         tokenizer=tokenizer,
-        tensors=lambda: _stored(checkpoint),
+        tensors=lambda: _from_checkpoint(checkpoint),
         stop_ids=_stop_ids(base, tokenizer),
     )
     if folder is not base:
@@ -94,7 +94,7 @@ def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
         updates = _updates(folder)
         dtype = stored_dtype(checkpoint)
-        for name, tensor in _stored(checkpoint):
+        for name, tensor in _from_checkpoint(checkpoint):
             if is_nf4 and name in matrices:
                 tensor = nf4_dequantize(nf4_quantize(tensor.to(dtype)))
             yield name, updates[name](tensor) if name in updates else tensor
@@ -135,27 +135,20 @@ def _updates(folder: Path) -> dict[str, Update]:
                 f"{folder}: the adapter holds numbers that are none (NaN or infinite): its training went astray; "
                 "train again with a lower --learning-rate."
             )
+        # in place: what a checkpoint gives is a copy of its own
         return lambda weight: weight.float().addmm_(b.float(), a.float(), alpha=scale)
 
     return {name: update(a, b) for name, a, b in adapter_matrices(folder)}
 
 
-def _stored(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """The checkpoint's own tensors, mapped; NF4 matrices unpacked."""
-    for path in checkpoint.weight_files:
-        with safe_open(str(path), framework="pt") as file:
-            names = sorted(file.keys())
-            packed = {name.removesuffix(f".{STATE_KEY}") for name in names if name.endswith(STATE_KEY)}
-            for name in names:
-                owner, _, leaf = name.rpartition(".weight")
-                if name.endswith("rotary_emb.inv_freq") or (owner in packed and leaf):
-                    continue  # computed, not stored; a part of the matrix below
-                if owner in packed:
-                    parts = [each for each in names if each.startswith(name)]
-                    tensors = {each.removeprefix(f"{owner}."): file.get_tensor(each) for each in parts}
-                    yield name, nf4_dequantize(from_tensors(tensors, f"{path}: '{name}'"))
-                else:
-                    yield name, file.get_tensor(name)
+def _from_checkpoint(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    """The checkpoint's own tensors; NF4 matrices unpacked."""
+    stored = StoredTensors(checkpoint, torch.device("cpu"))
+    for name in stored.places:
+        layer, _, part = name.rpartition(".weight")
+        if name.endswith("rotary_emb.inv_freq") or (part and stored.is_nf4(layer)):
+            continue  # computed, not stored; a part of the matrix below
+        yield name, nf4_dequantize(stored.nf4(layer)[0]) if stored.is_nf4(layer) else stored.read(name)
 
 
 def _whole(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -21,7 +21,7 @@ from fettle.models.outer_embedding import OuterEmbedding
 from fettle.models.rope import DecoderRotaryEmbedding
 from fettle.models.safetensors_header import Place, read_places
 from fettle.models.save import save_model
-from fettle.ops.nf4 import nf4_quantize
+from fettle.ops.nf4 import Nf4, nf4_quantize
 from fettle.quantization.nf4 import STATE_KEY, Nf4Linear, from_tensors
 
 _DTYPES = {
@@ -48,7 +48,7 @@ def load_nf4(
     with torch.device("meta"):
         model = causal_lm_class(config.model_type)(config).to(dtype)
     model.model.rotary_emb = DecoderRotaryEmbedding(config).to(device)  # computed, not stored
-    stored = _Stored(checkpoint, device)
+    stored = StoredTensors(checkpoint, device)
     if device.type == "cpu" and not config.tie_word_embeddings:
         _map_embedding(model, stored, dtype)
     with exact_memory():
@@ -80,8 +80,8 @@ def save_nf4(model: DecoderForCausalLM, tokenizer: PreTrainedTokenizerBase, fold
     save_model(model, tokenizer, folder)
 
 
-class _Stored:
-    """The tensors of a checkpoint, read one at a time."""
+class StoredTensors:
+    """The tensors of a checkpoint, read one at a time, each into memory of its own."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         self.files = checkpoint.tensor_files
@@ -106,8 +106,18 @@ class _Stored:
                 done += stream.readinto(content[done:].numpy())  # type: ignore[arg-type]
         return content.view(dtype).view(place.header.shape).to(self.device)
 
+    def is_nf4(self, layer: str) -> bool:
+        """Whether the matrix of a linear layer is stored in NF4."""
+        return f"{layer}.{STATE_KEY}" in self.places
 
-def _map_embedding(model: DecoderForCausalLM, stored: _Stored, dtype: torch.dtype) -> None:
+    def nf4(self, layer: str) -> tuple[Nf4, str]:
+        """The matrix of a layer stored in NF4, its parts in whichever files, and where it was found, for people."""
+        names = [each for each in self.places if each.startswith(f"{layer}.weight")]
+        where = f"{self.files[names[0]]}: '{layer}.weight'"
+        return from_tensors({each.removeprefix(f"{layer}."): self.read(each) for each in names}, where), where
+
+
+def _map_embedding(model: DecoderForCausalLM, stored: StoredTensors, dtype: torch.dtype) -> None:
     """Leave the token table in its file, where it has the model's dtype there and lies as the processor reads it."""
     name = "model.embed_tokens.weight"
     place = stored.places[name]
@@ -122,9 +132,9 @@ def _becomes_nf4(layer: str, checkpoint: Checkpoint) -> bool:
     return not is_nf4(checkpoint) or f"{layer}.{STATE_KEY}" in checkpoint.tensors
 
 
-def _nf4_layer(name: str, linear: nn.Linear, stored: _Stored, dtype: torch.dtype) -> Nf4Linear:
+def _nf4_layer(name: str, linear: nn.Linear, stored: StoredTensors, dtype: torch.dtype) -> Nf4Linear:
     bias = None if linear.bias is None else stored.read(f"{name}.bias").to(dtype)
-    if f"{name}.{STATE_KEY}" not in stored.places:
+    if not stored.is_nf4(name):
         nf4 = nf4_quantize(stored.read(f"{name}.weight").to(dtype))
         if not math.isfinite(nf4.offset):
             raise UserError(
@@ -132,10 +142,7 @@ def _nf4_layer(name: str, linear: nn.Linear, stored: _Stored, dtype: torch.dtype
                 "fetch the checkpoint again."
             )
         return Nf4Linear(nf4, bias)
-    names = [each for each in stored.places if each.startswith(f"{name}.weight")]
-    tensors = {each.removeprefix(f"{name}."): stored.read(each) for each in names}
-    where = f"{stored.files[names[0]]}: '{name}.weight'"
-    nf4 = from_tensors(tensors, where)
+    nf4, where = stored.nf4(name)
     if nf4.shape != linear.weight.shape:
         raise UserError(
             f"{where} has shape {tuple(nf4.shape)}, and config.json asks for {tuple(linear.weight.shape)}; "
