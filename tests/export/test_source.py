@@ -20,6 +20,7 @@ from fettle.models.load import load_model, load_tokenizer
 from fettle.models.quantized import save_nf4
 from fettle.models.save import save_model
 from fettle.quantization.layers import dequantize_linears
+from fettle.quantization.nf4 import Nf4Linear, dense_weight
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"r": 4, "lora_alpha": 6},
@@ -132,9 +133,24 @@ def reshard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
 
 
-def test_an_adapter_trained_on_nf4_is_merged_onto_those_weights(small_model: Path, tmp_path: Path) -> None:
-    save_adapter(small_model, tmp_path / "adapter", r=4, lora_alpha=6)
-    facts = AdapterFacts(base_fingerprint=fingerprint(small_model), quantization="nf4")
+def plain_layer(layer: Nf4Linear) -> torch.nn.Linear:
+    dense = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+    dense.weight.data = dense_weight(layer) * 1.01
+    return dense
+
+
+@pytest.mark.parametrize("is_stored_so", [False, True])
+def test_an_adapter_trained_on_nf4_is_merged_onto_those_weights(is_stored_so, small_model, tmp_path) -> None:
+    save_adapter(base := small_model, tmp_path / "adapter", r=4, lora_alpha=6)
+    if is_stored_so:
+        base = tmp_path / "nf4"
+        model = load_model(small_model, quantization="nf4")
+        down = model.model.layers[0].mlp.down_proj  # one that a checkpoint keeps dense
+        model.set_submodule("model.layers.0.mlp.down_proj", plain_layer(down))
+        save_nf4(model, load_tokenizer(small_model), base)
+        file = tmp_path / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
+    facts = AdapterFacts(base_fingerprint=fingerprint(base), quantization="nf4")
     write_facts(tmp_path / "adapter", facts)
     model, _ = load(tmp_path / "adapter", device="cpu")
     dequantize_linears(model)

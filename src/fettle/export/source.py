@@ -1,8 +1,9 @@
 """A model as a stream of its tensors: an adapter merged in, NF4 unpacked, one tensor in memory at a time.
 
 Merging onto a stored matrix is W + scale * B A in fp32. An adapter trained on weights in NF4 is merged onto those
-weights, as NF4 holds them. What is more than plain LoRA (DoRA, ranks by layer, biases, embeddings, modules, PiSSA)
-goes through PEFT's own merge, which needs the whole model in memory.
+weights, as NF4 holds them: a checkpoint's own codes, or those that quantising a plain one gives. What is more than
+plain LoRA (DoRA, ranks by layer, biases, embeddings, modules, PiSSA) goes through PEFT's own merge, which needs the
+whole model in memory.
 """
 
 import math
@@ -26,7 +27,7 @@ from fettle.export.merge import merge, write_down_context
 from fettle.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, inspect, is_adapter, locate
 from fettle.models.decoder import causal_lm_class
 from fettle.models.load import load_tokenizer, read_config, require_complete, stored_dtype
-from fettle.models.quantized import StoredTensors
+from fettle.models.quantized import StoredTensors, is_nf4
 from fettle.models.safetensors_header import read_places
 from fettle.ops.nf4 import nf4_dequantize, nf4_quantize
 from fettle.quantization.layers import HEAD, dequantize_linears
@@ -84,7 +85,7 @@ def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -
         model = causal_lm_class(source.config.model_type)(source.config)
     require_fit(model, shapes, folder)
     _require_own_matrices(source.config, shapes, folder)
-    is_nf4 = facts is not None and facts.quantization == "nf4"
+    has_to_be_nf4 = facts is not None and facts.quantization == "nf4" and not is_nf4(checkpoint)
     matrices = {
         f"{name}.weight"
         for name, each in model.named_modules()
@@ -95,7 +96,7 @@ def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -
         updates = _updates(folder)
         dtype = stored_dtype(checkpoint)
         for name, tensor in _from_checkpoint(checkpoint):
-            if is_nf4 and name in matrices:
+            if has_to_be_nf4 and name in matrices:
                 tensor = nf4_dequantize(nf4_quantize(tensor.to(dtype)))
             yield name, updates[name](tensor) if name in updates else tensor
 
