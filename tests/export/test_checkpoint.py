@@ -94,8 +94,13 @@ def test_the_folder_has_everything_a_full_model_needs(trained, small_model, tmp_
     ]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["Phi3ForCausalLM"] and "auto_map" not in config
-    generation = GenerationConfig.from_pretrained(tmp_path / "out")
-    assert generation.eos_token_id == GenerationConfig.from_pretrained(small_model).eos_token_id
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    stops = [
+        tokenizer.eos_token_id,
+        tokenizer.convert_tokens_to_ids("<|end|>"),
+    ]  # the base's own names the first
+    assert GenerationConfig.from_pretrained(small_model).eos_token_id == stops[0]
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == stops
 
 
 def test_a_full_model_is_copied_bit_for_bit(small_model, tmp_path):

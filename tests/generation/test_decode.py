@@ -75,7 +75,7 @@ def test_an_answer_ends_at_the_end_of_turn_even_where_the_checkpoint_forgot_it(l
     """The small model's generation_config.json names <|endoftext|> alone; its template ends turns with <|end|>."""
     model, tokenizer = loaded
     end = tokenizer.convert_tokens_to_ids("<|end|>")
-    assert stop_ids(model, tokenizer) == [tokenizer.eos_token_id, end]
+    assert stop_ids(model.generation_config.eos_token_id, tokenizer) == [tokenizer.eos_token_id, end]
     forced = torch.full((1, 1, model.config.vocab_size), -1e4)
     forced[..., end] = 1e4
     hook = model.lm_head.register_forward_hook(lambda *_: forced)

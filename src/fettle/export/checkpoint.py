@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from fettle.adapters.load import base_of, load
 from fettle.export.merge import merge, write_down_context
 from fettle.files import require_free_space, require_new_folder, write_aside
+from fettle.generation.decode import stop_ids
 from fettle.models.checkpoint import inspect, is_adapter, locate
 from fettle.models.decoder import DecoderForCausalLM
 from fettle.models.load import Dtype
@@ -57,4 +58,6 @@ def merged_model(
     dequantize_linears(model)  # an adapter trained on quantised weights is merged onto those, as they are
     full = merge(model, tokenizer) if isinstance(model, PeftModel) else model
     write_down_context(full.config, full.model.rotary_emb.context_tokens)
+    generation = full.generation_config  # others stop at what it names, and at nothing else
+    generation.eos_token_id = stop_ids(generation.eos_token_id, tokenizer) or None
     return full, tokenizer

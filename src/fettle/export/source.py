@@ -24,6 +24,7 @@ from fettle.adapters.lora import is_plain_lora, require_fit
 from fettle.adapters.lora import read_config as read_adapter
 from fettle.errors import UserError
 from fettle.export.merge import merge, write_down_context
+from fettle.generation.decode import stop_ids
 from fettle.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, inspect, is_adapter, locate
 from fettle.models.decoder import causal_lm_class
 from fettle.models.load import load_tokenizer, read_config, require_complete, stored_dtype
@@ -62,7 +63,7 @@ def open_source(name: str | Path) -> Source:
         config=config,
         tokenizer=tokenizer,
         tensors=lambda: _from_checkpoint(checkpoint),
-        stop_ids=_stop_ids(base, tokenizer),
+        stop_ids=stop_ids(_named_stops(base), tokenizer),
     )
     if folder is not base:
         _adapted(source, folder, base, checkpoint)
@@ -160,9 +161,7 @@ def _whole(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     yield from full.state_dict().items()
 
 
-def _stop_ids(base: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends an answer, by the base's generation config."""
-    found: Any = tokenizer.eos_token_id
-    if (base / "generation_config.json").exists():
-        found = GenerationConfig.from_pretrained(str(base)).eos_token_id or found
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+def _named_stops(folder: Path) -> Any:
+    """The ids at which an answer ends by the folder's generation config; None where it says nothing."""
+    has_config = (folder / "generation_config.json").exists()
+    return GenerationConfig.from_pretrained(str(folder)).eos_token_id if has_config else None

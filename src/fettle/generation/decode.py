@@ -200,7 +200,7 @@ def _arguments(
     arguments: dict[str, Any] = {
         "max_new_tokens": _room(model, inputs["input_ids"].shape[1], sampling),
         "do_sample": sampling.temperature > 0,
-        "eos_token_id": stop_ids(model, tokenizer),
+        "eos_token_id": stop_ids(model.generation_config.eos_token_id, tokenizer),
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         "use_cache": True,
     }
@@ -214,9 +214,8 @@ def _seed(sampling: Sampling) -> None:
         torch.manual_seed(sampling.seed)
 
 
-def stop_ids(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens at which the model has finished: its generation config's, and the template's end of turn."""
-    named = model.generation_config.eos_token_id
+def stop_ids(named: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens at which a model has finished: those its generation config names, and the template's end of turn."""
     stops = [] if named is None else [named] if isinstance(named, int) else list(named)
     ends = [tokenizer.eos_token, end_of_turn(tokenizer) if tokenizer.chat_template else None]
     stops += [tokenizer.convert_tokens_to_ids(token) for token in ends if token is not None]

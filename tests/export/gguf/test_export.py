@@ -25,7 +25,8 @@ def test_a_run_becomes_files_that_say_what_it_says(cli, trained: Path, tmp_path:
     files = [tmp_path / "m-f16.gguf", tmp_path / "m-q8_0.gguf"]
     assert ended.out.splitlines()[-2:] == [str(file) for file in files]
     assert "in llama.cpp" in ended.out and "16 of 16" in ended.out
-    assert (tmp_path / "m-f16.Modelfile").read_text().startswith("FROM ./m-f16.gguf")
+    modelfile = (tmp_path / "m-f16.Modelfile").read_text()
+    assert modelfile.startswith("FROM ./m-f16.gguf") and 'PARAMETER stop "<|end|>"' in modelfile
     model, tokenizer = load(trained, dtype="float32")
     with torch.no_grad():
         expected = merge(model, tokenizer)(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
