@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from fettle.export.compressed import in_fp8
 from fettle.models.decoder import causal_lm_class
 from fettle.models.load import load_model, load_tokenizer
 from fettle.models.save import save_model
@@ -46,6 +47,18 @@ def test_stock_transformers_opens_it(cli, wide_model, chats, tmp_path, layout, b
     if layout == "w4a16":
         assert "down_proj keeps its type: its 192 inputs are no multiple of 128" in ended.out
         assert "model.layers.0.mlp.down_proj" in config["ignore"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_row_of_zeros_stays_zero_in_fp8(dtype) -> None:
+    linear = torch.nn.Linear(16, 4, bias=False, dtype=dtype)
+    linear.weight.data[1] = 0
+    stored = in_fp8(linear)
+    assert (
+        (linear.weight[1] == 0).all()
+        and linear.weight.isfinite().all()
+        and (stored["weight_scale"] > 0).all()
+    )
 
 
 def test_four_bits_need_rows(cli, wide_model, tmp_path) -> None:

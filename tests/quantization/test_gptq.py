@@ -35,6 +35,15 @@ def test_inputs_that_are_always_zero_do_no_harm(problem) -> None:
     assert gptq(weight, x.T @ x, torch.bfloat16).dense().isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_group_of_zeros_stays_zero(problem, dtype) -> None:
+    """1e-10 is nothing in fp16, and a scale of nothing makes NaN."""
+    weight, x = problem
+    weight[:, :GROUP] = 0
+    found = gptq(weight.to(dtype), x.T @ x, dtype).dense()
+    assert (found[:, :GROUP] == 0).all() and found.isfinite().all()
+
+
 def test_codes_survive_packing(problem) -> None:
     codes = gptq(problem[0], None, torch.float32).codes
     assert torch.equal(unpack_from_int32(pack_to_int32(codes, 4), 4, codes.shape), codes)

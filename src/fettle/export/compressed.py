@@ -50,7 +50,7 @@ def export_compressed(
     before = None if known is None else mean_loss(model, known.held_out)
     left_out = [HEAD]
     if layout == "fp8":
-        stored = {each: _in_fp8(model.get_submodule(each)) for each in _linear(model)}
+        stored = {each: in_fp8(model.get_submodule(each)) for each in _linear(model)}
     else:
         assert known is not None
         stored, narrow = _in_four_bits(model, known.calibration, report)
@@ -77,13 +77,12 @@ def _linear(model: DecoderForCausalLM) -> list[str]:
 
 
 @torch.no_grad()
-def _in_fp8(linear: nn.Module) -> Stored:
+def in_fp8(linear: nn.Module) -> Stored:
     """Rounded, and left in the model as what it now stands for."""
     weight = linear.weight.data
     assert isinstance(weight, torch.Tensor)
-    scale = (
-        (weight.float().abs().amax(1, keepdim=True) / torch.finfo(FP8).max).clamp(min=1e-12).to(weight.dtype)
-    )
+    largest = weight.float().abs().amax(1, keepdim=True)
+    scale = (largest / torch.finfo(FP8).max).to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)
     codes = (weight.float() / scale.float()).clamp(-torch.finfo(FP8).max, torch.finfo(FP8).max).to(FP8)
     weight.copy_(codes.float() * scale.float())
     return {"weight": codes, "weight_scale": scale}

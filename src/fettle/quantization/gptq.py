@@ -44,7 +44,7 @@ def gptq(weight: torch.Tensor, curvature: torch.Tensor | None, scale_dtype: torc
     factor = None if curvature is None else _factor(curvature)
     for start in range(0, weight.shape[1], GROUP):
         group = slice(start, start + GROUP)
-        scale = (left[:, group].abs().amax(1) / 7.5).clamp(min=1e-10).to(scale_dtype)
+        scale = (left[:, group].abs().amax(1) / 7.5).to(scale_dtype).clamp(min=torch.finfo(scale_dtype).tiny)
         scales.append(scale)
         if factor is None:
             codes[:, group] = _round(left[:, group], scale[:, None])
