@@ -81,6 +81,42 @@ def test_an_interrupted_export_leaves_no_file(small_model: Path, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+def write_importance(file: Path, entries: dict[str, tuple[np.ndarray, float]]) -> None:
+    """As llama-imatrix does; entries: the sums of a tensor's squared inputs, and how many there were."""
+    writer = GGUFWriter(file, "imatrix")
+    for name, (sums, count) in entries.items():
+        writer.add_tensor(f"{name}.in_sum2", sums[None])
+        writer.add_tensor(f"{name}.counts", np.array([[count]], dtype=np.float32))
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file"):
+        getattr(writer, step)()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "message"),
+    [
+        (
+            "blk.0.ffn_down.weight",
+            7,
+            "7 importances for blk.0.ffn_down.weight, and this model has 64 columns there",
+        ),
+        (
+            "blk.9.ffn_down.weight",
+            64,
+            "64 importances for blk.9.ffn_down.weight, and this model has no such tensor",
+        ),
+    ],
+)
+def test_another_models_importance_matrix_is_refused(
+    cli, small_model, tmp_path, name, columns, message
+) -> None:
+    write_importance(tmp_path / "i.gguf", {name: (np.ones(columns, dtype=np.float32), 1.0)})
+    words = ("export", "--model", small_model, "--format", "gguf", "--to", tmp_path / "m.gguf")
+    ended = cli(*words, "--importance-matrix", tmp_path / "i.gguf")
+    assert ended.code == 2 and message in ended.err
+    assert not (tmp_path / "m.gguf").exists()
+
+
 def test_an_importance_matrix_is_heeded(small_model: Path, tmp_path: Path) -> None:
     """Read as llama-imatrix writes it, and passed on to the quantiser."""
     export_gguf(small_model, tmp_path / "plain.gguf", quantizations=["q4_0"])
@@ -88,13 +124,13 @@ def test_an_importance_matrix_is_heeded(small_model: Path, tmp_path: Path) -> No
     name = "blk.0.ffn_down.weight"
     columns = int(tensors[name].shape[0])
     sums = np.linspace(1, 100, columns, dtype=np.float32)
-    writer = GGUFWriter(tmp_path / "importance.gguf", "imatrix")
-    writer.add_tensor(f"{name}.in_sum2", sums[None])
-    writer.add_tensor(f"{name}.counts", np.array([[4.0]], dtype=np.float32))
-    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file"):
-        getattr(writer, step)()
-    writer.close()
-    assert np.allclose(read_importance(tmp_path / "importance.gguf")[name], sums / 4)
+    write_importance(
+        tmp_path / "importance.gguf", {name: (sums, 4.0), "blk.1.ffn_down.weight": (0 * sums, 0.0)}
+    )
+    found = read_importance(
+        tmp_path / "importance.gguf", {f"blk.{n}.ffn_down.weight": (1, columns) for n in (0, 1)}
+    )
+    assert np.allclose(found[name], sums / 4) and (found["blk.1.ffn_down.weight"] == 1).all()
     export_gguf(
         small_model,
         tmp_path / "weighed.gguf",

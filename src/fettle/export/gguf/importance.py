@@ -1,5 +1,6 @@
 """llama.cpp's importance matrix: how much an error in each input column of a matrix counts."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,22 +9,41 @@ from gguf import GGUFReader
 from fettle.errors import UserError, reason_of
 from fettle.export.gguf.write import Importance
 
+SUMS, COUNTS = ".in_sum2", ".counts"
 
-def read_importance(path: Path) -> Importance:
-    """Mean squared input of each column, by GGUF tensor name, from a file of llama-imatrix. UserError for another."""
+
+def read_importance(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Importance:
+    """Mean squared input of each column, by GGUF tensor name, from a file of llama-imatrix.
+
+    shapes: the model's, by GGUF tensor name. Raises UserError for another file, or one made for another model.
+    """
+    if not (found := _means(path)):
+        raise UserError(f"{path}: no importances in it; expected llama-imatrix's .gguf.")
+    for name, means in found.items():
+        width = shapes[name][-1] if name in shapes else None
+        if len(means) != width:
+            expected = "no such tensor" if width is None else f"{width} columns there"
+            raise UserError(
+                f"{path}: made for another model: it has {len(means)} importances for {name}, and this model has "
+                f"{expected}; run llama-imatrix on this one."
+            )
+    return found
+
+
+def _means(path: Path) -> dict[str, np.ndarray]:
+    """As the file has them; ones where it counted nothing, as llama.cpp takes them."""
     try:
         tensors = {
-            each.name: np.array(each.data, dtype=np.float32).ravel() for each in GGUFReader(path).tensors
+            each.name: np.array(each.data, dtype=np.float32).ravel()
+            for each in GGUFReader(path).tensors
+            if each.name.endswith((SUMS, COUNTS))
         }
     except Exception as error:  # whatever the reader's parsing raises
         raise UserError(
             f"{path}: not a readable importance matrix ({reason_of(error)}); expected llama-imatrix's .gguf."
         ) from error
-    found = {}
-    for name, sums in tensors.items():
-        counts = tensors.get(name.replace(".in_sum2", ".counts"))
-        if name.endswith(".in_sum2") and counts is not None:
-            found[name.removesuffix(".in_sum2")] = sums / max(1.0, float(counts[0]))
-    if not found:
-        raise UserError(f"{path}: no importances in it; expected llama-imatrix's .gguf.")
-    return found
+    means = {}
+    for owner in (name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)):
+        sums, counts = tensors[owner + SUMS], tensors.get(owner + COUNTS, np.zeros(1))
+        means[owner] = sums / counts[0] if counts[0] > 0 else np.ones_like(sums)
+    return means

@@ -13,7 +13,7 @@ from fettle.errors import UserError
 from fettle.export.gguf.importance import read_importance
 from fettle.export.gguf.proof import print_proof
 from fettle.export.gguf.types import quantization_of
-from fettle.export.gguf.write import Progress, write_gguf
+from fettle.export.gguf.write import Progress, shapes_of, write_gguf
 from fettle.export.ollama import modelfile
 from fettle.export.source import open_source
 from fettle.files import human_bytes, write_aside
@@ -44,7 +44,7 @@ def export_gguf(
         if place.exists() and not overwrite:
             raise UserError(f"{place} is already there: name another file, or give --overwrite.")
     source = open_source(name)
-    weights = {} if importance is None else read_importance(importance)
+    weights = {} if importance is None else read_importance(importance, shapes_of(source.config))
     with _progress(console, f"writing {', '.join(files)}") as progress:
         write_gguf(
             source.tensors(), source.config, source.tokenizer, files,

@@ -77,7 +77,7 @@ def write_gguf(
     Raises UserError for an unknown quantization, a file already there, too little disk, a model or tokenizer that
     GGUF cannot express, or missing tensors; no file is then left under its final name.
     """
-    shapes = _shapes(config)
+    shapes = shapes_of(config)
     plans = {
         Path(path): _plan(shapes, config, quantization_of(kind), importance or {})
         for kind, path in files.items()
@@ -94,7 +94,7 @@ def write_gguf(
         _write_tensors(tensors, config, shapes, outputs, importance or {}, progress)
 
 
-def _shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+def shapes_of(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor of the file, by its GGUF name."""
     with torch.device("meta"):
         model = causal_lm_class(config.model_type)(config)
