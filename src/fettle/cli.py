@@ -120,7 +120,7 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace a .gguf file that is there")
     _add_dtype(command)
     command.add_argument(
-        "--push", metavar="OWNER/NAME", help="upload the result to the hub, with a model card"
+        "--push", metavar="OWNER/NAME", help="upload the result to the hub, private if new, with a model card"
     )
     command.add_argument("--data", help="rows of yours: w4a16 is calibrated on them, fp8 compared")
     gguf = command.add_argument_group("for --format gguf")

@@ -7,7 +7,8 @@ import huggingface_hub
 import pytest
 import yaml
 
-from fettle.export.hub import model_card
+from fettle.errors import UserError
+from fettle.export.hub import model_card, push
 
 
 class Hub:
@@ -15,19 +16,21 @@ class Hub:
 
     calls: list[tuple[str, dict[str, Any]]]
     fails: str | None = None
+    has_card = False
 
     def __getattr__(self, name: str):
-        def call(*_: Any, **options: Any) -> None:
+        def call(*_: Any, **options: Any) -> bool:
             Hub.calls.append((name, options))
             if name == Hub.fails:
                 raise OSError("no route")
+            return Hub.has_card
 
         return call
 
 
 @pytest.fixture(autouse=True)
 def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
-    Hub.calls, Hub.fails = [], None
+    Hub.calls, Hub.fails, Hub.has_card = [], None, False
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     return Hub
 
@@ -36,7 +39,9 @@ def test_a_folder_is_uploaded_with_its_card(cli, hub, trained: Path, tmp_path: P
     ended = cli("export", "--model", trained, "--to", tmp_path / "merged", "--push", "me/mine")
     assert ended.code == 0, ended.err
     assert "https://huggingface.co/me/mine" in ended.out
-    assert [name for name, _ in hub.calls] == ["whoami", "create_repo", "upload_folder", "upload_file"]
+    calls = ["whoami", "create_repo", "upload_folder", "file_exists", "upload_file"]
+    assert [name for name, _ in hub.calls] == calls
+    assert hub.calls[1][1]["private"] is True
     card = hub.calls[-1][1]["path_or_fileobj"].decode()
     head = yaml.safe_load(card.split("---")[1])
     assert head["library_name"] == "transformers" and "base_model" not in head  # a folder of this machine
@@ -63,5 +68,28 @@ def test_a_name_that_is_none(cli, trained, tmp_path, name) -> None:
     assert ended.code == 2 and "owner/name" in ended.err
 
 
-def test_a_files_card_says_how_to_run_it(trained: Path, tmp_path: Path) -> None:
-    assert "llama-server -hf me/mine" in model_card(str(trained), [tmp_path / "m.gguf"], "me/mine")
+def test_a_card_that_is_there_stays(cli, hub, trained, tmp_path) -> None:
+    hub.has_card = True
+    ended = cli("export", "--model", trained, "--to", tmp_path / "merged", "--push", "me/mine")
+    assert ended.code == 0 and "upload_file" not in [name for name, _ in hub.calls]
+
+
+def test_every_file_of_a_failed_upload_is_named(hub, trained, tmp_path) -> None:
+    hub.fails, files = "upload_file", [tmp_path / "a.gguf", tmp_path / "b.gguf"]
+    with pytest.raises(UserError) as error:
+        push(files, "me/mine", str(trained), "gguf")
+    assert all(f"`hf upload me/mine {file}`" in str(error.value) for file in files)
+
+
+@pytest.mark.parametrize(
+    ("form", "use"),
+    [("gguf", "llama-server -hf me/mine"), ("adapter-gguf", "llama-server -m BASE.gguf --lora m.gguf")],
+)
+def test_a_files_card_says_how_to_run_it(trained: Path, tmp_path: Path, form: str, use: str) -> None:
+    card = model_card(str(trained), [tmp_path / "m.gguf"], "me/mine", form)
+    assert use in card and "Fine-tuned and exported with fettle." in card
+
+
+def test_a_plain_model_is_not_called_fine_tuned(small_model: Path, tmp_path: Path) -> None:
+    card = model_card(str(small_model), [tmp_path], "me/mine", "safetensors")
+    assert "Exported with fettle." in card and "vllm serve me/mine" in card

@@ -30,57 +30,68 @@ def require_hub(name: str) -> None:
         ) from error
 
 
-def push(files: Sequence[Path], name: str, model: str) -> str:
-    """Upload what was exported to `name`, made if need be, and return its address. What is here stays.
+def push(files: Sequence[Path], name: str, model: str, form: str) -> str:
+    """Upload what was exported to `name`, made private if need be, and return its address. What is here stays.
 
-    files: one folder, or files of one folder. model: what was exported, for the card.
+    files: one folder, or files of one folder. model: what was exported, and form: its --format, for the card. A card
+    that is there already is its owner's, and stays.
     """
     from huggingface_hub import HfApi
 
-    api, card = HfApi(), model_card(model, files, name)
+    api, card = HfApi(), model_card(model, files, name, form)
     try:
-        api.create_repo(name, exist_ok=True)
+        api.create_repo(name, private=True, exist_ok=True)
         for file in files:
             if file.is_dir():
                 api.upload_folder(repo_id=name, folder_path=str(file))
             else:
                 api.upload_file(repo_id=name, path_or_fileobj=str(file), path_in_repo=file.name)
-        api.upload_file(repo_id=name, path_or_fileobj=card.encode(), path_in_repo=CARD)
+        if not api.file_exists(name, CARD):
+            api.upload_file(repo_id=name, path_or_fileobj=card.encode(), path_in_repo=CARD)
     except Exception as error:  # whatever the hub or the network says
+        again = " and ".join(f"`hf upload {name} {file}`" for file in files)
         raise UserError(
-            f"the upload to {name} failed ({reason_of(error)}); what was exported is in {files[0]}: push it again with "
-            f"`hf upload {name} {files[0]}`."
+            f"the upload to {name} failed ({reason_of(error)}); what was exported is here: push it again with {again}."
         ) from error
     return f"https://huggingface.co/{name}"
 
 
-def model_card(model: str, files: Sequence[Path], name: str) -> str:
+def model_card(model: str, files: Sequence[Path], name: str, form: str) -> str:
     """The card: YAML that the hub reads, then how to use it and how it was trained."""
     folder = locate(model)
-    base = read_adapter_config(folder)["base_model_name_or_path"] if is_adapter(folder) else None
-    is_file = not files[0].is_dir()
+    uses = {
+        "gguf": f"llama-server -hf {name}",
+        "adapter-gguf": f"llama-server -m BASE.gguf --lora {files[0].name}",
+    }
+    settings = _settings(folder)
+    origin = "Exported with fettle." if settings is None else "Fine-tuned and exported with fettle."
+    lines = ["---", yaml.safe_dump(_head(folder, form), sort_keys=False).strip(), "---", ""]
+    lines += [
+        f"# {name.partition('/')[2]}",
+        "",
+        origin,
+        "",
+        "```",
+        uses.get(form, f"vllm serve {name}"),
+        "```",
+    ]
+    if settings is not None:
+        lines += ["", "## How it was trained", "", "```yaml", settings, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _head(folder: Path, form: str) -> dict[str, Any]:
+    """What the hub files a model by."""
+    is_file = form in ("gguf", "adapter-gguf")
     head: dict[str, Any] = {
         "library_name": "gguf" if is_file else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["fettle", *(["gguf"] if is_file else [])],
     }
-    if (
-        base is not None and base.count("/") == 1 and not Path(base).exists()
-    ):  # a hub name, not somebody's folder
-        head["base_model"] = base
-    use = f"llama-server -hf {name}" if is_file else f"vllm serve {name}"
-    lines = [
-        "---",
-        yaml.safe_dump(head, sort_keys=False).strip(),
-        "---",
-        "",
-        f"# {name.partition('/')[2]}",
-        "",
-    ]
-    lines += ["Fine-tuned and exported with fettle.", "", "```", use, "```"]
-    if (settings := _settings(folder)) is not None:
-        lines += ["", "## How it was trained", "", "```yaml", settings, "```"]
-    return "\n".join(lines) + "\n"
+    base = read_adapter_config(folder)["base_model_name_or_path"] if is_adapter(folder) else None
+    if base is not None and base.count("/") == 1 and not Path(base).exists():
+        head["base_model"] = base  # a hub name, not somebody's folder
+    return head
 
 
 def _settings(folder: Path) -> str | None:

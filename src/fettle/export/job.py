@@ -51,7 +51,7 @@ def export(options: ExportOptions) -> list[Path]:
         return _write(options)
     require_hub(options.push)
     files = _write(options)
-    print(push(files, options.push, options.model))
+    print(push(files, options.push, options.model, options.format))
     return files
 
 
