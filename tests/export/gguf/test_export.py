@@ -1,5 +1,6 @@
 """`fettle export --format gguf` and adapter-gguf, from the command line to llama.cpp."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def test_an_interrupted_export_leaves_no_file(small_model: Path, tmp_path: Path,
     with pytest.raises(KeyboardInterrupt):
         export_gguf(small_model, tmp_path / "m.gguf", quantizations=["f16"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_window_that_llama_cpp_ignores_is_told(cli, small_model, tmp_path) -> None:
+    folder = shutil.copytree(small_model, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 100}))
+    words = ("export", "--format", "gguf", "--quantization", "f16", "--to", tmp_path / "m.gguf", "--model")
+    assert "sliding window: beyond 100 tokens" in cli(*words, folder).out
+    assert "sliding window" not in cli(*words, small_model, "--overwrite").out
 
 
 def write_importance(file: Path, entries: dict[str, tuple[np.ndarray, float]]) -> None:

@@ -6,6 +6,7 @@ from gguf import GGUFReader
 
 from fettle.errors import UserError
 from fettle.export.gguf import QUANTIZATIONS, write_gguf
+from fettle.export.gguf.metadata import ignored_window
 
 # Mean KL allowed, in nats. Measured over all cases: f32 at most 6e-7,
 # f16 1.2e-6, q8_0 5.6e-4, q4_k_m 4.6e-2.
@@ -100,6 +101,24 @@ def test_a_mistaken_name_is_refused(files, message, model_of, tokenizer, tmp_pat
     with pytest.raises(UserError, match=message):
         write_gguf(model.state_dict().items(), model.config, tokenizer, paths)
     assert (tmp_path / "there.gguf").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "expected"),
+    [
+        ("mistral", {"sliding_window": 64}, 64),
+        ("mistral", {"sliding_window": 128}, None),  # no shorter than the context
+        ("phi3", {"sliding_window": 64}, 64),
+        ("qwen2", {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]}, 64),
+        ("qwen2", {"sliding_window": 64, "layer_types": ["full_attention"] * 2}, None),
+        ("gemma2", {}, None),
+    ],
+)
+def test_a_window_that_llama_cpp_ignores_is_known(case, options, expected, model_of):
+    config = model_of(case).config
+    for name, value in options.items():
+        setattr(config, name, value)
+    assert ignored_window(config) == expected
 
 
 def test_what_gguf_cannot_say_is_refused(model_of, tokenizer, tmp_path):

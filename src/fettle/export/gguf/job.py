@@ -8,9 +8,11 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from transformers import PreTrainedConfig
 
 from fettle.errors import UserError
 from fettle.export.gguf.importance import read_importance
+from fettle.export.gguf.metadata import ignored_window
 from fettle.export.gguf.proof import print_proof
 from fettle.export.gguf.types import quantization_of
 from fettle.export.gguf.write import Progress, shapes_of, write_gguf
@@ -44,6 +46,7 @@ def export_gguf(
         if place.exists() and not overwrite:
             raise UserError(f"{place} is already there: name another file, or give --overwrite.")
     source = open_source(name)
+    _tell_of_window(source.config, console)
     weights = {} if importance is None else read_importance(importance, shapes_of(source.config))
     with _progress(console, f"writing {', '.join(files)}") as progress:
         write_gguf(
@@ -56,6 +59,15 @@ def export_gguf(
     if check:
         print_proof(name, source, files, console)
     return list(files.values())
+
+
+def _tell_of_window(config: PreTrainedConfig, console: Console) -> None:
+    """One line where llama.cpp leaves the model's sliding window out."""
+    if (window := ignored_window(config)) is not None:
+        line = (
+            f"llama.cpp does not heed this model's sliding window: beyond {window:,} tokens the file differs."
+        )
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def files_for(to: Path, quantizations: Sequence[str]) -> dict[str, Path]:

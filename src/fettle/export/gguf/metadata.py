@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from fettle.errors import UserError
-from fettle.models.families import head_dim_of, option
+from fettle.models.families import head_dim_of, option, sliding_window_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +31,8 @@ class GGUFFamily:
     has_interleaved_heads: bool = False
     """q and k are interleaved for llama.cpp's rotation."""
     has_norm_offset: bool = False
-    has_window: bool = False
-    """llama.cpp knows the family's sliding window."""
+    writes_window: bool = False
+    """The file names the family's sliding window. llama.cpp heeds Gemma 2's, and switches Phi-3's off."""
     figures: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
     """The family's own entries, under `{architecture}.`."""
 
@@ -106,7 +106,7 @@ def _gemma2_figures(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 GGUF_FAMILIES: dict[str, GGUFFamily] = {
-    "phi3": GGUFFamily(architecture="phi3", has_window=True, figures=_phi3_figures),
+    "phi3": GGUFFamily(architecture="phi3", writes_window=True, figures=_phi3_figures),
     "llama": GGUFFamily(architecture="llama", has_interleaved_heads=True, figures=_llama_figures),
     "mistral": GGUFFamily(architecture="llama", has_interleaved_heads=True, figures=_llama_figures),
     "qwen2": GGUFFamily(architecture="qwen2"),
@@ -115,7 +115,7 @@ GGUF_FAMILIES: dict[str, GGUFFamily] = {
         architecture="gemma2",
         names=SANDWICH_NORMS,
         has_norm_offset=True,
-        has_window=True,
+        writes_window=True,
         figures=_gemma2_figures,
     ),
 }
@@ -144,9 +144,18 @@ def figures_of(config: PreTrainedConfig) -> dict[str, Any]:
     }
     if getattr(config, "head_dim", None) is not None:
         figures |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
-    if family.has_window:
+    if family.writes_window:
         figures["attention.sliding_window"] = option(config, "sliding_window") or 0
     return figures | _scaling(config) | family.figures(config)
+
+
+def ignored_window(config: PreTrainedConfig) -> int | None:
+    """Return the sliding window, in tokens, that llama.cpp does not heed; None where that makes no difference."""
+    if config.model_type == "gemma2":
+        return None
+    windows = (sliding_window_of(config, layer) for layer in range(config.num_hidden_layers))
+    window = min((each for each in windows if each is not None), default=config.max_position_embeddings)
+    return window if window < config.max_position_embeddings else None
 
 
 def _scaling(config: PreTrainedConfig) -> dict[str, Any]:
