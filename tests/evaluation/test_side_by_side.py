@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fettle.data import read_rows, tokenize_rows
+from fettle.data import Example, read_rows, tokenize_rows
 from fettle.evaluation import scoring, speed
 from fettle.evaluation.side_by_side import compare
 from fettle.models.checkpoint import embedded_model
@@ -130,6 +130,16 @@ def test_the_command_prints_a_table_or_json(cli, gguf_pair, chats):
     facts = json.loads(cli(*words, "--json").out)
     assert facts["rows"] == 3 and facts["a"]["name"] == str(gguf_pair.folder)
     assert all(facts[side]["generated_tokens_per_second"] > 0 for side in "ab")
+
+
+def test_the_same_ids_trained_elsewhere_are_no_twins():
+    first, second = Example([1, 2, 3], [-100, 2, 3], ""), Example([1, 2, 3], [-100, -100, 3], "")
+    distributions = scoring.Distributions([first, second], vocab_size=5)
+    scores = scoring.Scores(top=[torch.tensor([2, 3]), torch.tensor([3])])
+    assert scoring.Gap(([first], scores, distributions), [second], 5).unequal == 1
+    gap = scoring.Gap(([first, second], scores, distributions), [first, second], 5)
+    assert gap.unequal == 0
+    gap.add(0, torch.randn(2, 5).log_softmax(-1))
 
 
 def test_texts_have_no_answers(small_model, tmp_path):

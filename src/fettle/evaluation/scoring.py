@@ -89,7 +89,7 @@ class Distributions:
 
 
 class Gap:
-    """How far a second model is from the first, on the examples that both cut into the same ids."""
+    """How far a second model is from the first, on the examples that both cut into the same ids, trained alike."""
 
     def __init__(
         self,
@@ -98,10 +98,10 @@ class Gap:
         vocab_size: int,
     ) -> None:
         firsts, self._scores, self._distributions = first
-        numbers = {tuple(example.input_ids): number for number, example in enumerate(firsts)}
-        self._twins = [numbers.get(tuple(example.input_ids)) for example in examples]
+        numbers = {_key(example): number for number, example in enumerate(firsts)}
+        self._twins = [numbers.get(_key(example)) for example in examples]
         self.unequal = self._twins.count(None)
-        """Examples that the first model's tokenizer and template turn into other ids."""
+        """Examples that the first model's tokenizer and template turn into other ids, or trains elsewhere."""
         self.has_equal_vocabulary = vocab_size == self._distributions.vocab_size
         self._divergences: list[torch.Tensor] = []
         self._agreements: list[torch.Tensor] = []
@@ -128,6 +128,10 @@ class Gap:
     def top_agreement(self) -> float | None:
         """The share of tokens whose likeliest successor is the same, 0 to 1; None where all ids differ."""
         return float(torch.cat(self._agreements).double().mean()) if self._agreements else None
+
+
+def _key(example: Example) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(example.input_ids), tuple(example.labels)
 
 
 @torch.inference_mode()
