@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fettle.data import Example, read_rows, tokenize_rows
+from fettle.errors import UserError
 from fettle.evaluation import scoring, speed
-from fettle.evaluation.side_by_side import compare
+from fettle.evaluation.side_by_side import compare, size_bytes
 from fettle.models.checkpoint import embedded_model
 from fettle.tiny.lessons import lessons
 
@@ -98,6 +99,14 @@ def test_a_gguf_file_beside_its_checkpoint(gguf_pair, chats):
     assert found.top_agreement > 0.99 and found.equal_answers > 0.9
     assert found.b.runtime == "llama.cpp" and found.b.size_bytes == gguf_pair.file.stat().st_size
     assert found.a.size_bytes > 1.5 * found.b.size_bytes
+
+
+def test_a_files_size_is_known_without_opening_it_in_llama_cpp(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(60))
+    assert size_bytes(tmp_path / "a.gguf") == 64
+    (tmp_path / "b.gguf").write_bytes(b"GGML" + bytes(60))
+    with pytest.raises(UserError, match=r"b\.gguf is no GGUF file"):
+        size_bytes(tmp_path / "b.gguf")
 
 
 def test_an_adapter_beside_its_base(trained, small_model, chats):

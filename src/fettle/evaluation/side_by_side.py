@@ -25,7 +25,7 @@ from fettle.evaluation.comparison import Comparison, Side
 from fettle.evaluation.scoring import Distributions, Gap, OnExample, Scores, score
 from fettle.evaluation.speed import measure_speed
 from fettle.generation.decode import Model
-from fettle.llama_cpp.gguf_file import GGUFFile, is_gguf
+from fettle.llama_cpp.gguf_file import is_gguf, require_gguf
 from fettle.llama_cpp.model import LlamaCppForCausalLM
 from fettle.models.checkpoint import is_adapter, locate, weight_files
 from fettle.models.load import Dtype
@@ -65,6 +65,7 @@ def compare(
         examples = opened.examples
         del opened
         gc.collect()
+        torch.cuda.empty_cache()  # the second may run in llama.cpp, which cannot use what PyTorch holds
         opened = _open(b, rows, max_length, dtype, device)
         gap = Gap((examples, first.scores, distributions), opened.examples, opened.model.config.vocab_size)
         second = opened.read(stage, gap.add)
@@ -86,8 +87,8 @@ def compare(
 def size_bytes(name: str | Path) -> int:
     """Return what the weights of a model take on disk, an adapter's base included; UserError where there are none."""
     if is_gguf(name):
-        GGUFFile(Path(name).expanduser())
-        return Path(name).expanduser().stat().st_size
+        require_gguf(path := Path(name).expanduser())
+        return path.stat().st_size
     folder = locate(str(name))
     folders = [folder, base_of(folder)[1]] if is_adapter(folder) else [folder]
     return sum(file.stat().st_size for folder in folders for file in weight_files(folder))

@@ -32,7 +32,7 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         """Open it. Raises UserError for a file that is no GGUF, is damaged, or of an architecture that cannot run."""
-        _require_gguf(path)
+        require_gguf(path)
         self.path = path
         self._llama = library()
         log.clear()
@@ -225,7 +225,8 @@ def supports_gpu() -> bool:
     return bool(library().llama_supports_gpu_offload())
 
 
-def _require_gguf(path: Path) -> None:
+def require_gguf(path: Path) -> None:
+    """Raise UserError unless the file begins as a GGUF file does; nothing more of it is read."""
     head = _head(path)
     if head != MAGIC:
         raise UserError(
