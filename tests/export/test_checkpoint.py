@@ -13,7 +13,8 @@ from fettle.adapters.facts import AdapterFacts, write_facts
 from fettle.adapters.load import load
 from fettle.adapters.lora import adapt
 from fettle.errors import UserError
-from fettle.export import export_safetensors
+from fettle.export import checkpoint, export_safetensors
+from fettle.export.checkpoint import export_nf4
 from fettle.models.checkpoint import fingerprint
 from fettle.models.load import load_model, load_tokenizer
 
@@ -121,6 +122,18 @@ def test_an_adapter_is_merged_in_the_type_asked_for(trained, tmp_path, dtype):
     export_safetensors(trained, tmp_path / "out", dtype=dtype)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {str(tensor.dtype) for tensor in stored.values()} == {f"torch.{dtype}"}
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "nf4 to float32", "nf4"])
+def test_the_disk_is_asked_for_what_is_written(small_model, tmp_path, monkeypatch, kind):
+    asked = []
+    monkeypatch.setattr(checkpoint, "require_free_space", lambda to, needed, what: asked.append(needed))
+    monkeypatch.setattr(checkpoint, "TOKENIZER_BYTES", 0)
+    name, to = small_model, tmp_path / "out"
+    if kind == "nf4 to float32":
+        name, kind = export_nf4(small_model, tmp_path / "nf4"), "float32"
+    export_nf4(name, to) if kind == "nf4" else export_safetensors(name, to, dtype=kind)
+    assert asked[-1] == pytest.approx((to / "model.safetensors").stat().st_size, rel=0.15)
 
 
 def test_an_empty_folder_is_filled(small_model, tmp_path):

@@ -61,6 +61,12 @@ def test_a_row_of_zeros_stays_zero_in_fp8(dtype) -> None:
     )
 
 
+def test_rows_that_cannot_be_read_are_found_before_the_model_is_loaded(cli, tmp_path) -> None:
+    words = ("export", "--model", "no/model", "--format", "w4a16", "--to", tmp_path / "out")
+    ended = cli(*words, "--data", tmp_path / "absent.jsonl")
+    assert ended.code == 2 and "absent.jsonl" in ended.err
+
+
 def test_four_bits_need_rows(cli, wide_model, tmp_path) -> None:
     ended = cli("export", "--model", wide_model, "--format", "w4a16", "--to", tmp_path / "out")
     assert ended.code == 2 and "--data FILE" in ended.err

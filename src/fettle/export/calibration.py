@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fettle.data import read_rows, tokenize_rows
+from fettle.data import Row, read_rows, tokenize_rows
 from fettle.errors import UserError
 from fettle.models.decoder import DecoderForCausalLM
 from fettle.models.packing import row_documents
@@ -27,17 +27,18 @@ class Rows:
     held_out: list[torch.Tensor]
 
 
-def rows_of(data: str | Path, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """The data's first rows, in any form that fettle reads; every eighth, up to HELD_OUT, is set apart.
+def first_rows(data: str | Path) -> list[Row]:
+    """As many rows of the data, in any form that fettle reads, as are used. UserError where it cannot be read."""
+    return read_rows(str(data))[: SAMPLES + HELD_OUT]
 
-    Raises UserError where there are too few.
-    """
-    tokenized = tokenize_rows(read_rows(str(data)), tokenizer, max_length=LENGTH)
-    rows = [torch.tensor([example.input_ids]) for example in tokenized.examples[: SAMPLES + HELD_OUT]]
-    rows = [row for row in rows if row.shape[1] > 1]
+
+def split(given: list[Row], tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """The rows as ids; every eighth, up to HELD_OUT, is set apart. Raises UserError where there are too few."""
+    examples = tokenize_rows(given, tokenizer, max_length=LENGTH).examples
+    rows = [torch.tensor([each.input_ids]) for each in examples if len(each.input_ids) > 1]
     if len(rows) < 2:
         raise UserError(
-            f"--data {data}: {len(rows)} usable rows; calibration needs at least 2, and better 100."
+            f"--data: {len(rows)} of {len(given)} rows are usable; calibration needs at least 2, and better 100."
         )
     held_out = rows[::8][:HELD_OUT] if len(rows) >= 8 else rows[:1]
     apart = {id(row) for row in held_out}

@@ -1,8 +1,8 @@
 """Export a model, its adapter merged in, as a Hugging Face folder for transformers, vLLM and the like."""
 
-import math
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -10,14 +10,18 @@ from fettle.adapters.load import base_of, load
 from fettle.export.merge import merge, write_down_context
 from fettle.files import require_free_space, require_new_folder, write_aside
 from fettle.generation.decode import stop_ids
-from fettle.models.checkpoint import inspect, is_adapter, locate
-from fettle.models.decoder import DecoderForCausalLM
-from fettle.models.load import Dtype
+from fettle.models.checkpoint import Checkpoint, inspect, is_adapter, locate
+from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
+from fettle.models.load import Dtype, read_config, stored_dtype
 from fettle.models.quantized import save_nf4
 from fettle.models.save import save_model
-from fettle.quantization.layers import dequantize_linears, quantize_linears
+from fettle.quantization.layers import dequantize_linears, plain_linears, quantize_linears
 
-_BYTES_A_WEIGHT = {"float32": 4, "bfloat16": 2, "float16": 2}
+NF4_BYTES = 0.52
+"""A weight's on disk, its share of the scales included."""
+
+TOKENIZER_BYTES = 20 * 10**6
+"""At most, of everything but the weights."""
 
 
 def export_safetensors(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> Path:
@@ -35,7 +39,7 @@ def export_safetensors(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> 
 
 def export_nf4(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> Path:
     """The same with the layers' matrices in NF4, as transformers and vLLM open it where bitsandbytes is installed."""
-    full, tokenizer = merged_model(name, to := Path(to), dtype)
+    full, tokenizer = merged_model(name, to := Path(to), dtype, matrix_bytes=NF4_BYTES)
     quantize_linears(full)
     with write_aside(to) as aside:
         save_nf4(full, tokenizer, aside)
@@ -43,17 +47,17 @@ def export_nf4(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> Path:
 
 
 def merged_model(
-    name: str | Path, to: Path, dtype: Dtype
+    name: str | Path, to: Path, dtype: Dtype, *, matrix_bytes: float | None = None
 ) -> tuple[DecoderForCausalLM, PreTrainedTokenizerBase]:
-    """The full model in memory, once everything that could stand against writing it to `to` has been looked at."""
+    """The full model in memory, once everything that could stand against writing it to `to` has been looked at.
+
+    matrix_bytes: what a weight of the layers' matrices will take on disk, where that is not its dtype's size.
+    """
     require_new_folder(to, "the exported model")
     folder = locate(str(name))
-    stored = inspect(base_of(folder)[1] if is_adapter(folder) else folder)
-    needed = stored.weight_bytes
-    if dtype != "auto":
-        weights = sum(math.prod(header.shape) for header in stored.tensors.values())
-        needed = weights * _BYTES_A_WEIGHT[dtype]
-    require_free_space(to, needed + 20 * 10**6, "the exported model")
+    checkpoint = inspect(base_of(folder)[1] if is_adapter(folder) else folder)
+    needed = _bytes(checkpoint, dtype, matrix_bytes) + TOKENIZER_BYTES
+    require_free_space(to, int(needed), "the exported model")
     model, tokenizer = load(name, dtype=dtype)
     dequantize_linears(model)  # an adapter trained on quantised weights is merged onto those, as they are
     full = merge(model, tokenizer) if isinstance(model, PeftModel) else model
@@ -61,3 +65,14 @@ def merged_model(
     generation = full.generation_config  # others stop at what it names, and at nothing else
     generation.eos_token_id = stop_ids(generation.eos_token_id, tokenizer) or None
     return full, tokenizer
+
+
+def _bytes(checkpoint: Checkpoint, dtype: Dtype, matrix_bytes: float | None) -> float:
+    """What the weights will take on disk."""
+    config = read_config(checkpoint)
+    with torch.device("meta"):
+        model = causal_lm_class(config.model_type)(config)
+    size = (stored_dtype(checkpoint) if dtype == "auto" else getattr(torch, dtype)).itemsize
+    weights = sum(each.numel() for each in model.parameters())
+    inside = sum(linear.weight.numel() for linear in plain_linears(model).values())
+    return weights * size + inside * ((matrix_bytes or size) - size)

@@ -15,18 +15,19 @@ import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from fettle.export.calibration import Rows, curvatures_by_layer, mean_loss
+from fettle.export.calibration import curvatures_by_layer, first_rows, mean_loss, split
 from fettle.export.checkpoint import merged_model
 from fettle.files import write_aside
 from fettle.models.decoder import DecoderForCausalLM
 from fettle.models.save import save_model
 from fettle.quantization.gptq import GROUP, gptq
-from fettle.quantization.layers import HEAD
+from fettle.quantization.layers import HEAD, plain_linears
 
 FP8 = torch.float8_e4m3fn
 LAYOUTS = {"fp8": ("FP8_DYNAMIC", "float-quantized"), "w4a16": ("W4A16", "pack-quantized")}
+MATRIX_BYTES = {"fp8": 1.01, "w4a16": 0.52}
+"""A weight's on disk, its share of the scales included."""
 
 Stored = dict[str, torch.Tensor]
 """A layer's tensors under the layout's names."""
@@ -37,20 +38,21 @@ def export_compressed(
     to: Path,
     layout: str,
     *,
-    rows: Callable[[PreTrainedTokenizerBase], Rows] | None,
+    data: str | None,
     report: Callable[[str], None],
 ) -> Path:
     """Write the model that `name` stands for into the new folder `to`.
 
-    layout: "fp8" or "w4a16"; the latter needs rows, to calibrate on. With rows the loss on a part that was not
+    layout: "fp8" or "w4a16"; the latter needs data, to calibrate on. With data the loss on a part that was not
     calibrated on is told before and after. Raises UserError for what the user can mend.
     """
-    model, tokenizer = merged_model(name, to, "auto")
-    known = None if rows is None else rows(tokenizer)
+    rows = None if data is None else first_rows(data)  # before anything long: it may not be readable
+    model, tokenizer = merged_model(name, to, "auto", matrix_bytes=MATRIX_BYTES[layout])
+    known = None if rows is None else split(rows, tokenizer)
     before = None if known is None else mean_loss(model, known.held_out)
     left_out = [HEAD]
     if layout == "fp8":
-        stored = {each: in_fp8(model.get_submodule(each)) for each in _linear(model)}
+        stored = {each: in_fp8(linear) for each, linear in plain_linears(model).items()}
     else:
         assert known is not None
         stored, narrow = _in_four_bits(model, known.calibration, report)
@@ -67,20 +69,10 @@ def export_compressed(
     return to
 
 
-def _linear(model: DecoderForCausalLM) -> list[str]:
-    """The layers' matrices."""
-    return [
-        name
-        for name, each in model.named_modules()
-        if type(each) is nn.Linear and name.rpartition(".")[2] != HEAD
-    ]
-
-
 @torch.no_grad()
-def in_fp8(linear: nn.Module) -> Stored:
+def in_fp8(linear: nn.Linear) -> Stored:
     """Rounded, and left in the model as what it now stands for."""
     weight = linear.weight.data
-    assert isinstance(weight, torch.Tensor)
     largest = weight.float().abs().amax(1, keepdim=True)
     scale = (largest / torch.finfo(FP8).max).to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)
     codes = (weight.float() / scale.float()).clamp(-torch.finfo(FP8).max, torch.finfo(FP8).max).to(FP8)

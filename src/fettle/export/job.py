@@ -1,7 +1,6 @@
 """`fettle export`: one model, handed over in one of several forms."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -78,13 +77,10 @@ def _write(options: ExportOptions) -> list[Path]:
 
 
 def _compressed(options: ExportOptions) -> Path:
-    from fettle.export.calibration import rows_of
     from fettle.export.compressed import export_compressed
 
     if options.format == "w4a16" and options.data is None:
         raise UserError(
             "--format w4a16 rounds weights by what they see: give rows of yours, --data FILE (a hundred or so)."
         )
-    data = options.data
-    rows = None if data is None else partial(rows_of, data)
-    return export_compressed(options.model, options.to, options.format, rows=rows, report=print)
+    return export_compressed(options.model, options.to, options.format, data=options.data, report=print)

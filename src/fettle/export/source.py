@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from fettle.adapters.facts import read_facts, require_trained_on
@@ -31,7 +30,7 @@ from fettle.models.load import load_tokenizer, read_config, require_complete, st
 from fettle.models.quantized import StoredTensors, is_nf4
 from fettle.models.safetensors_header import read_places
 from fettle.ops.nf4 import nf4_dequantize, nf4_quantize
-from fettle.quantization.layers import HEAD, dequantize_linears
+from fettle.quantization.layers import HEAD, dequantize_linears, plain_linears
 
 Update = Callable[[torch.Tensor], torch.Tensor]
 """What merging makes of a matrix."""
@@ -87,11 +86,7 @@ def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -
     require_fit(model, shapes, folder)
     _require_own_matrices(source.config, shapes, folder)
     has_to_be_nf4 = facts is not None and facts.quantization == "nf4" and not is_nf4(checkpoint)
-    matrices = {
-        f"{name}.weight"
-        for name, each in model.named_modules()
-        if isinstance(each, nn.Linear) and name.rpartition(".")[2] != HEAD
-    }
+    matrices = {f"{name}.weight" for name in plain_linears(model)}
 
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
         updates = _updates(folder)

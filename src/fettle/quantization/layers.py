@@ -20,11 +20,19 @@ def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(module, Nf4Linear) for module in model.modules())
 
 
+def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers of `model` that are plain, but its head, by name: those that quantising is about."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and name.rpartition(".")[2] != HEAD
+    }
+
+
 def quantize_linears(model: nn.Module) -> None:
     """Put every linear layer of `model` but its head into NF4, one after the other."""
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name.rpartition(".")[2] != HEAD:
-            model.set_submodule(name, Nf4Linear.from_linear(module))
+    for name, module in plain_linears(model).items():
+        model.set_submodule(name, Nf4Linear.from_linear(module))
 
 
 def dequantize_linears(model: nn.Module) -> None:
