@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from fettle.export.calibration import curvatures_by_layer
 from fettle.export.compressed import in_fp8
 from fettle.models.decoder import causal_lm_class
 from fettle.models.load import load_model, load_tokenizer
@@ -59,6 +60,24 @@ def test_a_row_of_zeros_stays_zero_in_fp8(dtype) -> None:
         and linear.weight.isfinite().all()
         and (stored["weight_scale"] > 0).all()
     )
+
+
+@torch.no_grad()
+def test_layers_of_one_input_share_its_curvature(wide_model) -> None:
+    model = load_model(wide_model, dtype="float32")
+    rows = [torch.arange(3, 40)[None], torch.arange(20, 50)[None]]
+    first, second = curvatures_by_layer(model, rows)
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
+    for curvatures in (first, second):
+        assert curvatures["self_attn.q_proj"] is curvatures["self_attn.v_proj"]
+        assert curvatures["mlp.gate_proj"] is curvatures["mlp.up_proj"] is not curvatures["mlp.down_proj"]
+    found = {}
+    for name, linear in (("self_attn.k_proj", attention.k_proj), ("mlp.down_proj", mlp.down_proj)):
+        linear.register_forward_pre_hook(lambda _, x, name=name: found.setdefault(name, []).append(x[0][0]))
+    for row in rows:
+        model(input_ids=row, use_cache=False)
+    for name, inputs in found.items():
+        torch.testing.assert_close(second[name], sum(x.T @ x for x in inputs), rtol=1e-4, atol=1e-4)
 
 
 def test_rows_that_cannot_be_read_are_found_before_the_model_is_loaded(cli, tmp_path) -> None:

@@ -67,9 +67,9 @@ def curvatures_by_layer(
     decoder = model.model
     states = [decoder.embed(row.to(model.device), None) for row in rows]
     for layer in decoder.layers:
-        sums: dict[str, torch.Tensor] = {}
+        seen = _Seen()
         hooks = [
-            each.register_forward_pre_hook(partial(_add, sums, name))
+            each.register_forward_pre_hook(partial(seen.add, name))
             for name, each in layer.named_modules()
             if isinstance(each, nn.Linear)
         ]
@@ -77,15 +77,29 @@ def curvatures_by_layer(
             _run(model, layer, state)
         for hook in hooks:
             hook.remove()
-        yield sums
-        states = [_run(model, layer, state) for state in states]
+        yield {name: seen.sums[first] for name, first in seen.first.items()}
+        for number, state in enumerate(states):
+            states[number] = _run(model, layer, state)
 
 
-def _add(
-    sums: dict[str, torch.Tensor], name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]
-) -> None:
-    x = inputs[0].flatten(0, -2).float()
-    sums[name] = sums.get(name, 0) + x.T @ x
+class _Seen:
+    """What the linear layers of one layer get. Those of one input (q, k and v; gate and up) share its X^T X."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.first: dict[str, str] = {}
+        """By a linear layer's name, the first that gets the same input."""
+        self._last: tuple[torch.Tensor, str] | None = None
+
+    def add(self, name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if self._last is not None and self._last[0] is inputs[0]:
+            self.first[name] = self._last[1]
+            return
+        self._last, self.first[name] = (inputs[0], name), name
+        x = inputs[0].flatten(0, -2).float()
+        if name not in self.sums:
+            self.sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+        self.sums[name].addmm_(x.T, x)
 
 
 def _run(model: DecoderForCausalLM, layer: nn.Module, state: torch.Tensor) -> torch.Tensor:
