@@ -42,6 +42,7 @@ LLAMA3 = {
         "original_max_position_embeddings": 32,
     }
 }
+YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}}
 CASES = {
     "phi3": ("phi3", {}),
     "phi3-longrope": ("phi3", LONGROPE),
@@ -54,6 +55,7 @@ CASES = {
     "llama-biases": ("llama", {"attention_bias": True}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
+    "qwen2-yarn": ("qwen2", YARN),
     "qwen3": ("qwen3", {"head_dim": 64, "tie_word_embeddings": True}),
     "gemma2": (
         "gemma2",

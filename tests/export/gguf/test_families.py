@@ -121,8 +121,23 @@ def test_a_window_that_llama_cpp_ignores_is_known(case, options, expected, model
     assert ignored_window(config) == expected
 
 
-def test_what_gguf_cannot_say_is_refused(model_of, tokenizer, tmp_path):
-    model = model_of("gemma2")
-    model.config.query_pre_attn_scalar = 7
-    with pytest.raises(UserError, match="query_pre_attn_scalar = 7"):
+@pytest.mark.parametrize(
+    ("case", "options", "message"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 7}, "query_pre_attn_scalar = 7"),
+        ("gemma2", {"num_hidden_layers": 46, "layer_types": ["sliding_attention", "full_attention"] * 23,
+                    "hidden_size": 512}, "sqrt\\(128\\)"),
+        ("gemma2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen2-yarn", {"rope_parameters": {"attention_factor": 1.5}}, "attention_factor = 1.5"),
+        ("qwen2-yarn", {"rope_parameters": {"beta_fast": 16}}, "beta_fast = 16"),
+        ("qwen2-yarn", {"rope_parameters": {"truncate": False}}, "truncate = False"),
+    ],
+)  # fmt: skip
+def test_what_gguf_cannot_say_is_refused(case, options, message, model_of, tokenizer, tmp_path):
+    model = model_of(case)
+    for name, value in options.items():
+        setattr(
+            model.config, name, model.config.rope_parameters | value if name == "rope_parameters" else value
+        )
+    with pytest.raises(UserError, match=message):
         write_gguf(model.state_dict().items(), model.config, tokenizer, {"f16": tmp_path / "a.gguf"})

@@ -97,10 +97,19 @@ def _gemma2_figures(config: PreTrainedConfig) -> dict[str, Any]:
     caps = (config.attn_logit_softcapping, config.final_logit_softcapping)
     if None in caps:
         raise UserError("llama.cpp runs Gemma 2 only with both soft caps; this config.json leaves one out.")
-    if config.query_pre_attn_scalar != head_dim_of(config) and config.num_hidden_layers != 46:
+    is_27b = config.num_hidden_layers == 46  # by which llama.cpp knows it
+    expected = config.hidden_size / config.num_attention_heads if is_27b else head_dim_of(config)
+    if config.query_pre_attn_scalar != expected:
         raise UserError(
-            f"llama.cpp divides Gemma 2's queries by sqrt(head_dim = {head_dim_of(config)}); this config.json asks "
-            f"for query_pre_attn_scalar = {config.query_pre_attn_scalar}, which a GGUF file cannot say."
+            f"llama.cpp divides this Gemma 2's queries by sqrt({expected:g}); this config.json asks for "
+            f"query_pre_attn_scalar = {config.query_pre_attn_scalar}, which a GGUF file cannot say."
+        )
+    if any(
+        (kind == "sliding_attention") != (layer % 2 == 0) for layer, kind in enumerate(config.layer_types)
+    ):
+        raise UserError(
+            "llama.cpp gives Gemma 2 a sliding window in every other layer, from the first on; the layer_types of this "
+            "config.json are others, which a GGUF file cannot say."
         )
     return {"attn_logit_softcapping": caps[0], "final_logit_softcapping": caps[1]}
 
@@ -158,12 +167,29 @@ def ignored_window(config: PreTrainedConfig) -> int | None:
     return window if window < config.max_position_embeddings else None
 
 
+YARN_USUAL = {
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "truncate": True,
+}
+"""What llama.cpp and transformers both take where a config says nothing."""
+
+
 def _scaling(config: PreTrainedConfig) -> dict[str, Any]:
     """Scalings that are figures; llama3 and longrope are tensors (see `factor_tensors`)."""
     rope = config.rope_parameters
     if rope["rope_type"] == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     if rope["rope_type"] == "yarn":
+        for name, usual in YARN_USUAL.items():
+            if rope.get(name, usual) not in (usual, None):
+                raise UserError(
+                    f"this config.json's yarn scaling has {name} = {rope[name]}, which is not written to GGUF files; "
+                    f"expected {usual}."
+                )
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         return {
             "rope.scaling.type": "yarn",
