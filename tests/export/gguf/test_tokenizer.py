@@ -1,9 +1,11 @@
 """llama.cpp cuts text into the tokenizer's own ids."""
 
 import json
+import unicodedata
+from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fettle.errors import UserError
@@ -118,9 +120,11 @@ def test_too_many_ids_are_refused(tokenizer):
         tokenizer_fields(tokenizer, 100)
 
 
-def byte_level(pattern: str) -> PreTrainedTokenizerFast:
+def byte_level(pattern: str, normalizer: Any = None) -> PreTrainedTokenizerFast:
     """A tokenizer of the kind Llama 3 and Qwen have, learnt from the battery."""
     tokenizer = Tokenizer(models.BPE())
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
@@ -146,6 +150,17 @@ def test_ids_of_byte_level_tokenizers_are_their_own(pattern, model_of, tmp_path)
     assert [
         text for text in texts if llama.tokenize(text, add_special=True) != tokenizer(text)["input_ids"]
     ] == []
+
+
+def test_only_decomposed_text_is_cut_otherwise_where_the_tokenizer_composes_it(model_of, tmp_path):
+    """Qwen's do; llama.cpp takes text as it comes."""
+    tokenizer = byte_level(next(iter(PRE_TOKENIZERS)), normalizers.NFC())
+    model, path = model_of("qwen2"), tmp_path / "model.gguf"
+    write_gguf(model.state_dict().items(), model.config, tokenizer, {"q8_0": path})
+    llama, texts = GGUFFile(path), battery(["<|end|>"])
+    unequal = [t for t in texts if llama.tokenize(t, add_special=True) != tokenizer(t)["input_ids"]]
+    assert 0 < len(unequal) <= 40
+    assert all(unicodedata.normalize("NFC", text) != text for text in unequal)
 
 
 def test_a_cut_that_llama_cpp_does_not_know_is_refused():
