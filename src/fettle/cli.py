@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fettle.errors import Interrupted, UserError
+from fettle.errors import Interrupted, ProofError, UserError
 from fettle.options import Parser, add_options, resolve
 from fettle.training.options import PlanOptions, PretrainOptions, TrainOptions
 
@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fettle: error: {error}", file=sys.stderr)
         return 2
+    except ProofError as error:
+        print(f"fettle: error: {error}", file=sys.stderr)
+        return 1
     except Interrupted as stop:
         print(f"fettle: interrupted. Go on with:\n  {stop}", file=sys.stderr)
         return INTERRUPTED

@@ -1,4 +1,4 @@
-"""The one error a user is meant to read, and the one interruption."""
+"""The errors a user is meant to read, and the one interruption."""
 
 
 class UserError(Exception):
@@ -7,6 +7,10 @@ class UserError(Exception):
     The message is one sentence or two: the file, row or option; what was found; what was expected;
     the nearest thing that works. The command line prints it without a traceback and exits with code 2.
     """
+
+
+class ProofError(Exception):
+    """What was made is there, and does not say what it should: one sentence like a UserError's, exit code 1."""
 
 
 class Interrupted(Exception):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from gguf import GGUFReader, GGUFWriter, quants
 
 from fettle.adapters.load import load
-from fettle.export.gguf import export_adapter_gguf, export_gguf
+from fettle.export.gguf import export_adapter_gguf, export_gguf, proof, verify
 from fettle.export.gguf.importance import read_importance
 from fettle.export.gguf.verify import file_logits
 from fettle.export.merge import merge
@@ -89,6 +90,19 @@ def test_a_window_that_llama_cpp_ignores_is_told(cli, small_model, tmp_path) -> 
     words = ("export", "--format", "gguf", "--quantization", "f16", "--to", tmp_path / "m.gguf", "--model")
     assert "sliding window: beyond 100 tokens" in cli(*words, folder).out
     assert "sliding window" not in cli(*words, small_model, "--overwrite").out
+
+
+@pytest.mark.parametrize(
+    ("kind", "kl", "code"), [("f16", 0.5, 1), ("q4_k_m", 0.5, 0), ("q4_k_m", float("nan"), 1)]
+)
+def test_a_file_that_says_other_things_fails_the_proof(
+    cli, small_model, tmp_path, monkeypatch, kind, kl, code
+) -> None:
+    monkeypatch.setattr(proof, "verify", lambda *each: replace(verify(*each), kl=kl))
+    words = ("export", "--model", small_model, "--format", "gguf", "--to", tmp_path / "m.gguf", "--verify")
+    ended = cli(*words, "--quantization", kind)
+    assert ended.code == code and (tmp_path / "m.gguf").exists()
+    assert ("m.gguf does not say what the model says" in ended.err) is (code == 1)
 
 
 def write_importance(file: Path, entries: dict[str, tuple[np.ndarray, float]]) -> None:
