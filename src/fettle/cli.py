@@ -6,9 +6,10 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fettle.errors import Interrupted, ProofError, UserError
+from fettle.export.options import ExportOptions, Format
 from fettle.options import Parser, add_options, resolve
 from fettle.training.options import PlanOptions, PretrainOptions, TrainOptions
 
@@ -114,7 +115,7 @@ def _add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", required=True, help="checkpoint folder, output of train, or hub name")
     command.add_argument(
         "--format",
-        choices=["safetensors", "nf4", "fp8", "w4a16", "gguf", "adapter-gguf"],
+        choices=get_args(Format),
         default="safetensors",
         help="safetensors: a folder for transformers and vLLM; nf4: the same in bitsandbytes' four bits; fp8, w4a16: "
         "compressed for vLLM; gguf: a file for llama.cpp and Ollama; adapter-gguf: the adapter alone, for llama.cpp",
@@ -277,7 +278,7 @@ def _compare(options: dict[str, Any]) -> None:
 
 
 def _export(options: dict[str, Any]) -> None:
-    from fettle.export.job import ExportOptions, export
+    from fettle.export.job import export
 
     for path in export(ExportOptions(**options)):
         print(path)

@@ -13,8 +13,8 @@ from fettle.adapters.facts import AdapterFacts, write_facts
 from fettle.adapters.load import load
 from fettle.adapters.lora import adapt
 from fettle.errors import UserError
-from fettle.export import checkpoint, export_safetensors
-from fettle.export.checkpoint import export_nf4
+from fettle.export import checkpoint
+from fettle.export.checkpoint import export_nf4, export_safetensors
 from fettle.models.checkpoint import fingerprint
 from fettle.models.load import load_model, load_tokenizer
 

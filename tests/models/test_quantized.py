@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fettle.adapters.load import load
 from fettle.errors import UserError
-from fettle.export import export_safetensors
+from fettle.export.checkpoint import export_safetensors
 from fettle.models.decoder import causal_lm_class
 from fettle.models.families import FAMILIES
 from fettle.models.load import load_model, load_tokenizer

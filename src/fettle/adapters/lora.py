@@ -135,7 +135,7 @@ def attach(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) 
     another shape, or one that the adapter has nothing for.
     """
     read_adapter_config(folder)
-    shapes = {name: place.header.shape for name, place in read_places(folder / ADAPTER_WEIGHTS).items()}
+    shapes = shapes_in(folder)
     require_fit(model, shapes, folder)
     config = read_config(folder)
     _use_our_layer(config)
@@ -162,6 +162,11 @@ def read_config(folder: Path) -> LoraConfig:
     return config
 
 
+def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of an adapter folder's tensors, by name."""
+    return {name: place.header.shape for name, place in read_places(folder / ADAPTER_WEIGHTS).items()}
+
+
 def is_plain_lora(config: LoraConfig, names: Iterable[str]) -> bool:
     """Whether an adapter is W + scale * B A on linear layers and nothing else.
 
@@ -183,7 +188,7 @@ def _use_our_layer(config: LoraConfig) -> None:
 
 def require_fit(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
     """Compare every lora_A and lora_B matrix with the linear layer it is meant for."""
-    modules = dict(model.named_modules())
+    modules, owner = dict(model.named_modules()), model.name_or_path or "its base"
     for name, shape in shapes.items():
         target, _, part = name.removeprefix("base_model.model.").rpartition(".lora_")
         if not part.startswith(("A.weight", "B.weight")):
@@ -192,14 +197,14 @@ def require_fit(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], fold
         if not isinstance(layer, nn.Linear):
             raise UserError(
                 f"{folder}: the adapter belongs to another model: it adapts '{target}', and "
-                f"{model.name_or_path} has no such linear layer."
+                f"{owner} has no such linear layer."
             )
         found, expected = (shape[1], layer.in_features) if part[0] == "A" else (shape[0], layer.out_features)
         if found != expected:
             side = "inputs" if part[0] == "A" else "outputs"
             raise UserError(
                 f"{folder}: the adapter belongs to another model: it expects {found} {side} at '{target}', "
-                f"and {model.name_or_path} has {expected}."
+                f"and {owner} has {expected}."
             )
 
 

@@ -3,19 +3,18 @@
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from fettle.adapters.load import base_of, load
-from fettle.export.merge import merge, write_down_context
+from fettle.adapters.load import base_of
+from fettle.export.merge import load_merged, write_down_context
 from fettle.files import require_free_space, require_new_folder, write_aside
 from fettle.generation.decode import stop_ids
 from fettle.models.checkpoint import Checkpoint, inspect, is_adapter, locate
-from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
-from fettle.models.load import Dtype, read_config, stored_dtype
+from fettle.models.decoder import DecoderForCausalLM
+from fettle.models.load import Dtype, empty_model, read_config, stored_dtype
 from fettle.models.quantized import save_nf4
 from fettle.models.save import save_model
-from fettle.quantization.layers import dequantize_linears, plain_linears, quantize_linears
+from fettle.quantization.layers import plain_linears, quantize_linears
 
 NF4_BYTES = 0.52
 """A weight's on disk, its share of the scales included."""
@@ -58,9 +57,7 @@ def merged_model(
     checkpoint = inspect(base_of(folder)[1] if is_adapter(folder) else folder)
     needed = _bytes(checkpoint, dtype, matrix_bytes) + TOKENIZER_BYTES
     require_free_space(to, int(needed), "the exported model")
-    model, tokenizer = load(name, dtype=dtype)
-    dequantize_linears(model)  # an adapter trained on quantised weights is merged onto those, as they are
-    full = merge(model, tokenizer) if isinstance(model, PeftModel) else model
+    full, tokenizer = load_merged(name, dtype=dtype)
     write_down_context(full.config, full.model.rotary_emb.context_tokens)
     generation = full.generation_config  # others stop at what it names, and at nothing else
     generation.eos_token_id = stop_ids(generation.eos_token_id, tokenizer) or None
@@ -70,8 +67,7 @@ def merged_model(
 def _bytes(checkpoint: Checkpoint, dtype: Dtype, matrix_bytes: float | None) -> float:
     """What the weights will take on disk."""
     config = read_config(checkpoint)
-    with torch.device("meta"):
-        model = causal_lm_class(config.model_type)(config)
+    model = empty_model(config)
     size = (stored_dtype(checkpoint) if dtype == "auto" else getattr(torch, dtype)).itemsize
     weights = sum(each.numel() for each in model.parameters())
     inside = sum(linear.weight.numel() for linear in plain_linears(model).values())

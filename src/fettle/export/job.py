@@ -1,43 +1,11 @@
 """`fettle export`: one model, handed over in one of several forms."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from fettle.errors import UserError
 from fettle.export.checkpoint import export_nf4, export_safetensors
 from fettle.export.hub import push, require_hub
-from fettle.models.load import Dtype
-
-Format = Literal["safetensors", "nf4", "fp8", "w4a16", "gguf", "adapter-gguf"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
-    """As the command line has them; those that belong to another format are refused."""
-
-    model: str
-    to: Path
-    format: Format = "safetensors"
-    overwrite: bool = False
-    dtype: Dtype = "auto"
-    data: str | None = None
-    quantization: list[str] | None = None
-    importance_matrix: Path | None = None
-    verify: bool = False
-    ollama: bool = False
-    push: str | None = None
-
-
-ONLY_FOR: dict[str, tuple[Format, ...]] = {
-    "overwrite": ("gguf", "adapter-gguf"),
-    "dtype": ("safetensors", "nf4"),
-    "data": ("fp8", "w4a16"),
-    "quantization": ("gguf",),
-    "importance_matrix": ("gguf",),
-    "verify": ("gguf",),
-    "ollama": ("gguf",),
-}
+from fettle.export.options import ONLY_FOR, ExportOptions
 
 
 def export(options: ExportOptions) -> list[Path]:

@@ -14,12 +14,17 @@ ones, stands on measurements: random models of phi3, gemma2 and qwen3, 2 to 32 l
 adapters of rank 16 on every linear layer whose update is 2 to 50% of the weights.
 """
 
+from pathlib import Path
+
 import torch
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fettle.adapters.load import load
 from fettle.adapters.lora import LoraLinear
 from fettle.errors import UserError, reason_of
+from fettle.models.load import Dtype
+from fettle.quantization.layers import dequantize_linears
 
 PROBES = (
     "The quick brown fox jumps over the lazy dog. 0123456789",
@@ -35,6 +40,15 @@ SMALLEST = 1e-6
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
 """Measured with 8 layers: 2e-6 in fp32, 5e-3 in fp16, 4e-2 in bf16; with 32: 3e-6, 7e-3, 5e-2. One matrix left out
 in the middle of 2 to 8 layers gives as little as 6e-3 where the update is 2% of the weights, 3e-2 where it is 10%."""
+
+
+def load_merged(
+    name: str | Path, *, dtype: Dtype = "auto", device: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load whatever `name` stands for (see `fettle.load`) as one dense model, and its tokenizer."""
+    model, tokenizer = load(name, dtype=dtype, device=device)
+    dequantize_linears(model)  # an adapter trained on quantised weights is merged onto those, as they are
+    return merge(model, tokenizer) if isinstance(model, PeftModel) else model, tokenizer
 
 
 def merge(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -13,24 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from fettle.adapters.facts import read_facts, require_trained_on
-from fettle.adapters.load import base_of, load
-from fettle.adapters.lora import is_plain_lora, require_fit
+from fettle.adapters.load import base_of
+from fettle.adapters.lora import is_plain_lora, require_fit, shapes_in
 from fettle.adapters.lora import read_config as read_adapter
 from fettle.errors import UserError
-from fettle.export.merge import merge, write_down_context
+from fettle.export.merge import load_merged, write_down_context
 from fettle.generation.decode import stop_ids
 from fettle.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, inspect, is_adapter, locate
-from fettle.models.decoder import causal_lm_class
-from fettle.models.load import load_tokenizer, read_config, require_complete, stored_dtype
+from fettle.models.load import empty_model, load_tokenizer, read_config, require_complete, stored_dtype
 from fettle.models.quantized import StoredTensors, is_nf4
-from fettle.models.safetensors_header import read_places
 from fettle.ops.nf4 import nf4_dequantize, nf4_quantize
-from fettle.quantization.layers import HEAD, dequantize_linears, plain_linears
+from fettle.quantization.layers import HEAD, plain_linears
 
 Update = Callable[[torch.Tensor], torch.Tensor]
 """What merging makes of a matrix."""
@@ -75,16 +72,15 @@ def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -
     if facts is not None:
         require_trained_on(facts, folder, base)
         write_down_context(source.config, facts.context_tokens)
-    shapes = {name: place.header.shape for name, place in read_places(folder / ADAPTER_WEIGHTS).items()}
+    shapes = shapes_in(folder)
     if not is_plain_lora(adapter := read_adapter(folder), shapes):
         if {HEAD, "embed_tokens"} & set(adapter.modules_to_save or ()) and not adapter.ensure_weight_tying:
             source.config.tie_word_embeddings = False  # trained apart from each other
         source.tensors = lambda: _whole(folder)
         return
-    with torch.device("meta"):
-        model = causal_lm_class(source.config.model_type)(source.config)
+    model = empty_model(source.config)
     require_fit(model, shapes, folder)
-    _require_own_matrices(source.config, shapes, folder)
+    require_own_head(source.config, shapes, folder)
     has_to_be_nf4 = facts is not None and facts.quantization == "nf4" and not is_nf4(checkpoint)
     matrices = {f"{name}.weight" for name in plain_linears(model)}
 
@@ -99,12 +95,12 @@ def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -
     source.tensors = merged
 
 
-def _require_own_matrices(config: PreTrainedConfig, names: Iterable[str], folder: Path) -> None:
-    """Raise UserError where the output head is adapted and has no matrix of its own to merge into."""
+def require_own_head(config: PreTrainedConfig, names: Iterable[str], folder: Path) -> None:
+    """Raise UserError where the output head is adapted and has no matrix of its own."""
     if config.tie_word_embeddings and any(f".{HEAD}.lora_" in name for name in names):
         raise UserError(
-            f"{folder}: it adapts '{HEAD}', whose weights are the embedding's in this model, so merging would change "
-            "both: use the adapter as it is, or train one without the output head."
+            f"{folder}: it adapts '{HEAD}', whose weights are the embedding's in this model and cannot be changed "
+            "alone: use the adapter as it is in PEFT, or train one without the output head."
         )
 
 
@@ -150,9 +146,7 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor
 
 def _whole(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Through PEFT, in memory."""
-    model, tokenizer = load(folder, device="cpu")
-    dequantize_linears(model)
-    full = merge(model, tokenizer) if isinstance(model, PeftModel) else model
+    full, _ = load_merged(folder, device="cpu")
     yield from full.state_dict().items()
 
 

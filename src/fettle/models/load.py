@@ -144,13 +144,18 @@ def _require_quantized(checkpoint: Checkpoint, expected: Iterable[str]) -> set[s
 def _expected_shapes(checkpoint: Checkpoint, config) -> dict[str, tuple[int, ...]]:  # type: ignore[no-untyped-def]
     """The names and shapes of the model's own tensors, without their memory."""
     try:
-        with torch.device("meta"):
-            model = causal_lm_class(config.model_type)(config)
+        model = empty_model(config)
     except Exception as error:  # a value that passed as valid and yet makes no model
         raise UserError(
             f"{checkpoint.folder}/config.json: no model can be made of it: {reason_of(error)}"
         ) from error
     return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def empty_model(config: Any) -> DecoderForCausalLM:
+    """The config's model without memory for its weights: names and shapes."""
+    with torch.device("meta"):
+        return causal_lm_class(config.model_type)(config)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -2,20 +2,18 @@
 
 from pathlib import Path
 
-import torch
 from gguf import GGUFWriter
 
 from fettle.adapters.load import base_of
-from fettle.adapters.lora import is_plain_lora, require_fit
+from fettle.adapters.lora import is_plain_lora, require_fit, shapes_in
 from fettle.adapters.lora import read_config as read_adapter
 from fettle.errors import UserError
 from fettle.export.gguf.metadata import as_stored, gguf_family_of, gguf_name
-from fettle.export.source import adapter_matrices, adapter_scale
+from fettle.export.gguf.write import require_name
+from fettle.export.source import adapter_matrices, adapter_scale, require_own_head
 from fettle.files import write_aside
-from fettle.models.checkpoint import ADAPTER_WEIGHTS, inspect, is_adapter, locate
-from fettle.models.decoder import causal_lm_class
-from fettle.models.load import read_config
-from fettle.models.safetensors_header import read_places
+from fettle.models.checkpoint import inspect, is_adapter, locate
+from fettle.models.load import empty_model, read_config
 
 
 def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) -> Path:
@@ -24,27 +22,25 @@ def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) 
     llama.cpp scales B A by alpha / rank, so a rank-stabilised adapter's alpha is written times sqrt(rank).
     Raises UserError where `name` is no adapter's folder, or not plain LoRA on linear layers.
     """
-    to = Path(to)
-    if to.suffix != ".gguf":
-        raise UserError(f"--to is {to}: a GGUF file's name ends in .gguf; write {to.name}.gguf.")
+    require_name(to := Path(to))
     folder = locate(str(name))
     if not is_adapter(folder):
         raise UserError(f"{folder} holds no adapter: give the output of fettle train, or use --format gguf.")
     adapter = read_adapter(folder)
-    if not is_plain_lora(adapter, read_places(folder / ADAPTER_WEIGHTS)):
+    if not is_plain_lora(adapter, shapes := shapes_in(folder)):
         raise UserError(
             f"{folder}: llama.cpp applies plain LoRA of one rank alone, and this adapter is more (DoRA, biases, "
             "embeddings, whole modules, PiSSA, ranks by layer or the like): export the merged model, --format gguf."
         )
     config = read_config(inspect(base_of(folder)[1]))
-    matrices = list(adapter_matrices(folder))
-    _require_base(config, matrices, folder)
+    require_fit(empty_model(config), shapes, folder)
+    require_own_head(config, shapes, folder)
     with write_aside(to, replace=overwrite) as aside:
         writer = GGUFWriter(str(aside), gguf_family_of(config).architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", adapter_scale(adapter) * adapter.r)
-        for each, a, b in matrices:
+        for each, a, b in adapter_matrices(folder):
             target = gguf_name(each, config)
             writer.add_tensor(f"{target}.lora_a", a.float().contiguous().numpy())
             writer.add_tensor(f"{target}.lora_b", as_stored(each, b.float(), config).contiguous().numpy())
@@ -53,13 +49,3 @@ def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) 
         writer.write_tensors_to_file()
         writer.close()
     return to
-
-
-def _require_base(config, matrices, folder: Path) -> None:  # type: ignore[no-untyped-def]  # a family's config
-    """Raise UserError where a matrix of the base has another shape, or is not there."""
-    with torch.device("meta"):
-        model = causal_lm_class(config.model_type)(config)
-    for name, a, b in matrices:
-        prefix = f"base_model.model.{name.removesuffix('.weight')}"
-        shapes = {f"{prefix}.lora_A.weight": tuple(a.shape), f"{prefix}.lora_B.weight": tuple(b.shape)}
-        require_fit(model, shapes, folder)

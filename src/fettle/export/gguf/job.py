@@ -15,7 +15,7 @@ from fettle.export.gguf.importance import read_importance
 from fettle.export.gguf.metadata import ignored_window
 from fettle.export.gguf.proof import print_proof
 from fettle.export.gguf.types import quantization_of
-from fettle.export.gguf.write import Progress, shapes_of, write_gguf
+from fettle.export.gguf.write import Progress, require_name, shapes_of, write_gguf
 from fettle.export.ollama import modelfile
 from fettle.export.source import open_source
 from fettle.files import human_bytes, write_aside
@@ -75,8 +75,7 @@ def files_for(to: Path, quantizations: Sequence[str]) -> dict[str, Path]:
     names = list(dict.fromkeys(each.lower() for each in quantizations))
     for each in names:
         quantization_of(each)
-    if to.suffix != ".gguf":
-        raise UserError(f"--to is {to}: a GGUF file's name ends in .gguf; write {to.name}.gguf.")
+    require_name(to)
     if len(names) == 1:
         return {names[0]: to}
     return {each: to.with_name(f"{to.stem}-{each}.gguf") for each in names}

@@ -4,20 +4,16 @@ import math
 from pathlib import Path
 
 import psutil
-import torch
-from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from fettle.adapters.load import load
 from fettle.errors import ProofError
 from fettle.export.gguf.verify import Verification, verify
-from fettle.export.merge import merge
+from fettle.export.merge import load_merged
 from fettle.export.source import Source
 from fettle.files import human_bytes
-from fettle.models.decoder import causal_lm_class
-from fettle.quantization.layers import dequantize_linears
+from fettle.models.load import empty_model
 
 NEAR = ("f32", "f16", "bf16", "q8_0")
 """Quantizations whose rounding hardly shows: anything more is a fault of the file."""
@@ -70,10 +66,6 @@ def _require_alike(proofs: dict[str, Verification], files: dict[str, Path]) -> N
 
 def _model(name: str | Path, source: Source) -> PreTrainedModel:
     """The model whole, an adapter merged in: in fp32 where memory allows, as rounding would count as the file's."""
-    with torch.device("meta"):
-        empty = causal_lm_class(source.config.model_type)(source.config)
-    weights = sum(each.numel() for each in empty.parameters())
+    weights = sum(each.numel() for each in empty_model(source.config).parameters())
     is_small = 4 * weights < FP32_SHARE * psutil.virtual_memory().available
-    model, tokenizer = load(name, dtype="float32" if is_small else "auto", device="cpu")
-    dequantize_linears(model)
-    return merge(model, tokenizer) if isinstance(model, PeftModel) else model
+    return load_merged(name, dtype="float32" if is_small else "auto", device="cpu")[0]

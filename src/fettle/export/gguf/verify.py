@@ -8,13 +8,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.export.gguf.battery import battery
+from fettle.export.merge import PROBES
 from fettle.llama_cpp.gguf_file import GGUFFile
 
-PROBES = (
-    "The quick brown fox jumps over the lazy dog. 0123456789",
-    'def add(a, b):\n    return a + b\n\n{"name": "Ana", "count": 3}',
-    "Water boils at 100 degrees. Why? Because its vapour pressure then equals the air's.",
-)
 NEW_TOKENS = 16
 
 

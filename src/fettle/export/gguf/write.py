@@ -25,7 +25,7 @@ from fettle.export.gguf.tokenizer import name_for, tokenizer_fields
 from fettle.export.gguf.types import Place, Quantization, quantization_of, tensor_type
 from fettle.files import require_free_space, write_aside
 from fettle.llama_cpp.library import library
-from fettle.models.decoder import causal_lm_class
+from fettle.models.load import empty_model
 
 ALIGNMENT = 32
 """Bytes; every tensor begins at a multiple of it."""
@@ -96,9 +96,7 @@ def write_gguf(
 
 def shapes_of(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor of the file, by its GGUF name."""
-    with torch.device("meta"):
-        model = causal_lm_class(config.model_type)(config)
-    names = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    names = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
     if config.tie_word_embeddings:
         names.pop("lm_head.weight", None)
     elif config.model_type == "gemma2":
@@ -132,13 +130,18 @@ def _aligned(count: int) -> int:
     return -(-count // ALIGNMENT) * ALIGNMENT
 
 
+def require_name(path: Path) -> None:
+    """Raise UserError for a name that is no GGUF file's."""
+    if path.suffix != ".gguf":
+        raise UserError(f"{path}: a GGUF file's name ends in .gguf; write {path}.gguf.")
+
+
 def _require_possible(plans: Mapping[Path, Mapping[str, Slot]]) -> None:
     """Raise UserError where the quantiser or the disk is wanting, before anything is written."""
     if any(slot.kind not in PLAIN for slots in plans.values() for slot in slots.values()):
         library()
     for path in plans:
-        if path.suffix != ".gguf":
-            raise UserError(f"{path}: a GGUF file's name ends in .gguf; write {path.with_suffix('.gguf')}.")
+        require_name(path)
     needed = sum(_aligned(slot.bytes) for slots in plans.values() for slot in slots.values())
     names = ", ".join(path.name for path in plans)
     require_free_space(next(iter(plans)), needed + HEAD_BYTES * len(plans), f"writing {names}")
@@ -205,7 +208,7 @@ def _write_tensors(
     """Send each tensor to its place in every file; UserError unless all came, once each, in the right shape."""
     missing, done = dict(shapes), 0
     total = sum(math.prod(shape) for shape in shapes.values())
-    for name, tensor in _stored(tensors, config):
+    for name, tensor in _for_file(tensors, config):
         if missing.pop(name, None) != tuple(tensor.shape):
             expected = shapes.get(name, "none, or once")
             raise UserError(
@@ -221,7 +224,7 @@ def _write_tensors(
         raise UserError(f"{len(missing)} tensors of the model are missing, {next(iter(missing))} among them.")
 
 
-def _stored(
+def _for_file(
     tensors: Iterable[tuple[str, torch.Tensor]], config: PreTrainedConfig
 ) -> Iterable[tuple[str, torch.Tensor]]:
     """Yield the file's tensors by their GGUF names."""
