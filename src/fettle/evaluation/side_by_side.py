@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from fettle.adapters.load import base_of, load
 from fettle.data import Example, Row, read_rows, tokenize_rows
 from fettle.errors import UserError
-from fettle.evaluation.compare import Answer, Question, answer, exact_share, questions
+from fettle.evaluation.answers import Answer, Question, answer, exact_share, questions
 from fettle.evaluation.comparison import Comparison, Side
 from fettle.evaluation.scoring import Distributions, Gap, OnExample, Scores, score
 from fettle.evaluation.speed import measure_speed

@@ -5,7 +5,7 @@ import pytest
 from fettle.adapters.load import load
 from fettle.data.formats import Row
 from fettle.evaluation import Answer, Question, answer, exact_share, questions
-from fettle.evaluation.compare import LONGEST_ANSWER
+from fettle.evaluation.answers import LONGEST_ANSWER
 from fettle.generation import Sampling, generate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
