@@ -33,22 +33,16 @@ class Int4:
 
 
 @torch.no_grad()
-def gptq(weight: torch.Tensor, curvature: torch.Tensor | None, scale_dtype: torch.dtype) -> Int4:
-    """Round `weight` (outputs, inputs), inputs a multiple of GROUP.
-
-    curvature: H (inputs, inputs), fp32; None rounds each weight to its nearest code.
-    """
+def gptq(weight: torch.Tensor, curvature: torch.Tensor, scale_dtype: torch.dtype) -> Int4:
+    """Round `weight` (outputs, inputs), inputs a multiple of GROUP. curvature: H (inputs, inputs), fp32."""
     left = weight.float().clone()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = []
-    factor = None if curvature is None else _factor(curvature)
+    factor = _factor(curvature)
     for start in range(0, weight.shape[1], GROUP):
         group = slice(start, start + GROUP)
         scale = (left[:, group].abs().amax(1) / 7.5).to(scale_dtype).clamp(min=torch.finfo(scale_dtype).tiny)
         scales.append(scale)
-        if factor is None:
-            codes[:, group] = _round(left[:, group], scale[:, None])
-            continue
         errors = torch.empty_like(left[:, group])
         for column in range(start, start + GROUP):
             code = _round(left[:, column], scale)
