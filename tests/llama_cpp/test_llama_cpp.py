@@ -2,18 +2,24 @@
 
 import gc
 import weakref
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fettle.adapters.load import load
 from fettle.data import read_rows, tokenize_rows
 from fettle.errors import UserError
+from fettle.export.gguf import write_gguf
 from fettle.generation import Sampling, generate
 from fettle.llama_cpp import library as llama_library
-from fettle.llama_cpp.gguf_file import CHUNK_TOKENS, SMALLEST_CONTEXT
+from fettle.llama_cpp.gguf_file import CHUNK_TOKENS, SMALLEST_CONTEXT, GGUFFile
 from fettle.llama_cpp.tokenizer import offsets
+from fettle.models.decoder import causal_lm_class
+from fettle.models.load import load_tokenizer
 
 PROMPT = "What is the capital of France?"
 TEXTS = [
@@ -177,3 +183,30 @@ def test_without_the_wheel_the_line_to_type_is_said(monkeypatch, gguf_pair):
     with pytest.raises(UserError, match="pip install xllamacpp"):
         load(gguf_pair.file)
     llama_library.library.cache_clear()
+
+
+def test_another_interface_is_refused_and_the_release_to_install_is_said(monkeypatch):
+    monkeypatch.setattr(llama_library, "DEFAULT_SIZES", (512, 2048, 512, 7))
+    with pytest.raises(UserError, match=r"\(512, 2048, 512, 1\), expected \(512, 2048, 512, 7\)") as error:
+        llama_library.library.__wrapped__()
+    constraints = (Path(__file__).parents[2] / "constraints.txt").read_text()
+    assert f"xllamacpp=={llama_library.TESTED_RELEASE}\n" in constraints
+    assert str(error.value).endswith(f"xllamacpp=={llama_library.TESTED_RELEASE}.")
+
+
+def test_a_long_token_is_whole(gguf_pair, tmp_path):
+    tokenizer, config = load_tokenizer(gguf_pair.folder), AutoConfig.from_pretrained(gguf_pair.folder)
+    tokenizer.add_tokens([AddedToken(long := f"<|{'x' * 700}|>", special=True)])
+    config.vocab_size = len(tokenizer)
+    model = causal_lm_class("qwen2")(config)
+    write_gguf(model.state_dict().items(), config, tokenizer, {"f16": tmp_path / "m.gguf"})
+    file = GGUFFile(tmp_path / "m.gguf")
+    assert file.piece(len(tokenizer) - 1) == long.encode()
+
+
+def test_text_that_is_not_cut_is_refused(gguf_pair, monkeypatch):
+    file = GGUFFile(gguf_pair.file)
+    monkeypatch.setattr(file, "_llama", SimpleNamespace(llama_tokenize=lambda *_: -3))
+    with pytest.raises(UserError, match="cannot cut a text of 5 bytes"):
+        file.tokenize("a b c", add_special=False)
+    monkeypatch.undo()

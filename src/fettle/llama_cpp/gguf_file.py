@@ -22,6 +22,7 @@ CHUNK_TOKENS = 512
 
 SMALLEST_CONTEXT = 1024
 LONGEST_METADATA = 4096
+USUAL_PIECE_BYTES = 512
 
 CONTROL, USER_DEFINED, UNKNOWN = 8, 16, 1
 """llama_token_attr: tokens that stand outside ordinary text."""
@@ -88,6 +89,8 @@ class GGUFFile:
         count = self._llama.llama_tokenize(
             self._vocabulary, data, len(data), ids, len(ids), add_special, True
         )
+        if count < 0:
+            raise UserError(f"{self.path}: llama.cpp cannot cut a text of {len(data):,} bytes into tokens.")
         return list(ids[:count])
 
     def detokenize(self, ids: Sequence[int], *, with_special: bool) -> str:
@@ -106,9 +109,12 @@ class GGUFFile:
     def piece(self, token: int) -> bytes:
         """Return the bytes that a token stands for, special ones written out."""
         if token not in self._pieces:
-            buffer = ctypes.create_string_buffer(512)
-            length = self._llama.llama_token_to_piece(self._vocabulary, token, buffer, len(buffer), 0, True)
-            self._pieces[token] = buffer.raw[: max(length, 0)]
+            length = -USUAL_PIECE_BYTES
+            while length < 0:  # how many more there are
+                size = -length
+                buffer = ctypes.create_string_buffer(size)
+                length = self._llama.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, True)
+            self._pieces[token] = buffer.raw[:length]
         return self._pieces[token]
 
     def text_of(self, token: int) -> str:

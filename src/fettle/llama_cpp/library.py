@@ -19,6 +19,9 @@ OPAQUE_BYTES = 4096
 DEFAULT_SIZES = (512, 2048, 512, 1)
 """n_ctx, n_batch, n_ubatch, n_seq_max."""
 
+TESTED_RELEASE = "2026.10.11549"
+"""Of the wheel, as in constraints.txt."""
+
 LINES_OF_LOG = 200
 """Kept of what llama.cpp says about itself, to find the reason of a failure in."""
 
@@ -112,9 +115,10 @@ def library() -> ctypes.CDLL:
         raise UserError(
             f"The installed xllamacpp cannot be used ({reason_of(error)}): pip install --upgrade xllamacpp."
         ) from error
-    if tuple(llama.llama_context_default_params().sizes) != DEFAULT_SIZES:
+    if (sizes := tuple(llama.llama_context_default_params().sizes)) != DEFAULT_SIZES:
         raise UserError(
-            "The installed xllamacpp has a newer interface than fettle knows; install an older one."
+            f"The installed xllamacpp has another interface than fettle knows (a context begins with {sizes}, expected "
+            f"{DEFAULT_SIZES}): pip install xllamacpp=={TESTED_RELEASE}."
         )
     llama.llama_log_set(_keep, None)
     llama.llama_backend_init()
