@@ -1,5 +1,6 @@
 """`fettle export --format gguf` and adapter-gguf, from the command line to llama.cpp."""
 
+import ctypes
 import json
 import shutil
 from dataclasses import replace
@@ -9,13 +10,18 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter, quants
+from peft import LoraConfig, get_peft_model
 
 from fettle.adapters.load import load
-from fettle.export.gguf import export_adapter_gguf, export_gguf, proof, verify
+from fettle.export.gguf import export_adapter_gguf, export_gguf, proof, verify, write_gguf
 from fettle.export.gguf.importance import read_importance
 from fettle.export.gguf.verify import file_logits
-from fettle.export.merge import merge
+from fettle.export.merge import load_merged, merge
 from fettle.llama_cpp.gguf_file import GGUFFile
+from fettle.llama_cpp.library import library
+from fettle.models.load import load_model
+from fettle.models.save import save_model
+from fettle.quantization.layers import is_quantized, quantize_linears
 
 IDS = [(7 * n * n + 31 * n) % 200 + 5 for n in range(20)]
 
@@ -36,19 +42,43 @@ def test_a_run_becomes_files_that_say_what_it_says(cli, trained: Path, tmp_path:
     assert (found - expected).norm() < 2e-2 * expected.norm()
 
 
-def test_an_adapter_alone_holds_its_matrices(trained: Path, tmp_path: Path) -> None:
-    file = export_adapter_gguf(trained, tmp_path / "a.gguf")
-    reader = GGUFReader(file)
-    assert reader.fields["adapter.type"].contents() == "lora"
-    model, _ = load(trained)
-    layers = {name: each for name, each in model.get_base_model().named_modules() if hasattr(each, "lora_A")}
-    tensors = {each.name: torch.from_numpy(np.array(each.data)) for each in reader.tensors}
-    assert len(tensors) == 2 * len(layers)
-    down = layers["model.layers.0.mlp.down_proj"]
-    scale = reader.fields["adapter.lora.alpha"].contents() / down.r["default"]
-    assert scale == pytest.approx(down.scaling["default"])
-    assert torch.equal(tensors["blk.0.ffn_down.weight.lora_a"], down.lora_A["default"].weight.float())
-    assert torch.equal(tensors["blk.0.ffn_down.weight.lora_b"], down.lora_B["default"].weight.float())
+@pytest.mark.parametrize("case", ["phi3", "llama", "mistral", "gemma2", "qwen2", "qwen3"])
+@pytest.mark.parametrize("options", [{"lora_alpha": 6}, {"lora_alpha": 3, "use_rslora": True}], ids=str)
+def test_an_adapter_alone_does_in_llama_cpp_what_it_does_here(
+    case, options, model_of, tokenizer, tmp_path
+) -> None:
+    model = model_of(case)
+    save_model(model, tokenizer, tmp_path / "base")
+    write_gguf(model.state_dict().items(), model.config, tokenizer, {"f32": tmp_path / "base.gguf"})
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    adapted = get_peft_model(load_model(tmp_path / "base"), config).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    file = export_adapter_gguf(tmp_path / "adapter", tmp_path / "a.gguf")
+    with torch.no_grad():
+        expected = adapted(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
+    bare = file_logits(GGUFFile(tmp_path / "base.gguf"), IDS)
+    found = file_logits(with_adapter(tmp_path / "base.gguf", file), IDS)
+    assert (bare - expected).norm() > 0.1 * expected.norm()
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+
+
+def with_adapter(base: Path, adapter: Path) -> GGUFFile:
+    """The base opened in llama.cpp, the adapter put on it."""
+    llama, file = library(), GGUFFile(base)
+    llama.llama_adapter_lora_init.restype = ctypes.c_void_p
+    llama.llama_adapter_lora_init.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    opened = ctypes.c_void_p(llama.llama_adapter_lora_init(file._model, str(adapter).encode()))
+    assert opened
+    file._make_room(len(IDS), shared=0)
+    context, scale = ctypes.c_void_p(file._context), ctypes.c_float(1)
+    assert (
+        llama.llama_set_adapters_lora(context, ctypes.byref(opened), ctypes.c_size_t(1), ctypes.byref(scale))
+        == 0
+    )
+    return file
 
 
 @pytest.mark.parametrize(
@@ -166,11 +196,16 @@ def test_an_importance_matrix_is_heeded(small_model: Path, tmp_path: Path) -> No
     assert not np.array_equal(plain, other)
 
 
-def test_nf4_is_exported_as_such(cli, trained: Path, tmp_path: Path) -> None:
-    from fettle.quantization.layers import is_quantized
-
+def test_nf4_says_what_the_merged_model_in_nf4_says(cli, trained: Path, tmp_path: Path) -> None:
     ended = cli("export", "--model", trained, "--format", "nf4", "--to", tmp_path / "nf4")
     assert ended.code == 0, ended.err
-    model, _ = load(tmp_path / "nf4")
+    model, _ = load(tmp_path / "nf4", device="cpu")
     assert is_quantized(model)
-    shutil.rmtree(tmp_path / "nf4")
+    merged, _ = load_merged(trained, device="cpu")
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        dense = merged(input_ids=ids, use_cache=False).logits
+        quantize_linears(merged)
+        expected, found = (each(input_ids=ids, use_cache=False).logits for each in (merged, model))
+    assert torch.equal(found, expected)
+    assert 0 < (found - dense).norm() < 0.5 * dense.norm()
