@@ -11,6 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fettle.adapters.load import load
+from fettle.adapters.lora import adapt
 from fettle.data import read_rows, tokenize_rows
 from fettle.errors import UserError
 from fettle.export.gguf import write_gguf
@@ -202,6 +203,11 @@ def test_a_long_token_is_whole(gguf_pair, tmp_path):
     write_gguf(model.state_dict().items(), config, tokenizer, {"f16": tmp_path / "m.gguf"})
     file = GGUFFile(tmp_path / "m.gguf")
     assert file.piece(len(tokenizer) - 1) == long.encode()
+
+
+def test_a_file_cannot_be_adapted(opened, gguf_pair):
+    with pytest.raises(UserError, match=r"model\.gguf is a GGUF file.* load the folder"):
+        adapt(opened[0])
 
 
 def test_text_that_is_not_cut_is_refused(gguf_pair, monkeypatch):

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fettle.errors import UserError, reason_of
+from fettle.llama_cpp.model import LlamaCppForCausalLM
 from fettle.models.checkpoint import ADAPTER_WEIGHTS, read_adapter_config
 from fettle.models.safetensors_header import read_places
 from fettle.ops import lora_linear
@@ -85,8 +86,13 @@ def adapt(
 
     alpha: the update is scaled by alpha / rank; None means alpha = rank, a scale of one. The adapter's
     weights are fp32 whatever the model's dtype, as small steps on bf16 weights would be lost by rounding.
-    Raises UserError where target_modules names no linear layer of the model, or its output head.
+    Raises UserError where target_modules names no linear layer of the model, or its output head, and for a GGUF file.
     """
+    if isinstance(model, LlamaCppForCausalLM):
+        raise UserError(
+            f"{model.name_or_path} is a GGUF file, whose weights cannot be trained: load the folder "
+            "or hub name it was made from."
+        )
     if not isinstance(target_modules, str):
         _require_targets(model, target_modules)
     config = LoraConfig(
