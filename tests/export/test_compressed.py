@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fettle.export.calibration import curvatures_by_layer
-from fettle.export.compressed import in_fp8
+from fettle.export.compressed import dense, in_fp8
 from fettle.models.decoder import causal_lm_class
 from fettle.models.load import load_model, load_tokenizer
 from fettle.models.save import save_model
@@ -52,14 +52,18 @@ def test_stock_transformers_opens_it(cli, wide_model, chats, tmp_path, layout, b
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_row_of_zeros_stays_zero_in_fp8(dtype) -> None:
-    linear = torch.nn.Linear(16, 4, bias=False, dtype=dtype)
-    linear.weight.data[1] = 0
-    stored = in_fp8(linear)
-    assert (
-        (linear.weight[1] == 0).all()
-        and linear.weight.isfinite().all()
-        and (stored["weight_scale"] > 0).all()
-    )
+    weight = torch.randn(4, 16, dtype=dtype)
+    weight[1] = 0
+    stored = in_fp8(weight)
+    assert (dense(stored)[1] == 0).all() and dense(stored).isfinite().all()
+    assert (stored["weight_scale"] > 0).all()
+
+
+def test_fp8_without_rows_is_the_same_folder(cli, wide_model, chats, tmp_path) -> None:
+    words = ("export", "--model", wide_model, "--format", "fp8", "--to")
+    assert cli(*words, tmp_path / "a").code == cli(*words, tmp_path / "b", "--data", chats).code == 0
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
 @torch.no_grad()

@@ -1,74 +1,94 @@
 """Export a model, its adapter merged in, as a Hugging Face folder for transformers, vLLM and the like."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from fettle.adapters.load import base_of
-from fettle.export.merge import load_merged, write_down_context
+from fettle.export.shards import ShardWriter
+from fettle.export.source import Source, open_source
 from fettle.files import require_free_space, require_new_folder, write_aside
-from fettle.generation.decode import stop_ids
-from fettle.models.checkpoint import Checkpoint, inspect, is_adapter, locate
-from fettle.models.decoder import DecoderForCausalLM
-from fettle.models.load import Dtype, empty_model, read_config, stored_dtype
-from fettle.models.quantized import save_nf4
-from fettle.models.save import save_model
-from fettle.quantization.layers import plain_linears, quantize_linears
-
-NF4_BYTES = 0.52
-"""A weight's on disk, its share of the scales included."""
+from fettle.models.load import Dtype, empty_model
+from fettle.models.quantized import nf4_config
+from fettle.models.save import save_around_weights
+from fettle.ops.nf4 import nf4_quantize
+from fettle.quantization.layers import HEAD, plain_linears
+from fettle.quantization.nf4 import to_tensors
 
 TOKENIZER_BYTES = 20 * 10**6
 """At most, of everything but the weights."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """How the layers' matrices are stored where not as they are.
+
+    parts: of a matrix, under their names in its layer. config: the quantization_config of a model in that dtype.
+    weight_bytes: a weight's on disk, its share of the scales included.
+    """
+
+    parts: Callable[[torch.Tensor], dict[str, torch.Tensor]]
+    config: Callable[[torch.dtype], dict[str, Any]]
+    weight_bytes: float
+
+
+NF4 = Packing(parts=lambda weight: to_tensors(nf4_quantize(weight)), config=nf4_config, weight_bytes=0.52)
+LARGEST_PARTS = 6
+"""Tensors that a packed matrix becomes, at most."""
+
+
 def export_safetensors(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> Path:
     """Write the full model that `name` stands for into the new folder `to` and return it.
 
-    An adapter is merged into its base first and the merge checks itself. One trained beyond LongRoPE's original
+    An adapter is merged into its base, one matrix in memory at a time. One trained beyond LongRoPE's original
     context leaves a model that has the long factors at every length. The folder is complete (weights,
     config, generation config, tokenizer, chat template) or not there.
     """
-    full, tokenizer = merged_model(name, to := Path(to), dtype)
-    with write_aside(to) as aside:
-        save_model(full, tokenizer, aside)
-    return to
+    return export_folder(name, Path(to), dtype)
 
 
 def export_nf4(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> Path:
     """The same with the layers' matrices in NF4, as transformers and vLLM open it where bitsandbytes is installed."""
-    full, tokenizer = merged_model(name, to := Path(to), dtype, matrix_bytes=NF4_BYTES)
-    quantize_linears(full)
+    return export_folder(name, Path(to), dtype, NF4)
+
+
+def export_folder(name: str | Path, to: Path, dtype: Dtype, packing: Packing | None = None) -> Path:
+    """The same with the layers' matrices packed as told. UserError for what the user can mend, before it begins."""
+    require_new_folder(to, "the exported model")
+    source = open_source(name)
+    if dtype != "auto":
+        source.dtype = getattr(torch, dtype)
+    require_disk(to, source, source.dtype.itemsize if packing is None else packing.weight_bytes)
     with write_aside(to) as aside:
-        save_nf4(full, tokenizer, aside)
+        aside.mkdir()
+        _write_weights(source, aside, packing)
+        source.config.dtype = str(source.dtype).removeprefix("torch.")
+        if packing is not None:
+            source.config.quantization_config = packing.config(source.dtype)
+        save_around_weights(source.config, source.generation, source.tokenizer, aside)
     return to
 
 
-def merged_model(
-    name: str | Path, to: Path, dtype: Dtype, *, matrix_bytes: float | None = None
-) -> tuple[DecoderForCausalLM, PreTrainedTokenizerBase]:
-    """The full model in memory, once everything that could stand against writing it to `to` has been looked at.
-
-    matrix_bytes: what a weight of the layers' matrices will take on disk, where that is not its dtype's size.
-    """
-    require_new_folder(to, "the exported model")
-    folder = locate(str(name))
-    checkpoint = inspect(base_of(folder)[1] if is_adapter(folder) else folder)
-    needed = _bytes(checkpoint, dtype, matrix_bytes) + TOKENIZER_BYTES
-    require_free_space(to, int(needed), "the exported model")
-    full, tokenizer = load_merged(name, dtype=dtype)
-    write_down_context(full.config, full.model.rotary_emb.context_tokens)
-    generation = full.generation_config  # others stop at what it names, and at nothing else
-    generation.eos_token_id = stop_ids(generation.eos_token_id, tokenizer) or None
-    return full, tokenizer
+def _write_weights(source: Source, folder: Path, packing: Packing | None) -> None:
+    model = empty_model(source.config)
+    packed = set() if packing is None else {f"{layer}.weight" for layer in plain_linears(model)}
+    with ShardWriter(folder, tensors=LARGEST_PARTS * len(model.state_dict())) as shards:
+        for name, tensor in source.tensors():
+            if name == f"{HEAD}.weight" and source.config.tie_word_embeddings:
+                continue
+            tensor = tensor.to(source.dtype)
+            parts = packing.parts(tensor) if packing is not None and name in packed else {"weight": tensor}
+            layer = name.removesuffix("weight")
+            for leaf, part in parts.items():
+                shards.add(layer + leaf if name.endswith("weight") else name, part)
 
 
-def _bytes(checkpoint: Checkpoint, dtype: Dtype, matrix_bytes: float | None) -> float:
-    """What the weights will take on disk."""
-    config = read_config(checkpoint)
-    model = empty_model(config)
-    size = (stored_dtype(checkpoint) if dtype == "auto" else getattr(torch, dtype)).itemsize
+def require_disk(to: Path, source: Source, matrix_bytes: float) -> None:
+    """Raise UserError where the disk has too little room. matrix_bytes: what a weight of the layers' matrices takes."""
+    model, size = empty_model(source.config), source.dtype.itemsize
     weights = sum(each.numel() for each in model.parameters())
     inside = sum(linear.weight.numel() for linear in plain_linears(model).values())
-    return weights * size + inside * ((matrix_bytes or size) - size)
+    needed = weights * size + inside * (matrix_bytes - size)
+    require_free_space(to, int(needed) + TOKENIZER_BYTES, "the exported model")

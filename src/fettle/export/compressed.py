@@ -15,73 +15,94 @@ import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from fettle.export.calibration import curvatures_by_layer, first_rows, mean_loss, split
-from fettle.export.checkpoint import merged_model
-from fettle.files import write_aside
+from fettle.export.calibration import Rows, curvatures_by_layer, first_rows, mean_loss, split
+from fettle.export.checkpoint import Packing, export_folder, require_disk
+from fettle.export.merge import load_merged, write_down_context
+from fettle.export.source import open_source
+from fettle.files import require_new_folder, write_aside
 from fettle.models.decoder import DecoderForCausalLM
 from fettle.models.save import save_model
 from fettle.quantization.gptq import GROUP, gptq
 from fettle.quantization.layers import HEAD, plain_linears
 
-FP8 = torch.float8_e4m3fn
-LAYOUTS = {"fp8": ("FP8_DYNAMIC", "float-quantized"), "w4a16": ("W4A16", "pack-quantized")}
-MATRIX_BYTES = {"fp8": 1.01, "w4a16": 0.52}
+E4M3 = torch.float8_e4m3fn
+FOUR_BITS_BYTES = 0.52
 """A weight's on disk, its share of the scales included."""
 
 Stored = dict[str, torch.Tensor]
 """A layer's tensors under the layout's names."""
 
+Report = Callable[[str], None]
 
-def export_compressed(
-    name: str,
-    to: Path,
-    layout: str,
-    *,
-    data: str | None,
-    report: Callable[[str], None],
-) -> Path:
-    """Write the model that `name` stands for into the new folder `to`.
 
-    layout: "fp8" or "w4a16"; the latter needs data, to calibrate on. With data the loss on a part that was not
-    calibrated on is told before and after. Raises UserError for what the user can mend.
+def export_fp8(name: str, to: Path, *, data: str | None, report: Report) -> Path:
+    """Write the model that `name` stands for into the new folder `to`, a tensor at a time.
+
+    With data the whole model is loaded first, and the loss on rows told before and after. Raises UserError for what
+    the user can mend.
     """
-    rows = None if data is None else first_rows(data)  # before anything long: it may not be readable
-    model, tokenizer = merged_model(name, to, "auto", matrix_bytes=MATRIX_BYTES[layout])
-    known = None if rows is None else split(rows, tokenizer)
-    before = None if known is None else mean_loss(model, known.held_out)
-    left_out = [HEAD]
-    if layout == "fp8":
-        stored = {each: in_fp8(linear) for each, linear in plain_linears(model).items()}
-    else:
-        assert known is not None
-        stored, narrow = _in_four_bits(model, known.calibration, report)
-        left_out += narrow
-    if before is not None and known is not None:
-        after = mean_loss(model, known.held_out)
-        report(
-            f"loss on rows that were not calibrated on: {before:.4f} before, {after:.4f} after ({after - before:+.4f})"
-        )
+    if data is not None:
+        model, _, rows = _opened(name, to, data, FP8.weight_bytes)
+        before = mean_loss(model, rows.held_out)
+        for linear in plain_linears(model).values():
+            linear.weight.data = dense(in_fp8(linear.weight.data))
+        _tell_loss(before, mean_loss(model, rows.held_out), report)
+        del model
+    return export_folder(name, to, "auto", FP8)
+
+
+def export_four_bits(name: str, to: Path, *, data: str, report: Report) -> Path:
+    """The same in four bits, calibrated on rows of `data`; with the whole model in memory."""
+    model, tokenizer, rows = _opened(name, to, data, FOUR_BITS_BYTES)
+    before = mean_loss(model, rows.held_out)
+    stored, narrow = _in_four_bits(model, rows.calibration, report)
+    _tell_loss(before, mean_loss(model, rows.held_out), report)
     _replace(model, stored)
-    model.config.quantization_config = _config(layout, left_out)
+    model.config.quantization_config = _config("W4A16", "pack-quantized", [HEAD, *narrow])
     with write_aside(to) as aside:
         save_model(model, tokenizer, aside)
     return to
 
 
+def _opened(
+    name: str, to: Path, data: str, matrix_bytes: float
+) -> tuple[DecoderForCausalLM, PreTrainedTokenizerBase, Rows]:
+    """The merged model in memory and rows as its ids; whatever could stand against it is looked at first."""
+    require_new_folder(to, "the exported model")
+    given, source = first_rows(data), open_source(name)
+    rows = split(given, source.tokenizer)
+    require_disk(to, source, matrix_bytes)
+    model, tokenizer = load_merged(name)
+    write_down_context(model.config, model.model.rotary_emb.context_tokens)
+    model.generation_config = source.generation
+    return model, tokenizer, rows
+
+
+def _tell_loss(before: float, after: float, report: Report) -> None:
+    report(
+        f"loss on rows that were not calibrated on: {before:.4f} before, {after:.4f} after ({after - before:+.4f})"
+    )
+
+
 @torch.no_grad()
-def in_fp8(linear: nn.Linear) -> Stored:
-    """Rounded, and left in the model as what it now stands for."""
-    weight = linear.weight.data
+def in_fp8(weight: torch.Tensor) -> Stored:
+    """Rounded, with a scale a row."""
     largest = weight.float().abs().amax(1, keepdim=True)
-    scale = (largest / torch.finfo(FP8).max).to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)
-    codes = (weight.float() / scale.float()).clamp(-torch.finfo(FP8).max, torch.finfo(FP8).max).to(FP8)
-    weight.copy_(codes.float() * scale.float())
+    scale = (largest / torch.finfo(E4M3).max).to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)
+    codes = (weight.float() / scale.float()).clamp(-torch.finfo(E4M3).max, torch.finfo(E4M3).max).to(E4M3)
     return {"weight": codes, "weight_scale": scale}
 
 
+def dense(stored: Stored) -> torch.Tensor:
+    """The matrix that `in_fp8` gives, in its scales' type."""
+    scale = stored["weight_scale"]
+    return (stored["weight"].float() * scale.float()).to(scale.dtype)
+
+
 def _in_four_bits(
-    model: DecoderForCausalLM, calibration: Sequence[torch.Tensor], report: Callable[[str], None]
+    model: DecoderForCausalLM, calibration: Sequence[torch.Tensor], report: Report
 ) -> tuple[dict[str, Stored], list[str]]:
     """Layer by layer, each calibrated on what the rounded layers before it give."""
     stored: dict[str, Stored] = {}
@@ -117,8 +138,7 @@ def _replace(model: DecoderForCausalLM, stored: dict[str, Stored]) -> None:
         model.set_submodule(name, bare)
 
 
-def _config(layout: str, left_out: list[str]) -> dict[str, Any]:
-    preset, form = LAYOUTS[layout]
+def _config(preset: str, form: str, left_out: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = QuantizationConfig(
         config_groups={"group_0": preset_name_to_scheme(preset, ["Linear"])},
         format=form,
@@ -126,3 +146,10 @@ def _config(layout: str, left_out: list[str]) -> dict[str, Any]:
         ignore=left_out,
     ).to_dict()
     return found | {"quantization_status": "compressed"}
+
+
+FP8 = Packing(
+    parts=in_fp8,
+    config=lambda dtype: _config("FP8_DYNAMIC", "float-quantized", [HEAD]),
+    weight_bytes=1.01,
+)

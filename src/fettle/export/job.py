@@ -45,10 +45,12 @@ def _write(options: ExportOptions) -> list[Path]:
 
 
 def _compressed(options: ExportOptions) -> Path:
-    from fettle.export.compressed import export_compressed
+    from fettle.export.compressed import export_four_bits, export_fp8
 
-    if options.format == "w4a16" and options.data is None:
+    if options.format == "fp8":
+        return export_fp8(options.model, options.to, data=options.data, report=print)
+    if options.data is None:
         raise UserError(
             "--format w4a16 rounds weights by what they see: give rows of yours, --data FILE (a hundred or so)."
         )
-    return export_compressed(options.model, options.to, options.format, data=options.data, report=print)
+    return export_four_bits(options.model, options.to, data=options.data, report=print)

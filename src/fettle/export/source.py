@@ -35,14 +35,19 @@ Update = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(slots=True, kw_only=True)
 class Source:
-    """name: for people. tensors: called anew for every pass, Hugging Face's name and the dense tensor. stop_ids: what
-    ends an answer."""
+    """name: for people. dtype: what the weights are stored in. tensors: called anew for every pass, Hugging Face's name
+    and the dense tensor. generation: its eos_token_id is all that ends an answer, `stop_ids`."""
 
     name: str
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
     tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]
-    stop_ids: list[int]
+    generation: GenerationConfig
+
+    @property
+    def stop_ids(self) -> list[int]:
+        return list(self.generation.eos_token_id or [])
 
 
 def open_source(name: str | Path) -> Source:
@@ -58,8 +63,9 @@ def open_source(name: str | Path) -> Source:
         name=folder.resolve().name,
         config=config,
         tokenizer=tokenizer,
+        dtype=stored_dtype(checkpoint),
         tensors=lambda: _from_checkpoint(checkpoint),
-        stop_ids=stop_ids(_named_stops(base), tokenizer),
+        generation=_generation(base, config, tokenizer),
     )
     if folder is not base:
         _adapted(source, folder, base, checkpoint)
@@ -86,10 +92,9 @@ def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -
 
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
         updates = _updates(folder)
-        dtype = stored_dtype(checkpoint)
         for name, tensor in _from_checkpoint(checkpoint):
             if has_to_be_nf4 and name in matrices:
-                tensor = nf4_dequantize(nf4_quantize(tensor.to(dtype)))
+                tensor = nf4_dequantize(nf4_quantize(tensor.to(source.dtype)))
             yield name, updates[name](tensor) if name in updates else tensor
 
     source.tensors = merged
@@ -128,8 +133,8 @@ def _updates(folder: Path) -> dict[str, Update]:
                 f"{folder}: the adapter holds numbers that are none (NaN or infinite): its training went astray; "
                 "train again with a lower --learning-rate."
             )
-        # in place: what a checkpoint gives is a copy of its own
-        return lambda weight: weight.float().addmm_(b.float(), a.float(), alpha=scale)
+        # in place: what a checkpoint gives is a copy of its own; in PEFT's order, to the same bits
+        return lambda weight: weight.float().add_((b.float() @ a.float()).mul_(scale))
 
     return {name: update(a, b) for name, a, b in adapter_matrices(folder)}
 
@@ -150,7 +155,11 @@ def _whole(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     yield from full.state_dict().items()
 
 
-def _named_stops(folder: Path) -> Any:
-    """The ids at which an answer ends by the folder's generation config; None where it says nothing."""
-    has_config = (folder / "generation_config.json").exists()
-    return GenerationConfig.from_pretrained(str(folder)).eos_token_id if has_config else None
+def _generation(base: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The base's, ending answers where fettle ends them: others stop at what it names, and at nothing else."""
+    if (base / "generation_config.json").exists():
+        generation = GenerationConfig.from_pretrained(str(base))
+    else:
+        generation = GenerationConfig.from_model_config(config)
+    generation.eos_token_id = stop_ids(generation.eos_token_id, tokenizer) or None
+    return generation

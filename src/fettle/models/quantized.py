@@ -67,17 +67,22 @@ def load_nf4(
 
 def save_nf4(model: DecoderForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a model with NF4 layers into `folder`, in the layout that transformers and bitsandbytes load."""
-    model.config.quantization_config = {
+    model.config.quantization_config = nf4_config(model.dtype)
+    save_model(model, tokenizer, folder)
+
+
+def nf4_config(dtype: torch.dtype) -> dict[str, Any]:
+    """The quantization_config of a model with NF4 layers, all else in `dtype`."""
+    return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
         "llm_int8_skip_modules": ["lm_head"],
     }
-    save_model(model, tokenizer, folder)
 
 
 class StoredTensors:

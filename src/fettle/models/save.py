@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.models.quiet import without_progress_bars
 
@@ -20,6 +20,16 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """
     with without_progress_bars():
         model.save_pretrained(str(folder))
+    _add_old_spellings(folder / "config.json")
+    save_tokenizer(tokenizer, folder)
+
+
+def save_around_weights(
+    config: PreTrainedConfig, generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write what `save_model` writes, but the weights, for a model that is not in memory."""
+    config.save_pretrained(str(folder))
+    generation.save_pretrained(str(folder))
     _add_old_spellings(folder / "config.json")
     save_tokenizer(tokenizer, folder)
 

@@ -1,0 +1,114 @@
+"""Safetensors files written tensor by tensor, so that no more than one is in memory.
+
+A file begins with the names, types and places of its tensors, known only once all have come: room is left for them,
+and what is over is filled with spaces, as the format allows. Readers map each tensor where it stands, at a multiple of
+its type's size: one of a length that would shift the next waits, and stands at its file's end.
+"""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+
+from fettle.models.checkpoint import WEIGHTS, WEIGHTS_INDEX
+
+SHARD_BYTES = 5 * 10**9
+"""Of a file, at most, as on the hub; a larger tensor has one to itself."""
+
+ENTRY_BYTES = 256
+"""Of a tensor's name, type and place, at most."""
+
+ALIGNMENT = 8
+
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+}
+
+
+class ShardWriter:
+    """`with ShardWriter(folder, tensors=n) as shards: shards.add(name, tensor)`, n times at most."""
+
+    def __init__(self, folder: Path, *, tensors: int) -> None:
+        self.folder = folder
+        self._room = ENTRY_BYTES * (tensors + 1)
+        self._files: list[list[str]] = []
+        """The names of each file's tensors."""
+        self._stream: BinaryIO | None = None
+        self._entries: dict[str, Any] = {}
+        self._waiting: dict[str, torch.Tensor] = {}
+        self._written = self._taken = self._total = 0
+        """Bytes of the current file that are written, and taken, those that wait included; bytes of all files."""
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, where: TracebackType | None) -> None:
+        if kind is None:
+            self._end_file()
+            self._name_files()
+        elif self._stream is not None:
+            self._stream.close()
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the tensor, into a new file where the current one would grow beyond SHARD_BYTES."""
+        size = tensor.numel() * tensor.element_size()
+        if self._stream is None or (self._taken and self._taken + size > SHARD_BYTES):
+            self._end_file()
+            self._stream = open(self._place(len(self._files)), "wb")  # noqa: SIM115  # closed by _end_file
+            self._stream.seek(8 + self._room)
+            self._files.append([])
+        self._files[-1].append(name)
+        self._taken += size
+        self._total += size
+        if size % ALIGNMENT:
+            self._waiting[name] = tensor
+        else:
+            self._write(name, tensor)
+
+    def _write(self, name: str, tensor: torch.Tensor) -> None:
+        assert self._stream is not None
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        begin, self._written = self._written, self._written + data.nbytes
+        place = {"shape": list(tensor.shape), "data_offsets": [begin, self._written]}
+        self._entries[name] = {"dtype": DTYPES[tensor.dtype], **place}
+        self._stream.write(data.data)
+
+    def _end_file(self) -> None:
+        if self._stream is None:
+            return
+        for name, tensor in sorted(self._waiting.items(), key=lambda item: -item[1].element_size()):
+            self._write(name, tensor)
+        head = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}, separators=(",", ":")).encode()
+        if len(head) > self._room:
+            raise RuntimeError(
+                f"{len(head)} bytes of names and places, where {self._room} were left for them"
+            )
+        self._stream.seek(0)
+        self._stream.write(self._room.to_bytes(8, "little") + head.ljust(self._room))
+        self._stream.close()
+        self._stream, self._entries, self._waiting = None, {}, {}
+        self._written = self._taken = 0
+
+    def _place(self, number: int) -> Path:
+        return self.folder / f"shard-{number}"
+
+    def _name_files(self) -> None:
+        """The names that readers look for, and with several files the index of their tensors."""
+        count = len(self._files)
+        if count == 1:
+            self._place(0).rename(self.folder / WEIGHTS)
+            return
+        names = [f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)]
+        for number, name in enumerate(names):
+            self._place(number).rename(self.folder / name)
+        places = {
+            tensor: name for tensors, name in zip(self._files, names, strict=True) for tensor in tensors
+        }
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(places.items()))}
+        (self.folder / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
