@@ -12,6 +12,7 @@ from fettle.errors import UserError
 from fettle.files import (
     human_bytes,
     only_process,
+    replace_folder,
     require_free_space,
     require_new_folder,
     sha256_of,
@@ -98,6 +99,70 @@ def test_replacing_a_file_keeps_the_old_one_until_the_end(tmp_path: Path) -> Non
         aside.write_text("new")
     assert target.read_text() == "new"
     assert names(tmp_path) == ["state.json"]
+
+
+def model_at(folder: Path, text: str) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(text)
+    (folder / "model.safetensors").write_text(text)
+    return folder
+
+
+def fail_at(folder: Path) -> None:
+    model_at(folder, "half")
+    raise OSError("the disk is full")
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_replacing_a_folder_keeps_the_old_one_until_the_end(tmp_path: Path) -> None:
+    target = model_at(tmp_path / "model", "old")
+    with pytest.raises(OSError, match="full"), replace_folder(target) as aside:
+        fail_at(aside)
+    assert (target / "config.json").read_text() == "old" and names_in(tmp_path) == ["model"]
+    with replace_folder(target) as aside:
+        model_at(aside, "new")
+        assert (target / "config.json").read_text() == "old"
+    assert (target / "config.json").read_text() == "new" and names_in(tmp_path) == ["model"]
+
+
+def test_a_folder_that_cannot_take_the_name_leaves_it_to_the_old_one(tmp_path: Path) -> None:
+    target = model_at(tmp_path / "model", "old")
+    with pytest.raises(FileNotFoundError), replace_folder(target):
+        pass  # nothing was made
+    assert (target / "config.json").read_text() == "old" and names_in(tmp_path) == ["model"]
+
+
+def test_a_folder_that_a_killed_process_had_renamed_is_put_back(tmp_path: Path) -> None:
+    target, dead = tmp_path / "model", 2**22 + 7  # beyond any process's number
+    model_at(tmp_path / f".replaced-{dead}-model", "old")
+    with pytest.raises(OSError, match="full"), replace_folder(target) as aside:
+        fail_at(aside)
+    assert (target / "config.json").read_text() == "old"
+    model_at(tmp_path / f".replaced-{dead}-model", "older")  # killed before it was deleted
+    with replace_folder(target) as aside:
+        model_at(aside, "new")
+    assert (target / "config.json").read_text() == "new" and names_in(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("entry", ["thesis.txt", "photos/"])
+def test_only_a_models_folder_is_replaced(tmp_path: Path, entry: str) -> None:
+    target = model_at(tmp_path / "model", "old")
+    if entry.endswith("/"):
+        (target / entry).mkdir()
+    else:
+        (target / entry).write_text("x")
+    with (
+        pytest.raises(UserError, match=f"'{entry.rstrip('/')}' in it is none of a model's files"),
+        replace_folder(target),
+    ):
+        pass
+    (empty_of_models := tmp_path / "notes").mkdir()
+    (empty_of_models / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no whole model"):
+        require_new_folder(empty_of_models, "it", replace=True)
 
 
 def test_the_leavings_of_a_killed_process_are_removed_and_a_living_ones_kept(tmp_path: Path) -> None:

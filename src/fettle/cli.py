@@ -121,7 +121,9 @@ def _add_export(command: argparse.ArgumentParser) -> None:
         "compressed for vLLM; gguf: a file for llama.cpp and Ollama; adapter-gguf: the adapter alone, for llama.cpp",
     )
     command.add_argument("--to", required=True, type=Path, help="new folder, or new .gguf file")
-    command.add_argument("--overwrite", action="store_true", help="replace a .gguf file that is there")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace a .gguf file, or a model's folder, that is there"
+    )
     _add_dtype(command)
     command.add_argument(
         "--push", metavar="OWNER/NAME", help="upload the result to the hub, private if new, with a model card"

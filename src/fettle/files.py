@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from fettle.errors import UserError
@@ -26,6 +27,12 @@ _SIGNS = (
     ("adapter_config.json", "an adapter"),
     ("*.safetensors", "a model's weights"),
     ("config.json", "a model"),
+)
+
+# What a folder with a full model may hold: what fettle, transformers and a model page put there.
+_MODEL_FILES = (
+    *("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"),
+    *("README.md", "LICENSE*", ".gitattributes"),
 )
 
 
@@ -53,10 +60,47 @@ def write_aside(path: Path, *, replace: bool = False) -> Iterator[Path]:
         _remove(aside)
 
 
-def require_new_folder(path: Path, what: str) -> None:
-    """Raise UserError unless `path`, where `what` is to go, is absent or an empty folder."""
+@contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling to make a model's folder at; it takes the place of the one at `path`, if any.
+
+    The old folder stays until the new one is whole. It is renamed before that takes its name, and deleted last: a
+    process that is killed in between leaves it beside `path`, and the next one puts it back.
+    Raises UserError where `path` is anything but the folder of a model.
+    """
+    path = Path(path).resolve()
+    _put_back(path)
+    if not _is_occupied(path):
+        with write_aside(path) as aside:
+            yield aside
+        return
+    _require_model(path)
+    _require_writable(path.parent)
+    _remove_abandoned(path)
+    aside, old = (path.with_name(f".{kind}-{os.getpid()}-{path.name}") for kind in ("partial", "replaced"))
+    try:
+        yield aside
+        _require_model(path)  # again: something may have been laid there while the block ran
+        os.rename(path, old)
+        try:
+            os.rename(aside, path)
+        except BaseException:
+            os.rename(old, path)
+            raise
+        _remove(old)
+    finally:
+        _remove(aside)
+
+
+def require_new_folder(path: Path, what: str, *, replace: bool = False) -> None:
+    """Raise UserError unless `path`, where `what` is to go, is absent or an empty folder.
+
+    With `replace` it may be the folder of a model, as `replace_folder` takes it.
+    """
     path = Path(path)
-    if path.is_dir() and any(path.iterdir()):
+    if replace and _is_occupied(path):
+        _require_model(path)
+    elif _is_occupied(path):
         raise UserError(
             f"{path} already holds {describe_folder(path)}, and {what} needs a new or empty folder: "
             f"name another one, or move {path} away."
@@ -64,6 +108,34 @@ def require_new_folder(path: Path, what: str) -> None:
     if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"{path} is a file, and {what} needs a folder: name another one.")
     _require_writable(path)
+
+
+def _is_occupied(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())
+
+
+def _require_model(path: Path) -> None:
+    """Raise UserError unless the folder holds a full model and nothing that is no part of one."""
+    foreign = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if not entry.is_file() or not any(fnmatch(entry.name, each) for each in _MODEL_FILES)
+    )
+    if foreign or not (path / "config.json").exists() or not any(path.glob("*.safetensors")):
+        found = f"{foreign[0]!r} in it is none of a model's files" if foreign else "it holds no whole model"
+        raise UserError(f"{path} is not replaced, as {found}: name another folder, or move this one away.")
+
+
+def _put_back(path: Path) -> None:
+    """What a killed process had renamed to make room gets its name back, or goes where the new folder is there."""
+    pattern = re.compile(rf"\.replaced-(\d+)-{re.escape(path.name)}")
+    for entry in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
+        match = pattern.fullmatch(entry.name)
+        if match and not _is_running(int(match[1])):
+            if os.path.lexists(path):
+                _remove(entry)
+            else:
+                os.rename(entry, path)
 
 
 @contextmanager

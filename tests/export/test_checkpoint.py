@@ -175,7 +175,7 @@ def test_a_stream_writes_what_the_whole_model_in_memory_would(
         quantize_linears(full)
         save_nf4(full, tokenizer, tmp_path / "expected")
     else:
-        export_folder(any_model, tmp_path / "out", "auto", FP8)
+        export_folder(any_model, tmp_path / "out", packing=FP8)
         linears = plain_linears(full)
         save_model(full, tokenizer, tmp_path / "expected")
         full.config.quantization_config = FP8.config(full.dtype)
@@ -229,6 +229,31 @@ def test_nothing_is_left_of_an_export_that_failed(small_model, tmp_path, monkeyp
     with pytest.raises(OSError, match="on fire"):
         export_safetensors(small_model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["safetensors", "nf4", "fp8", "w4a16"])
+def test_overwrite_replaces_a_model(cli, small_model, trained, chats, tmp_path, form):
+    export_safetensors(small_model, tmp_path / "out")
+    data = ("--data", chats) if form == "w4a16" else ()
+    words = ("export", "--model", trained, "--format", form, *data, "--to", tmp_path / "out")
+    assert cli(*words).code == 2
+    ended = cli(*words, "--overwrite")
+    assert ended.code == 0, ended.err
+    fresh = tmp_path / "fresh"
+    assert cli("export", "--model", trained, "--format", form, *data, "--to", fresh).code == 0
+    for file in fresh.iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["fresh", "out"]
+
+
+def test_what_is_exported_is_not_overwritten(small_model, trained, tmp_path):
+    folder = shutil.copytree(small_model, tmp_path / "model")
+    with pytest.raises(UserError, match="from which the model is read"):
+        export_nf4(folder, folder, overwrite=True)
+    with pytest.raises(UserError, match="from which the model is read"):
+        export_nf4(trained, small_model, overwrite=True)  # its base
+    with pytest.raises(UserError, match="none of a model's files"):
+        export_nf4(small_model, trained, overwrite=True)  # a run
 
 
 def test_a_full_folder_is_refused_before_the_model_is_looked_for(tmp_path):

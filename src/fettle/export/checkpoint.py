@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
+from fettle.adapters.load import base_of
+from fettle.errors import UserError
 from fettle.export.shards import ShardWriter
 from fettle.export.source import Source, open_source
-from fettle.files import require_free_space, require_new_folder, write_aside
+from fettle.files import replace_folder, require_free_space, require_new_folder, write_aside
+from fettle.models.checkpoint import is_adapter, locate
 from fettle.models.load import Dtype, empty_model
 from fettle.models.quantized import nf4_config
 from fettle.models.save import save_around_weights
@@ -39,29 +42,37 @@ LARGEST_PARTS = 6
 """Tensors that a packed matrix becomes, at most."""
 
 
-def export_safetensors(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> Path:
+def export_safetensors(name: str | Path, to: Path, *, dtype: Dtype = "auto", overwrite: bool = False) -> Path:
     """Write the full model that `name` stands for into the new folder `to` and return it.
 
     An adapter is merged into its base, one matrix in memory at a time. One trained beyond LongRoPE's original
     context leaves a model that has the long factors at every length. The folder is complete (weights,
-    config, generation config, tokenizer, chat template) or not there.
+    config, generation config, tokenizer, chat template) or not there. overwrite: a model's folder that is there makes
+    room for the new one, once that is whole.
     """
-    return export_folder(name, Path(to), dtype)
+    return export_folder(name, Path(to), dtype=dtype, overwrite=overwrite)
 
 
-def export_nf4(name: str | Path, to: Path, *, dtype: Dtype = "auto") -> Path:
+def export_nf4(name: str | Path, to: Path, *, dtype: Dtype = "auto", overwrite: bool = False) -> Path:
     """The same with the layers' matrices in NF4, as transformers and vLLM open it where bitsandbytes is installed."""
-    return export_folder(name, Path(to), dtype, NF4)
+    return export_folder(name, Path(to), dtype=dtype, packing=NF4, overwrite=overwrite)
 
 
-def export_folder(name: str | Path, to: Path, dtype: Dtype, packing: Packing | None = None) -> Path:
+def export_folder(
+    name: str | Path,
+    to: Path,
+    *,
+    dtype: Dtype = "auto",
+    packing: Packing | None = None,
+    overwrite: bool = False,
+) -> Path:
     """The same with the layers' matrices packed as told. UserError for what the user can mend, before it begins."""
-    require_new_folder(to, "the exported model")
+    require_place(name, to, overwrite)
     source = open_source(name)
     if dtype != "auto":
         source.dtype = getattr(torch, dtype)
     require_disk(to, source, source.dtype.itemsize if packing is None else packing.weight_bytes)
-    with write_aside(to) as aside:
+    with replace_folder(to) if overwrite else write_aside(to) as aside:
         aside.mkdir()
         _write_weights(source, aside, packing)
         source.config.dtype = str(source.dtype).removeprefix("torch.")
@@ -83,6 +94,16 @@ def _write_weights(source: Source, folder: Path, packing: Packing | None) -> Non
             layer = name.removesuffix("weight")
             for leaf, part in parts.items():
                 shards.add(layer + leaf if name.endswith("weight") else name, part)
+
+
+def require_place(name: str | Path, to: Path, overwrite: bool) -> None:
+    """Raise UserError where the folder `to` is not free for an export, or is what is to be exported."""
+    require_new_folder(to, "the exported model", replace=overwrite)
+    if overwrite and to.is_dir():
+        folder = locate(str(name))
+        sources = [folder, base_of(folder)[1]] if is_adapter(folder) else [folder]
+        if any(to.samefile(each) for each in sources):
+            raise UserError(f"--to is {to}, from which the model is read: name another folder.")
 
 
 def require_disk(to: Path, source: Source, matrix_bytes: float) -> None:

@@ -18,10 +18,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fettle.export.calibration import Rows, curvatures_by_layer, first_rows, mean_loss, split
-from fettle.export.checkpoint import Packing, export_folder, require_disk
+from fettle.export.checkpoint import Packing, export_folder, require_disk, require_place
 from fettle.export.merge import load_merged, write_down_context
 from fettle.export.source import open_source
-from fettle.files import require_new_folder, write_aside
+from fettle.files import replace_folder, write_aside
 from fettle.models.decoder import DecoderForCausalLM
 from fettle.models.save import save_model
 from fettle.quantization.gptq import GROUP, gptq
@@ -37,40 +37,40 @@ Stored = dict[str, torch.Tensor]
 Report = Callable[[str], None]
 
 
-def export_fp8(name: str, to: Path, *, data: str | None, report: Report) -> Path:
+def export_fp8(name: str, to: Path, *, data: str | None, report: Report, overwrite: bool = False) -> Path:
     """Write the model that `name` stands for into the new folder `to`, a tensor at a time.
 
     With data the whole model is loaded first, and the loss on rows told before and after. Raises UserError for what
     the user can mend.
     """
     if data is not None:
-        model, _, rows = _opened(name, to, data, FP8.weight_bytes)
+        model, _, rows = _opened(name, to, data, FP8.weight_bytes, overwrite)
         before = mean_loss(model, rows.held_out)
         for linear in plain_linears(model).values():
             linear.weight.data = dense(in_fp8(linear.weight.data))
         _tell_loss(before, mean_loss(model, rows.held_out), report)
         del model
-    return export_folder(name, to, "auto", FP8)
+    return export_folder(name, to, packing=FP8, overwrite=overwrite)
 
 
-def export_four_bits(name: str, to: Path, *, data: str, report: Report) -> Path:
+def export_four_bits(name: str, to: Path, *, data: str, report: Report, overwrite: bool = False) -> Path:
     """The same in four bits, calibrated on rows of `data`; with the whole model in memory."""
-    model, tokenizer, rows = _opened(name, to, data, FOUR_BITS_BYTES)
+    model, tokenizer, rows = _opened(name, to, data, FOUR_BITS_BYTES, overwrite)
     before = mean_loss(model, rows.held_out)
     stored, narrow = _in_four_bits(model, rows.calibration, report)
     _tell_loss(before, mean_loss(model, rows.held_out), report)
     _replace(model, stored)
     model.config.quantization_config = _config("W4A16", "pack-quantized", [HEAD, *narrow])
-    with write_aside(to) as aside:
+    with replace_folder(to) if overwrite else write_aside(to) as aside:
         save_model(model, tokenizer, aside)
     return to
 
 
 def _opened(
-    name: str, to: Path, data: str, matrix_bytes: float
+    name: str, to: Path, data: str, matrix_bytes: float, overwrite: bool
 ) -> tuple[DecoderForCausalLM, PreTrainedTokenizerBase, Rows]:
     """The merged model in memory and rows as its ids; whatever could stand against it is looked at first."""
-    require_new_folder(to, "the exported model")
+    require_place(name, to, overwrite)
     given, source = first_rows(data), open_source(name)
     rows = split(given, source.tokenizer)
     require_disk(to, source, matrix_bytes)

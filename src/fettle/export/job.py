@@ -1,5 +1,6 @@
 """`fettle export`: one model, handed over in one of several forms."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from fettle.errors import UserError
@@ -24,9 +25,11 @@ def export(options: ExportOptions) -> list[Path]:
 
 def _write(options: ExportOptions) -> list[Path]:
     if options.format == "safetensors":
-        return [export_safetensors(options.model, options.to, dtype=options.dtype)]
+        return [
+            export_safetensors(options.model, options.to, dtype=options.dtype, overwrite=options.overwrite)
+        ]
     if options.format == "nf4":
-        return [export_nf4(options.model, options.to, dtype=options.dtype)]
+        return [export_nf4(options.model, options.to, dtype=options.dtype, overwrite=options.overwrite)]
     if options.format in ("fp8", "w4a16"):
         return [_compressed(options)]
     from fettle.export.gguf import export_adapter_gguf, export_gguf  # they bring llama.cpp's wheel with them
@@ -47,10 +50,9 @@ def _write(options: ExportOptions) -> list[Path]:
 def _compressed(options: ExportOptions) -> Path:
     from fettle.export.compressed import export_four_bits, export_fp8
 
-    if options.format == "fp8":
-        return export_fp8(options.model, options.to, data=options.data, report=print)
-    if options.data is None:
+    if options.format == "w4a16" and options.data is None:
         raise UserError(
             "--format w4a16 rounds weights by what they see: give rows of yours, --data FILE (a hundred or so)."
         )
-    return export_four_bits(options.model, options.to, data=options.data, report=print)
+    write: Callable[..., Path] = export_fp8 if options.format == "fp8" else export_four_bits
+    return write(options.model, options.to, data=options.data, report=print, overwrite=options.overwrite)

@@ -28,7 +28,6 @@ class ExportOptions:
 
 
 ONLY_FOR: dict[str, tuple[Format, ...]] = {
-    "overwrite": ("gguf", "adapter-gguf"),
     "dtype": ("safetensors", "nf4"),
     "data": ("fp8", "w4a16"),
     "quantization": ("gguf",),
