@@ -215,6 +215,15 @@ def test_the_disk_is_asked_for_what_is_written(small_model, tmp_path, monkeypatc
     assert asked[-1] == pytest.approx(inspect(to).weight_bytes, rel=0.1)
 
 
+def test_numbers_that_fp16_cannot_hold_are_not_written(small_model, tmp_path):
+    model = load_model(small_model)
+    model.model.norm.weight.data[3] = 1e6
+    save_model(model, load_tokenizer(small_model), tmp_path / "base")
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds numbers beyond fp16's range"):
+        export_safetensors(tmp_path / "base", tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_empty_folder_is_filled(small_model, tmp_path):
     (tmp_path / "out").mkdir()
     export_safetensors(small_model, tmp_path / "out")

@@ -89,11 +89,21 @@ def _write_weights(source: Source, folder: Path, packing: Packing | None) -> Non
         for name, tensor in source.tensors():
             if name == f"{HEAD}.weight" and source.config.tie_word_embeddings:
                 continue
-            tensor = tensor.to(source.dtype)
+            tensor = _cast(name, tensor, source.dtype)
             parts = packing.parts(tensor) if packing is not None and name in packed else {"weight": tensor}
             layer = name.removesuffix("weight")
             for leaf, part in parts.items():
                 shards.add(layer + leaf if name.endswith("weight") else name, part)
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In the type to be written. UserError where fp16 cannot hold a number that the tensor has."""
+    found = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.dtype != dtype and not found.isfinite().all():
+        raise UserError(
+            f"The tensor {name} holds numbers beyond fp16's range (65,504); nothing was written: use --dtype bfloat16."
+        )
+    return found
 
 
 def require_place(name: str | Path, to: Path, overwrite: bool) -> None:
