@@ -25,7 +25,7 @@ from fettle.evaluation.comparison import Comparison, Side
 from fettle.evaluation.scoring import Distributions, Gap, OnExample, Scores, score
 from fettle.evaluation.speed import measure_speed
 from fettle.generation.decode import Model
-from fettle.llama_cpp.gguf_file import is_gguf, require_gguf
+from fettle.llama_cpp.gguf_file import GGUFFile, is_gguf, require_gguf
 from fettle.llama_cpp.model import LlamaCppForCausalLM
 from fettle.models.checkpoint import is_adapter, locate, weight_files
 from fettle.models.load import Dtype
@@ -56,6 +56,10 @@ def compare(
     if samples < 1:
         raise UserError(f"--samples is {samples}; expected 1 or more.")
     sizes = [size_bytes(name) for name in (a, b)]  # a wrong name is found before the first model is loaded
+    if is_gguf(b):
+        GGUFFile(
+            Path(b).expanduser()
+        )  # a damaged file too, of which llama.cpp alone knows; it is closed at once
     rows = read_rows(data)
     rows = rows if len(rows) <= samples else Random(seed).sample(rows, samples)
     with _progress(console or Console(stderr=True)) as stage:
