@@ -671,11 +671,13 @@ def test_resuming_another_kind_of_run(refused, unfinished):
 # --- a merge that went wrong -------------------------------------------------------------------------------
 
 
-def test_a_wrong_merge_is_refused_and_nothing_is_written(refused, trained, tmp_path, monkeypatch):
+def test_a_wrong_merge_is_refused_and_nothing_is_written(refused, trained, chats, tmp_path, monkeypatch):
+    """Where PEFT merges: fp8 with rows has the model in memory."""
     right = LoraLinear.get_delta_weight
     monkeypatch.setattr(LoraLinear, "get_delta_weight", lambda layer, name: 2 * right(layer, name))
     says = ("differs from the adapter model", "nothing was written")
-    refused("export", "--model", trained, "--to", tmp_path / "out", says=says)
+    words = ("export", "--model", trained, "--format", "fp8", "--data", chats)
+    refused(*words, "--to", tmp_path / "out", says=says)
 
 
 # --- GGUF files, and two models side by side ----------------------------------------------------------------
