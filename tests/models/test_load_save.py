@@ -362,11 +362,12 @@ def test_a_quantised_checkpoint(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"hidden_size": "wide"}, "Field 'hidden_size' expected int"),
-        ({"num_hidden_layers": -1}, "'model.layers.0.input_layernorm.weight' the first"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide'; expected a whole number"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"vocab_size": None}, "no vocab_size in it"),
         ({"hidden_size": 33}, "(97, 33)"),
         ({"num_key_value_heads": 3}, "(80, 32)"),
-        ({"num_attention_heads": 0}, "division"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"hidden_act": "nonsense"}, "'nonsense'"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "short_factor"),
         ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}}, "got nonsense"),

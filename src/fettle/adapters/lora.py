@@ -143,7 +143,7 @@ def attach(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) 
     read_adapter_config(folder)
     shapes = shapes_in(folder)
     require_fit(model, shapes, folder)
-    config = read_config(folder)
+    config = adapter_config_of(folder)
     _use_our_layer(config)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
@@ -153,7 +153,7 @@ def attach(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) 
     return adapted
 
 
-def read_config(folder: Path) -> LoraConfig:
+def adapter_config_of(folder: Path) -> LoraConfig:
     """Return the folder's adapter_config.json; UserError for what is no LoRA adapter's."""
     file = folder / "adapter_config.json"
     try:

@@ -18,13 +18,14 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from fettle.adapters.facts import read_facts, require_trained_on
 from fettle.adapters.load import base_of
+from fettle.adapters.lora import adapter_config_of as read_adapter
 from fettle.adapters.lora import is_plain_lora, require_fit, shapes_in
-from fettle.adapters.lora import read_config as read_adapter
 from fettle.errors import UserError
 from fettle.export.merge import load_merged, write_down_context
 from fettle.generation.decode import stop_ids
 from fettle.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, inspect, is_adapter, locate
-from fettle.models.load import empty_model, load_tokenizer, read_config, require_complete, stored_dtype
+from fettle.models.config import read_config
+from fettle.models.load import empty_model, load_tokenizer, require_complete, stored_dtype
 from fettle.models.quantized import StoredTensors, is_nf4
 from fettle.ops.nf4 import nf4_dequantize, nf4_quantize
 from fettle.quantization.layers import HEAD, plain_linears

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fettle.errors import UserError, reason_of
 from fettle.models.checkpoint import Checkpoint, inspect, require_tokenizer
+from fettle.models.config import read_config
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
-from fettle.models.families import family_of
 from fettle.models.quantized import is_nf4, load_nf4
 from fettle.models.quiet import without_progress_bars
 from fettle.quantization.nf4 import STATE_KEY
@@ -77,26 +77,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def read_config(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]  # a family's own config class
-    """Return the family's config object for a checkpoint, without what only remote code would need."""
-    where = f"{checkpoint.folder}/config.json"
-    family = family_of(checkpoint.config["model_type"], where)
-    if checkpoint.quantization_config and not is_nf4(checkpoint):
-        raise UserError(
-            f"{where}: the checkpoint is already quantised, in another way than bitsandbytes' NF4; "
-            "fettle needs the original one in bf16, fp16 or fp32."
-        )
-    try:
-        ignored = ("auto_map", "quantization_config")
-        config = family.config.from_dict({k: v for k, v in checkpoint.config.items() if k not in ignored})
-    except Exception as error:
-        raise UserError(
-            f"{where}: not a valid {checkpoint.config['model_type']} config: {reason_of(error)}"
-        ) from error
-    config.architectures = [family.architecture]
-    return config
 
 
 def require_complete(checkpoint: Checkpoint, config) -> None:  # type: ignore[no-untyped-def]

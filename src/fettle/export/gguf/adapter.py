@@ -5,15 +5,16 @@ from pathlib import Path
 from gguf import GGUFWriter
 
 from fettle.adapters.load import base_of
+from fettle.adapters.lora import adapter_config_of as read_adapter
 from fettle.adapters.lora import is_plain_lora, require_fit, shapes_in
-from fettle.adapters.lora import read_config as read_adapter
 from fettle.errors import UserError
 from fettle.export.gguf.metadata import as_stored, gguf_family_of, gguf_name
 from fettle.export.gguf.write import require_name
 from fettle.export.source import adapter_matrices, adapter_scale, require_own_head
 from fettle.files import write_aside
 from fettle.models.checkpoint import inspect, is_adapter, locate
-from fettle.models.load import empty_model, read_config
+from fettle.models.config import read_config
+from fettle.models.load import empty_model
 
 
 def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) -> Path:
