@@ -80,34 +80,20 @@ class Planner:
         near = (plan for plan in fitting if plan.seconds <= limit)
         return max(near, key=lambda plan: (plan.activations, -plan.seconds), default=None)
 
-    def leanest(self, work: Workload, allowed: tuple[Policy, ...]) -> Plan:
-        """The plan with the lowest peak."""
-        return min(self._plans(work, allowed), key=lambda plan: (plan.peak, plan.seconds))
-
     def longest(self, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> int:
         """The most tokens of each document that fit the budget with the leanest policy, at most the context."""
         low, high = 0, self.shapes.context
         while low < high:
             middle = (low + high + 1) // 2
             longer = work.with_tokens(work.documents * middle)
-            low, high = (middle, high) if self.fits(longer, budget, allowed) else (low, middle - 1)
+            fits = least_peak(self.shapes, longer, allowed, self.base) <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
-    def fits(self, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> bool:
-        """Whether the leanest policy for all layers, with everything else held as lean as can be, is within budget."""
-        leanest = self.plan(self._variants(work)[-1], (max(allowed),) * self.shapes.layers)
-        return leanest.peak <= budget
-
     def _plans(self, work: Workload, allowed: tuple[Policy, ...]) -> Iterator[Plan]:
-        for variant in self._variants(work):
+        for variant in variants(self.shapes, work):
             for policies in _choices(self.shapes.layers, allowed):
                 yield self.plan(variant, policies)
-
-    def _variants(self, work: Workload) -> list[Workload]:
-        """Ways to hold the same memory, the leanest last."""
-        if work.device_type == "cpu":
-            return [work, replace(work, returns_memory=True)]
-        return [work, replace(work, has_outer_embedding=True)] if self.shapes.embedding else [work]
 
     def plan(self, work: Workload, policies: tuple[Policy, ...]) -> Plan:
         """What these policies cost."""
@@ -157,6 +143,26 @@ class Planner:
         pairs = sum(work.documents * visible_pairs(work.tokens // work.documents, w) for w in s.windows)
         attention = pairs * 4 * s.query * (3.5 + work.references)
         return float(2 * weights * work.tokens * passes + attention) / self.rates.products
+
+
+def variants(shapes: Shapes, work: Workload) -> list[Workload]:
+    """Ways to hold the same memory, the leanest last."""
+    if work.device_type == "cpu":
+        return [work, replace(work, returns_memory=True)]
+    return [work, replace(work, has_outer_embedding=True)] if shapes.embedding else [work]
+
+
+def least_peak(shapes: Shapes, work: Workload, allowed: tuple[Policy, ...], base: int) -> int:
+    """The lowest peak of all plans, found without timings: one policy for all layers has it or, on a GPU, with another
+    for the last, at whose turn most is kept."""
+    peaks = []
+    for variant in variants(shapes, work):
+        adapters, _, optimizer = trained_bytes(shapes, variant)
+        fixed = base + weight_bytes(shapes, variant) + adapters + optimizer
+        for most, last in itertools.product(allowed, repeat=2):
+            policies = [most] * (shapes.layers - 1) + [last]
+            peaks.append(fixed + peak_of_policies(shapes, variant, policies)[1])
+    return min(peaks)
 
 
 def allowed_policies(

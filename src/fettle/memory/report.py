@@ -1,5 +1,6 @@
 """The plan as a table, as JSON, and as advice where nothing fits."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,9 @@ from rich.table import Table
 from fettle.errors import UserError
 from fettle.files import human_bytes
 from fettle.memory.costs import Workload
-from fettle.memory.plan import Plan, Planner, allowed_policies
+from fettle.memory.plan import Plan, allowed_policies, least_peak
 from fettle.memory.policies import Policy
+from fettle.memory.shapes import Shapes
 
 NAMES = {
     Policy.KEEP: "keep everything",
@@ -102,39 +104,36 @@ def as_dict(plan: Plan, *, budget: int, longest: int) -> dict[str, Any]:
     }
 
 
-def refusal(planner: Planner, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> UserError:
-    """What the least would be, and what each change would save."""
-    least = planner.leanest(work, allowed)
-    changes: list[tuple[str, int]] = []
-
-    def consider(text: str, changed: Workload, policies: tuple[Policy, ...] = allowed) -> None:
-        saved = least.peak - planner.leanest(changed, policies).peak
-        if saved > 0.01 * least.peak:
-            changes.append((text, saved))
-
-    if work.batch_size > 1:
-        fewer = _fitting_batch_size(planner, work, budget, allowed)
-        consider(f"--batch-size {fewer}", work.with_batch_size(fewer))
-    if not work.is_nf4:
-        consider("--quantization nf4", replace(work, is_nf4=True))
-    if work.rank > 8:
-        consider("--rank 8", replace(work, rank=8))
-    if work.row_tokens > 256:
-        consider(
-            f"rows of half the length ({work.row_tokens // 2:,} tokens)", work.with_tokens(work.tokens // 2)
-        )
-    if Policy.REDO not in allowed:
-        consider("without --no-gradient-checkpointing", work, allowed_policies(planner.shapes, work, None))
-    advice = "; ".join(f"{text} saves {human_bytes(saved)}" for text, saved in changes)
+def refusal(
+    shapes: Shapes, work: Workload, allowed: tuple[Policy, ...], *, base: int, budget: int, length_option: str
+) -> UserError:
+    """What the least would be, and what each change would save. length_option: the one that sets a row's tokens."""
+    needed = least_peak(shapes, work, allowed, base)
+    advice = []
+    for text, changed, policies in _ways_down(shapes, work, allowed, base, budget, length_option):
+        saved = needed - least_peak(shapes, changed, policies, base)
+        if saved > 0.01 * needed:
+            advice.append(f"{text} saves {human_bytes(saved)}")
     return UserError(
-        f"{human_bytes(budget)} of memory is too little: the least this run needs is {human_bytes(least.peak)}. "
-        + (f"What would bring it down: {advice}." if advice else "Only a smaller model needs less.")
+        f"{human_bytes(budget)} of memory is too little: the least this run needs is {human_bytes(needed)}. "
+        + (f"What would bring it down: {'; '.join(advice)}." if advice else "Only a smaller model needs less.")
     )
 
 
-def _fitting_batch_size(planner: Planner, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> int:
-    """The batch halved until it fits, at least 1."""
-    size = work.batch_size // 2
-    while size > 1 and not planner.fits(work.with_batch_size(size), budget, allowed):
-        size //= 2
-    return size
+def _ways_down(
+    shapes: Shapes, work: Workload, allowed: tuple[Policy, ...], base: int, budget: int, length_option: str
+) -> Iterator[tuple[str, Workload, tuple[Policy, ...]]]:
+    """Options that take less memory, as typed, with what they make of the run."""
+    if work.batch_size > 1:
+        size = work.batch_size // 2
+        while size > 1 and least_peak(shapes, work.with_batch_size(size), allowed, base) > budget:
+            size //= 2
+        yield f"--batch-size {size}", work.with_batch_size(size), allowed
+    if not work.is_nf4:
+        yield "--quantization nf4", replace(work, is_nf4=True), allowed
+    if work.rank > 8:
+        yield "--rank 8", replace(work, rank=8), allowed
+    if work.row_tokens > 256:
+        yield f"{length_option} {work.row_tokens // 2}", work.with_tokens(work.tokens // 2), allowed
+    if Policy.REDO not in allowed:
+        yield "no --no-gradient-checkpointing", work, allowed_policies(shapes, work, None)
