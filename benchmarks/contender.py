@@ -265,15 +265,13 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
     from rich.console import Console
 
     from fettle.adapters.lora import adapt
-    from fettle.models.decoder import causal_lm_class
+    from fettle.models.config import StoredModel
+    from fettle.models.load import empty_model
     from fettle.training.options import TrainOptions
     from fettle.training.planning import follow
     from fettle.training.steps import Trainer
 
     config = config_of(options)
-    with torch.device("meta"):
-        model = causal_lm_class(config.model_type)(config).to(torch.bfloat16)
-    model = materialise_nf4(model, device) if options.quantization else materialise(model, device)
     data = data_of(options, config.vocab_size)
     lengths = (
         [[options.tokens] * 2] if options.method == "dpo" else list(data["train_dataset"]["seq_lengths"])
@@ -281,8 +279,12 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
     run = TrainOptions(
         model="", data="", output="", rank=options.rank, memory=options.memory, batch_size=1,
         gradient_accumulation_steps=1, gradient_checkpointing={None: None, "none": False, "all": True}[options.redo],
+        quantization=options.quantization,
     )  # fmt: skip
-    followed = follow(run, model, lengths, Console(stderr=True))
+    stored = StoredModel(config, torch.bfloat16, is_nf4=False)
+    followed = follow(run, stored, device, lengths, Console(stderr=True))
+    model = empty_model(config).to(torch.bfloat16)
+    model = materialise_nf4(model, device) if options.quantization else materialise(model, device)
     adapted = adapt(model, rank=options.rank)
     fill_adapter(adapted)
     common = {
@@ -294,7 +296,7 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
     }
     is_dpo = options.method == "dpo"  # TRL's trainer and head on fettle's model
     trainer = DPOTrainer(**common) if is_dpo else Trainer(**common, step_leaner=followed.step_leaner)
-    followed.apply()
+    followed.apply_to(model)
     plan = followed.plan
     return trainer, {
         "peak_bytes": plan.peak,

@@ -475,13 +475,13 @@ def test_a_context_longer_than_the_models(refused_train):
 
 @pytest.mark.parametrize("targets", [["nonsense"], ["o_proj", "q_proj"]])  # Phi-3 has one qkv_proj
 def test_layers_that_the_model_does_not_have(refused_train, targets):
-    says = (f"'{targets[-1]}'", "target_modules", "qkv_proj, o_proj")
+    says = (f"'{targets[-1]}'", "--target-modules", "qkv_proj, o_proj")
     refused_train("--target-modules", *targets, says=says)
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["o_proj", "lm_head"]])
 def test_the_output_head_as_a_layer_to_adapt(refused_train, targets):
-    refused_train("--target-modules", *targets, says=("target_modules", "'lm_head'", "output head"))
+    refused_train("--target-modules", *targets, says=("--target-modules", "'lm_head'", "output head"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

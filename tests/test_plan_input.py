@@ -1,15 +1,21 @@
 """What `fettle plan` makes of the folders it may be given: configs that are wrong, quantised, or not there."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
+from fettle.adapters.load import load
+from fettle.errors import UserError
 from fettle.models.config import config_of
-from fettle.models.decoder import causal_lm_class
+from fettle.models.save import save_model
+from fettle.training import planning, sft
 from fettle.training.planning import _adapted_matrices
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -60,7 +66,7 @@ def test_stored_nf4_is_planned_as_it_is_held(cli, model_with, options):
 
 
 def test_an_adapter_stands_for_its_base(trained: Path, small_model: Path):
-    assert config_of(str(trained))[0].to_dict() == config_of(str(small_model))[0].to_dict()
+    assert config_of(str(trained)).config.to_dict() == config_of(str(small_model)).config.to_dict()
 
 
 def test_an_adapter_whose_base_is_gone(cli, trained, tmp_path):
@@ -79,7 +85,19 @@ def test_a_stopped_run_is_to_be_finished(cli, tmp_path, command):
 
 
 def test_the_plan_says_what_it_is_for(cli, small_model):
-    ended = cli("plan", "--model", small_model, "--rank", 4, "--method", "dpo", "--device", "cpu")
+    ended = cli(
+        "plan",
+        "--model",
+        small_model,
+        "--rank",
+        4,
+        "--dtype",
+        "bfloat16",
+        "--method",
+        "dpo",
+        "--device",
+        "cpu",
+    )
     assert ended.out.splitlines()[0].strip() == "memory on cpu: dpo, rank 4, bfloat16"
 
 
@@ -93,9 +111,91 @@ def test_a_run_with_targets_that_name_a_place(cli, small_model, chats, tmp_path,
 
 def test_targets_are_counted_as_peft_finds_them():
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 10}
-    model = causal_lm_class("llama")(LlamaConfig(**sizes, num_hidden_layers=3))
-    found = _adapted_matrices(
-        model, ["layers.1.mlp.down_proj", "down_proj", "layers.0.self_attn.q_proj", "x"]
+    config = LlamaConfig(**sizes, num_hidden_layers=3)
+    found = _adapted_matrices(config, ["layers.1.mlp.down_proj", "down_proj", "layers.0.self_attn.q_proj"])
+    assert found == {"down_proj": 3, "q_proj": 1}
+    assert _adapted_matrices(config, ["layers.1.mlp.down_proj"]) == {"down_proj": 1}
+    with pytest.raises(UserError, match="--target-modules: the model has no linear layer 'x'; it has q_proj"):
+        _adapted_matrices(config, ["down_proj", "x"])
+
+
+def planned(cli, folder, *options) -> dict:
+    ended = cli("plan", "--model", folder, "--device", "cpu", "--json", *options)
+    assert ended.code == 0, ended.err
+    return json.loads(ended.out)
+
+
+def test_what_is_adapted_and_redone_changes_the_plan_as_it_does_the_run(cli, small_model):
+    whole, some = planned(cli, small_model), planned(cli, small_model, "--target-modules", "o_proj")
+    assert some["memory_bytes"]["adapters"] < whole["memory_bytes"]["adapters"] / 4
+    redone = planned(cli, small_model, "--gradient-checkpointing")
+    assert set(redone["layers"]) <= {"keep_attention", "redo"}
+    dropped, kept = (
+        planned(cli, small_model, "--no-gradient-checkpointing", "--dropout", x) for x in (0.1, 0)
     )
-    assert found == {"down_proj": 3, "q_proj": 1, "x": 0}
-    assert _adapted_matrices(model, ["layers.1.mlp.down_proj"]) == {"down_proj": 1}
+    assert dropped["memory_bytes"]["activations"] > kept["memory_bytes"]["activations"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "held"),
+    [
+        ("bfloat16", "auto", "bfloat16"),
+        ("float16", "auto", "float32"),
+        ("float32", "auto", "float32"),
+        (None, "auto", "float32"),
+        ("float16", "bfloat16", "bfloat16"),
+    ],
+)
+def test_weights_are_planned_in_the_type_that_train_holds_them_in(cli, model_with, stored, asked, held):
+    folder = model_with(dtype=stored, torch_dtype=None)
+    plain = cli("plan", "--model", folder, "--dtype", asked, "--device", "cpu")
+    assert plain.out.splitlines()[0].strip() == f"memory on cpu: sft, rank 16, {held}"
+    nf4 = planned(cli, folder, "--dtype", asked, "--quantization", "nf4")
+    assert nf4["has_outer_embedding"] is ((stored or held) == held), (
+        "in its file only where it is stored as it is held"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_plan_and_run_agree_on_the_weights(cli, small_model, chats, tmp_path, dtype):
+    folder = tmp_path / "model"
+    model, tokenizer = load(small_model, dtype=dtype)
+    save_model(model, tokenizer, folder)
+    words = ("--data", chats, "--output", tmp_path / "out", "--max-steps", 1, "--samples", 1)
+    run = cli("train", "--model", folder, "--quantization", "nf4", "--device", "cpu", *words)
+    plan = cli("plan", "--model", folder, "--quantization", "nf4", "--device", "cpu")
+    told = [
+        [line for line in ended.out.splitlines() if re.match(r" *(memory on|weights|embedding)", line)]
+        for ended in (run, plan)
+    ]
+    assert told[0] == told[1] and len(told[0]) == 2 + (dtype != "float16")
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (("--memory", "50MB"), "the least this run needs is"),
+        (("--target-modules", "q_proj"), "no linear layer 'q_proj'"),
+        (("--target-modules", "lm_head"), "'lm_head' is the model's output head"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_what_cannot_be_is_refused_before_anything_is_timed_or_loaded(
+    cli, small_model, chats, tmp_path, monkeypatch, command, option, says
+):
+    monkeypatch.setattr(planning, "probe", None)
+    monkeypatch.setattr(sft, "load_model", None)
+    data = ("--data", chats, "--output", tmp_path / "out") if command == "train" else ()
+    ended = cli(command, "--model", small_model, "--device", "cpu", *data, *option)
+    assert ended.code == 2 and says in ended.err
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+@pytest.mark.parametrize("amount", ["lots", "-5GB", "0.5b"])
+def test_a_malformed_budget_is_refused_before_the_libraries_are_imported(command, amount):
+    words = [command, "--model", "x", "--memory", amount]
+    words += ["--data", "x", "--output", "x"] if command == "train" else []
+    program = f"import sys; from fettle.cli import main; code = main({words}); "
+    program += "assert 'torch' not in sys.modules; sys.exit(code)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 2 and f"--memory is '{amount}'; expected an amount of memory" in ended.stderr

@@ -11,6 +11,7 @@ from typing import Any, get_args
 from fettle.errors import Interrupted, ProofError, UserError
 from fettle.export.options import ExportOptions, Format
 from fettle.options import Parser, add_options, resolve
+from fettle.training.defaults import require_sensible
 from fettle.training.options import PlanOptions, PretrainOptions, TrainOptions
 
 INTERRUPTED = 130
@@ -198,35 +199,48 @@ def _quickstart(options: dict[str, Any]) -> None:
 
 
 def _train(options: dict[str, Any]) -> None:
+    chosen = _run_options(options, TrainOptions)
     from fettle.training.sft import resume_training, train
 
-    _fit(options, TrainOptions, train, resume_training)
+    _fit(options, chosen, train, resume_training)
 
 
 def _plan(options: dict[str, Any]) -> None:
+    chosen = resolve(PlanOptions, options, options.pop("config", None))
+    require_sensible(chosen)
     from fettle.training.planning import plan
 
-    plan(resolve(PlanOptions, options, options.pop("config", None)))
+    plan(chosen)
 
 
 def _pretrain(options: dict[str, Any]) -> None:
+    chosen = _run_options(options, PretrainOptions)
     from fettle.training.pretrain import pretrain, resume_pretraining
 
-    _fit(options, PretrainOptions, pretrain, resume_pretraining)
+    _fit(options, chosen, pretrain, resume_pretraining)
 
 
-def _fit(options: dict[str, Any], kind: Any, start: Callable[..., Any], resume: Callable[..., Any]) -> None:
-    """Start a run, or go on with one, and print how it ended."""
-    from fettle.training.outcome import show
-
+def _run_options(options: dict[str, Any], kind: Any) -> Any:
+    """A run's options, found sensible before the libraries are imported; None where one is to be resumed."""
     is_resumed, config = options.pop("resume"), options.pop("config", None)
     if is_resumed and (config is not None or set(options) != {"output"}):
         raise UserError(
             "--resume takes --output alone: the run goes on with the options it was started with."
         )
-    outcome = resume(Path(options["output"])) if is_resumed else start(resolve(kind, options, config))
+    if is_resumed:
+        return None
+    chosen = resolve(kind, options, config)
+    require_sensible(chosen)
+    return chosen
+
+
+def _fit(typed: dict[str, Any], options: Any, start: Callable[..., Any], resume: Callable[..., Any]) -> None:
+    """Start a run, or go on with one where there are no options, and print how it ended."""
+    from fettle.training.outcome import show
+
+    outcome = resume(Path(typed["output"])) if options is None else start(options)
     if outcome is None:
-        print(f"the run in {options['output']} has come to its end already")
+        print(f"the run in {typed['output']} has come to its end already")
     else:
         show(outcome)
 

@@ -28,7 +28,7 @@ def test_amounts_are_read_in_either_unit(text: str, expected: int) -> None:
     assert parse_bytes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "lots", "-3GB", "0GB", "16 G B", "16GBs", "1e9", "GB", "nan"])
+@pytest.mark.parametrize("text", ["", "lots", "-3GB", "0GB", "0.5b", "16 G B", "16GBs", "1e9", "GB", "nan"])
 def test_anything_else_is_refused_by_the_options_name(text: str) -> None:
     with pytest.raises(UserError, match="--budget is"):
         parse_bytes(text, "--budget")

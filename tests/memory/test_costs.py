@@ -41,7 +41,7 @@ def config_of(family: str, **options: Any) -> PreTrainedConfig:
     return FAMILIES[family].config(**{**SIZES, **options})
 
 
-def meta_model(family: str, config: PreTrainedConfig) -> DecoderForCausalLM:
+def empty_model(family: str, config: PreTrainedConfig) -> DecoderForCausalLM:
     with torch.device("meta"):
         return causal_lm_class(family)(config)
 
@@ -49,18 +49,18 @@ def meta_model(family: str, config: PreTrainedConfig) -> DecoderForCausalLM:
 @pytest.mark.parametrize(("family", "options"), VARIANTS, ids=str)
 def test_parameters_are_the_models(family: str, options: dict[str, Any]) -> None:
     config = config_of(family, **options)
-    model = meta_model(family, config)
+    model = empty_model(family, config)
     model.tie_weights()
-    assert Shapes.of(config, FAMILIES[family]).parameters == sum(p.numel() for p in model.parameters())
+    assert Shapes.of(config).parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapter_parameters_are_those_that_are_trained(family: str) -> None:
     config = config_of(family)
-    shapes = Shapes.of(config, FAMILIES[family])
+    shapes = Shapes.of(config)
     some = ["o_proj", "down_proj"]
     for targets, named in (("all-linear", None), (some, some)):
-        adapted = adapt(meta_model(family, config), rank=3, target_modules=targets)
+        adapted = adapt(empty_model(family, config), rank=3, target_modules=targets)
         count = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         layers = None if named is None else dict.fromkeys(named, 2)
         assert shapes.adapter_parameters(3, layers) == count
@@ -79,7 +79,7 @@ def test_weight_bytes_are_the_models(family: str, is_nf4: bool) -> None:
     found = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     # 1 KB a layer of NF4 is its map of 256 values, which all layers share
     maps = sum(t.numel() * 4 for name, t in model.named_buffers() if name.endswith("nested_quant_map"))
-    counted = weight_bytes(Shapes.of(config, FAMILIES[family]), work)
+    counted = weight_bytes(Shapes.of(config), work)
     assert counted == pytest.approx(found - maps, rel=0.01)
 
 
@@ -141,14 +141,12 @@ def vars_of(documents: Any) -> list[torch.Tensor]:
 def test_kept_bytes_are_those_that_autograd_saves(
     family: str, policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted = kept_by_layer(
-        Shapes.of(KEPT[family], FAMILIES[family]), Workload(tokens=TOKENS, rank=2), policy
-    )
+    counted = kept_by_layer(Shapes.of(KEPT[family]), Workload(tokens=TOKENS, rank=2), policy)
     assert counted == pytest.approx(saved_bytes(family, policy, monkeypatch), rel=0.02)
 
 
 def test_leaner_policies_keep_less_and_peak_lower() -> None:
-    shapes, work = Shapes.of(KEPT["phi3"], FAMILIES["phi3"]), Workload(tokens=TOKENS)
+    shapes, work = Shapes.of(KEPT["phi3"]), Workload(tokens=TOKENS)
     kept = [kept_by_layer(shapes, work, policy) for policy in Policy]
     assert kept == sorted(kept, reverse=True) and kept[-1] == 0
     for policy in Policy:
@@ -160,7 +158,7 @@ def test_leaner_policies_keep_less_and_peak_lower() -> None:
 def test_an_mlp_that_runs_by_its_modules_is_planned_so(
     config: LlamaConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shapes, work = Shapes.of(config, FAMILIES["llama"]), Workload(tokens=TOKENS, rank=2)
+    shapes, work = Shapes.of(config), Workload(tokens=TOKENS, rank=2)
     assert Policy.REDO_MLP not in allowed_policies(shapes, work, None)
     monkeypatch.setitem(KEPT, "llama", config)
     counted = kept_by_layer(shapes, work, Policy.KEEP)

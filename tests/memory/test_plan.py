@@ -12,7 +12,6 @@ from fettle.memory.policies import Policy
 from fettle.memory.probe import Line, PairSeconds, Rates
 from fettle.memory.report import refusal, rounded_seconds
 from fettle.memory.shapes import Shapes
-from fettle.models.families import FAMILIES
 
 FOUR = (Policy.KEEP, Policy.DROP, Policy.REDO_MLP, Policy.REDO)
 SIZES = {
@@ -42,7 +41,7 @@ def rates() -> Rates:
 
 @pytest.fixture
 def planner() -> Planner:
-    return Planner(Shapes.of(LlamaConfig(**SIZES), FAMILIES["llama"]), rates(), accumulation=2, base=10**6)
+    return Planner(Shapes.of(LlamaConfig(**SIZES)), rates(), accumulation=2, base=10**6)
 
 
 def all_plans(planner: Planner, works: tuple[Workload, ...] = (WORK, LEAN)) -> list[Plan]:
@@ -92,7 +91,7 @@ def test_the_least_peak_on_a_gpu(planner: Planner, tokens: int) -> None:
 def test_advice_is_given_without_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each piece of advice once searched through all assignments: half a minute for a model of 42 layers."""
     monkeypatch.setattr("fettle.memory.plan._choices", None)
-    shapes = Shapes.of(Gemma2Config(), FAMILIES["gemma2"])
+    shapes = Shapes.of(Gemma2Config())
     work = Workload(tokens=8 * 4096, documents=8, batch_size=8)
     error = refusal(shapes, work, tuple(Policy), base=0, budget=10**9, length_option="--max-length")
     assert "--batch-size 1 saves" in str(error) and "--max-length 2048 saves" in str(error)
@@ -128,10 +127,7 @@ def test_a_plan_adds_up(planner: Planner) -> None:
 
 def test_windows_and_documents_make_a_plan_faster() -> None:
     sizes = SIZES | {"head_dim": 16}
-    wide, narrow = (
-        Planner(Shapes.of(Gemma2Config(**sizes, sliding_window=n), FAMILIES["gemma2"]), rates())
-        for n in (4096, 64)
-    )
+    wide, narrow = (Planner(Shapes.of(Gemma2Config(**sizes, sliding_window=n)), rates()) for n in (4096, 64))
     policies = (Policy.KEEP,) * 4
     assert narrow.plan(WORK, policies).seconds < wide.plan(WORK, policies).seconds
     many = Workload(tokens=3000, documents=30, rank=8)
@@ -146,7 +142,7 @@ def test_the_longest_context_is_that_of_one_row(planner: Planner) -> None:
 
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_on_a_gpu_the_embedding_moves_out_where_that_is_worth_it(planner: Planner, is_tied: bool) -> None:
-    shapes = Shapes.of(LlamaConfig(**SIZES, tie_word_embeddings=is_tied), FAMILIES["llama"])
+    shapes = Shapes.of(LlamaConfig(**SIZES, tie_word_embeddings=is_tied))
     on_gpu = dataclasses.replace(planner, shapes=shapes)
     work = dataclasses.replace(WORK, device_type="cuda")
     roomy = on_gpu.best(work, 10**12, FOUR)

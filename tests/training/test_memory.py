@@ -3,7 +3,9 @@
 import io
 import json
 import math
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from fettle.errors import UserError
 from fettle.models import decoder
-from fettle.training import sft
+from fettle.training import planning, sft
 from fettle.training.options import PlanOptions, TrainOptions
-from fettle.training.planning import plan
+from fettle.training.planning import Followed, plan
 from fettle.training.sft import train
 from fettle.training.steps import rows_of
 
@@ -115,6 +117,26 @@ def test_a_budget_nothing_fits_in(small_model, chats, tmp_path):
     with pytest.raises(UserError, match=r"the least this run needs is .* [MG]B"):
         run(small_model, chats, tmp_path / "out", memory="1MB")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_process_counts_as_large_as_it_is(small_model, chats, tmp_path, monkeypatch):
+    """A budget that a small process fits in is not refused for what a larger one would take."""
+    small = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=100_000_000))
+    monkeypatch.setattr(planning.psutil, "Process", lambda: small)
+    text = run(small_model, chats, tmp_path / "out", memory="200MB", max_steps=1)
+    assert re.search(r"program and libraries +160\.0 MB", text)
+
+
+def test_the_plan_is_put_into_effect_once_and_on_the_adapters(small_model, chats, tmp_path, monkeypatch):
+    adapted, apply_to = [], Followed.apply_to
+
+    def note(followed, model):
+        adapted.append(any("lora_" in name for name, _ in model.named_parameters()))
+        apply_to(followed, model)
+
+    monkeypatch.setattr(Followed, "apply_to", note)
+    run(small_model, chats, tmp_path / "out", max_steps=1)
+    assert adapted == [True]
 
 
 @pytest.mark.parametrize("size", ["lots", "16", "0GB", "-3GB", "1e3MB"])

@@ -93,8 +93,7 @@ def adapt(
             f"{model.name_or_path} is a GGUF file, whose weights cannot be trained: load the folder "
             "or hub name it was made from."
         )
-    if not isinstance(target_modules, str):
-        _require_targets(model, target_modules)
+    require_targets(model, target_modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -103,34 +102,30 @@ def adapt(
         target_modules=target_modules,
         use_rslora=use_rslora,
     )
-    _require_no_head(model, config)
     _use_our_layer(config)
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"target_modules {target_modules!r}: {reason_of(error)}") from error
+        raise UserError(f"--target-modules {target_modules!r}: {reason_of(error)}") from error
     return adapted
 
 
-def _require_targets(model: PreTrainedModel, targets: list[str]) -> None:
-    """Raise UserError for a name that fits no linear layer; PEFT is content where one of several does."""
+def require_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
+    """Raise UserError for a name that fits no linear layer, where PEFT is content if one of several does, and for the
+    output head: training's loss reads the head's weights alone."""
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    for target in targets:
+    for target in [] if isinstance(targets, str) else targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = dict.fromkeys(name.rpartition(".")[2] for name in linear if modules[name] is not head)
             raise UserError(
-                f"target_modules: the model has no linear layer '{target}'; it has {', '.join(known)}."
+                f"--target-modules: the model has no linear layer '{target}'; it has {', '.join(known)}."
             )
-
-
-def _require_no_head(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Raise UserError where the output head is to be adapted: training's loss reads the head's weights alone."""
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
+    config = LoraConfig(target_modules=targets)
+    for name, module in modules.items():
         if module is head and check_target_module_exists(config, name):
             raise UserError(
-                f"target_modules: '{name}' is the model's output head, which cannot be adapted; leave it out."
+                f"--target-modules: '{name}' is the model's output head, which cannot be adapted; leave it out."
             )
 
 

@@ -1,12 +1,18 @@
-"""How much memory a run may use: as the user says it, or as the device has it."""
+"""How much memory a run may use: as the user says it, or as the device has it.
+
+Importing this imports no torch, so that a malformed amount is refused at once.
+"""
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
 from fettle.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 SHARE = 0.92
@@ -19,18 +25,21 @@ CGROUPS = Path("/sys/fs/cgroup")
 def parse_bytes(text: str, option: str = "--memory") -> int:
     """Return the bytes that "16GB", "7.5 GiB" or "8g" mean. Raises UserError for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*((?:[kmgt]i?)?b?)\s*", text.lower())
-    if found is None or not float(found[1]):
+    if found and not found[2] and 0 < float(found[1]) < LEAST:
+        raise UserError(f"{option} {found[1]} means {found[1]} bytes; for gigabytes write {found[1]}GB.")
+    amount = int(float(found[1]) * _UNITS[found[2].removesuffix("b")]) if found else 0
+    if amount < 1:
         raise UserError(
             f"{option} is {text!r}; expected an amount of memory such as 16GB (10^9 bytes) or 16GiB (2^30)."
         )
-    if not found[2] and float(found[1]) < LEAST:
-        raise UserError(f"{option} {found[1]} means {found[1]} bytes; for gigabytes write {found[1]}GB.")
-    return int(float(found[1]) * _UNITS[found[2].removesuffix("b")])
+    return amount
 
 
-def free_bytes(device: torch.device) -> int:
+def free_bytes(device: "torch.device") -> int:
     """What this process may use of the device's memory, with what it uses already."""
     if device.type == "cuda":
+        import torch
+
         free, _ = torch.cuda.mem_get_info(device)
         return int(SHARE * (free + torch.cuda.memory_reserved(device)))
     own = psutil.Process().memory_info().rss

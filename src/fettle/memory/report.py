@@ -116,7 +116,11 @@ def refusal(
             advice.append(f"{text} saves {human_bytes(saved)}")
     return UserError(
         f"{human_bytes(budget)} of memory is too little: the least this run needs is {human_bytes(needed)}. "
-        + (f"What would bring it down: {'; '.join(advice)}." if advice else "Only a smaller model needs less.")
+        + (
+            f"What would bring it down: {'; '.join(advice)}."
+            if advice
+            else "Only a smaller model needs less."
+        )
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from fettle.models.families import Family, head_dim_of, option, sliding_window_of
+from fettle.models.families import FAMILIES, Family, head_dim_of, option, sliding_window_of
 from fettle.ops.gated_activation import activation_name_of
 
 
@@ -39,8 +39,9 @@ class Shapes:
     has_whole_mlp: bool
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, family: Family) -> "Shapes":
+    def of(cls, config: PreTrainedConfig) -> "Shapes":
         """Read them off a family's config."""
+        family = FAMILIES[config.model_type]
         hidden, intermediate = config.hidden_size, config.intermediate_size
         size = head_dim_of(config)
         query, key = config.num_attention_heads * size, config.num_key_value_heads * size

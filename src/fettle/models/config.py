@@ -2,8 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -15,16 +16,25 @@ from fettle.models.checkpoint import (
     is_adapter,
     read_adapter_config,
 )
-from fettle.models.families import Family, family_of
+from fettle.models.families import family_of
 from fettle.models.quantized import is_nf4
 
 REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 """Sizes that a config must state itself: in its stead a family's default would make another model."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 
 
-def config_of(name: str) -> tuple[PreTrainedConfig, Family, bool]:
-    """Return the config that `name` means, its family, and whether its weights are stored in NF4.
+class StoredModel(NamedTuple):
+    """What a checkpoint stores. dtype: of what is not in NF4; is_nf4: whether the layers' matrices are."""
+
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    is_nf4: bool
+
+
+def config_of(name: str) -> StoredModel:
+    """Return what `name` stores, as far as its config says it: one that names no type is taken for the widest.
 
     name: a folder, a config.json, fettle-tiny, or a hub name; an adapter's folder stands for its base.
     Raises UserError where there is none, or none that fettle can train.
@@ -39,7 +49,8 @@ def config_of(name: str) -> tuple[PreTrainedConfig, Family, bool]:
     unseen = Checkpoint(
         folder=file.parent, config=content, weight_files=[], tensors={}, tensor_files={}, weight_bytes=0
     )
-    return read_config(unseen), family_of(content["model_type"], str(file)), is_nf4(unseen)
+    dtype = DTYPES.get(str(content.get("dtype", content.get("torch_dtype"))), torch.float32)
+    return StoredModel(read_config(unseen), dtype, is_nf4(unseen))
 
 
 def read_config(checkpoint: Checkpoint) -> Any:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from fettle.errors import UserError, reason_of
 from fettle.models.checkpoint import Checkpoint, inspect, require_tokenizer
-from fettle.models.config import read_config
+from fettle.models.config import DTYPES, StoredModel, read_config
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.quantized import is_nf4, load_nf4
 from fettle.models.quiet import without_progress_bars
@@ -30,7 +30,7 @@ def load_model(
     folder: Path,
     *,
     name: str | None = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     quantization: Literal["nf4"] | None = None,
 ) -> DecoderForCausalLM:
@@ -40,13 +40,13 @@ def load_model(
     Raises UserError for whatever is wrong with the folder: see `fettle.models.checkpoint`.
     """
     checkpoint = inspect(folder)
-    config = read_config(checkpoint)
-    chosen = stored_dtype(checkpoint) if dtype == "auto" else getattr(torch, dtype)
-    require_complete(checkpoint, config)
-    if quantization == "nf4" or is_nf4(checkpoint):
-        model = load_nf4(checkpoint, config, chosen, torch.device(device))
+    stored = stored_model(checkpoint)
+    if not isinstance(dtype, torch.dtype):
+        dtype = stored.dtype if dtype == "auto" else DTYPES[dtype]
+    if quantization == "nf4" or stored.is_nf4:
+        model = load_nf4(checkpoint, stored.config, dtype, torch.device(device))
     else:
-        model = _load_plain(checkpoint, config, chosen).to(torch.device(device))
+        model = _load_plain(checkpoint, stored.config, dtype).to(torch.device(device))
     model.name_or_path = model.config._name_or_path = name or str(folder)
     return model
 
@@ -81,7 +81,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def require_complete(checkpoint: Checkpoint, config) -> None:  # type: ignore[no-untyped-def]
     """Compare the files' tensors with the model's: names and shapes, before anything is read."""
-    expected = _expected_shapes(checkpoint, config)
+    where = f"{checkpoint.folder}"
+    model = empty_model(config, f"{where}/config.json")
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = {name: shape for name, (_, shape) in checkpoint.tensors.items()}
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
     # Llama checkpoints of 2023 still carry the rotary frequencies
@@ -91,7 +93,6 @@ def require_complete(checkpoint: Checkpoint, config) -> None:  # type: ignore[no
     missing = [name for name in expected if name not in stored and name not in optional]
     plain = stored.keys() & expected.keys() - quantized
     wrong = [name for name in expected if name in plain and tuple(stored[name]) != expected[name]]
-    where = f"{checkpoint.folder}"
     if missing:
         raise UserError(
             f"{where}: {len(missing)} of {len(expected)} tensors are missing, '{missing[0]}' the first; "
@@ -121,21 +122,31 @@ def _require_quantized(checkpoint: Checkpoint, expected: Iterable[str]) -> set[s
     return quantized
 
 
-def _expected_shapes(checkpoint: Checkpoint, config) -> dict[str, tuple[int, ...]]:  # type: ignore[no-untyped-def]
-    """The names and shapes of the model's own tensors, without their memory."""
+def empty_model(config: PreTrainedConfig, where: str = "config.json") -> DecoderForCausalLM:
+    """The model without its memory. Raises UserError, naming `where`, for a config that makes none."""
     try:
-        model = empty_model(config)
+        with torch.device("meta"):
+            return causal_lm_class(config.model_type)(config)
     except Exception as error:  # a value that passed as valid and yet makes no model
-        raise UserError(
-            f"{checkpoint.folder}/config.json: no model can be made of it: {reason_of(error)}"
-        ) from error
-    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        raise UserError(f"{where}: no model can be made of it: {reason_of(error)}") from error
 
 
-def empty_model(config: Any) -> DecoderForCausalLM:
-    """The config's model without memory for its weights: names and shapes."""
-    with torch.device("meta"):
-        return causal_lm_class(config.model_type)(config)
+def stored_model(checkpoint: Checkpoint) -> StoredModel:
+    """Return what the checkpoint stores, as its files have it. Raises UserError where they and config.json disagree."""
+    config = read_config(checkpoint)
+    require_complete(checkpoint, config)
+    return StoredModel(config, stored_dtype(checkpoint), is_nf4(checkpoint))
+
+
+def training_dtype(asked: Dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to hold frozen weights in. fp16 loses small gradients: in its stead "auto" takes fp32, in which its
+    weights are exact, or bf16, which is near enough, where memory counts."""
+    if asked != "auto":
+        return DTYPES[asked]
+    if stored != torch.float16:
+        return stored
+    is_narrow = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if is_narrow else torch.float32
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from fettle.errors import UserError
 from fettle.memory.allocator import exact_memory
@@ -23,6 +23,8 @@ from fettle.models.safetensors_header import Place, read_places
 from fettle.models.save import save_model
 from fettle.ops.nf4 import Nf4, nf4_quantize
 from fettle.quantization.nf4 import STATE_KEY, Nf4Linear, from_tensors
+
+TABLE = "model.embed_tokens.weight"
 
 _DTYPES = {
     "F32": torch.float32,
@@ -49,7 +51,7 @@ def load_nf4(
         model = causal_lm_class(config.model_type)(config).to(dtype)
     model.model.rotary_emb = DecoderRotaryEmbedding(config).to(device)  # computed, not stored
     stored = StoredTensors(checkpoint, device)
-    if device.type == "cpu" and not config.tie_word_embeddings:
+    if maps_embedding(config, stored.dtype(TABLE), dtype, device):
         _map_embedding(model, stored, dtype)
     with exact_memory():
         for name, module in list(model.model.named_modules(prefix="model")):
@@ -122,13 +124,20 @@ class StoredTensors:
         return from_tensors({each.removeprefix(f"{layer}."): self.read(each) for each in names}, where), where
 
 
+def maps_embedding(
+    config: PreTrainedConfig, stored: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether a model in NF4 leaves its token table in its file: on a CPU, which can use it as it is stored, where it
+    is not the head as well."""
+    return device.type == "cpu" and stored == dtype and not config.tie_word_embeddings
+
+
 def _map_embedding(model: DecoderForCausalLM, stored: StoredTensors, dtype: torch.dtype) -> None:
-    """Leave the token table in its file, where it has the model's dtype there and lies as the processor reads it."""
-    name = "model.embed_tokens.weight"
-    place = stored.places[name]
-    if stored.dtype(name) == dtype and place.start % dtype.itemsize == 0:
+    """Leave the token table in its file, if it lies there as the processor reads it."""
+    place = stored.places[TABLE]
+    if place.start % dtype.itemsize == 0:
         model.model.embed_tokens = OuterEmbedding.mapped(
-            stored.files[name], place.start, place.header.shape, dtype, model.config.pad_token_id
+            stored.files[TABLE], place.start, place.header.shape, dtype, model.config.pad_token_id
         )
 
 

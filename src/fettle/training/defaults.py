@@ -10,7 +10,8 @@ import math
 from typing import Any, TypeVar
 
 from fettle.errors import UserError
-from fettle.training.options import LoopOptions
+from fettle.memory.budget import parse_bytes
+from fettle.training.options import LoopOptions, PlanOptions
 
 Options = TypeVar("Options", bound=LoopOptions)
 
@@ -37,8 +38,11 @@ _AT_LEAST_ONE = (
 )
 
 
-def require_sensible(options: LoopOptions) -> None:
+def require_sensible(options: LoopOptions | PlanOptions) -> None:
     """Raise UserError for an option whose value cannot mean anything."""
+    memory: str | None = getattr(options, "memory", None)
+    if memory is not None:
+        parse_bytes(memory)
     for name in _AT_LEAST_ONE:
         value = getattr(options, name, None)
         if value is not None and value < 1:
@@ -52,10 +56,12 @@ def require_sensible(options: LoopOptions) -> None:
         if not 0 <= share < 1:
             raise UserError(f"--{name.replace('_', '-')} is {share}; expected a share from 0 to below 1.")
     for name in ("samples", "weight_decay"):
-        if getattr(options, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected 0 or more.")
-    if not 0 <= options.seed < 2**32:
-        raise UserError(f"--seed is {options.seed}; expected a whole number from 0 to {2**32 - 1}.")
+        count: Any = getattr(options, name, 0)
+        if count < 0:
+            raise UserError(f"--{name.replace('_', '-')} is {count}; expected 0 or more.")
+    seed = getattr(options, "seed", 0)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed is {seed}; expected a whole number from 0 to {2**32 - 1}.")
 
 
 def length_limit(options: LoopOptions, context_tokens: int) -> int:
@@ -85,7 +91,7 @@ def learning_rate(parameters: int, *, is_full: bool = False) -> float:
 
 
 def complete(
-    options: Options, *, packs: int, parameters: int, weight_bytes: int, is_full: bool = False
+    options: Options, *, packs: int, parameters: int, weight_bytes: int = 0, is_full: bool = False
 ) -> Options:
     """Return the options with every None that the loop needs replaced by its value for this run."""
     batch = options.batch_size or 1

@@ -98,8 +98,13 @@ class PlanOptions:
         "sft: a row a batch; dpo: a pair of rows, and a pass of the reference model", "sft"
     )
     rank: int = _option("width of the LoRA adapters", 16)
+    dropout: float = _option("dropout on the adapters' input", 0.0)
+    target_modules: list[str] | None = _option("layers to adapt (default: every linear layer but the head)")
+    gradient_checkpointing: bool | None = _option(
+        "redo every layer in the backward pass, or none (default: as many as the memory asks for)"
+    )
     quantization: Quantization | None = _option("hold the frozen weights in 4 bits")
-    dtype: Literal["bfloat16", "float32"] = _option("type of the weights", "bfloat16")
+    dtype: TrainDtype = _option("type of the frozen weights (auto: as stored; never fp16)", "auto")
     batch_size: int = _option("rows, or pairs, side by side", 1)
     gradient_accumulation_steps: int = _option("batches a step", 1)
     device: Device | None = _option("where to compute (default: cuda where there is one)")

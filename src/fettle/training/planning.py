@@ -12,125 +12,166 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from fettle.adapters.load import device_of
+from fettle.adapters.lora import require_targets
 from fettle.errors import UserError
 from fettle.files import human_bytes
 from fettle.memory.allocator import keep_freed_memory, return_freed_memory, return_memory
 from fettle.memory.budget import free_bytes, parse_bytes
 from fettle.memory.costs import Workload
-from fettle.memory.plan import Plan, Planner, allowed_policies
+from fettle.memory.plan import Plan, Planner, allowed_policies, least_peak
 from fettle.memory.policies import Policy
 from fettle.memory.probe import probe
 from fettle.memory.report import as_dict, refusal, rounded_seconds, show_plan
 from fettle.memory.shapes import Shapes
-from fettle.models.config import config_of
+from fettle.models.config import StoredModel, config_of
 from fettle.models.decoder import DecoderForCausalLM
-from fettle.models.families import Family
-from fettle.models.outer_embedding import OuterEmbedding
-from fettle.quantization.layers import is_quantized
+from fettle.models.load import empty_model, training_dtype
+from fettle.models.quantized import maps_embedding
 from fettle.training.alone import is_alone
+from fettle.training.defaults import LONGEST_BY_DEFAULT, require_sensible
 from fettle.training.options import PlanOptions, TrainOptions
 
-PROGRAM_BYTES = {"cpu": 520_000_000, "cuda": 0}
-"""The process before it has a model; on a GPU only what tensors take is counted."""
-RUNTIME_BYTES = {"cpu": 130_000_000, "cuda": 100_000_000}
-"""What the libraries take for themselves once products run: packed copies of weights, threads, cuBLAS's workspaces."""
-
-FP32_RUNTIME_BYTES = 60_000_000
-"""The same on top where products run in fp32, whose library keeps more for itself."""
+PROGRAM_BYTES = {"cpu": 650_000_000, "cuda": 100_000_000}
+"""What `fettle train` takes beside its model, where it is not running yet: Python, the libraries and what they keep for
+themselves once products run (packed copies of weights, threads; on a GPU cuBLAS's workspaces)."""
+FP32_BYTES = 60_000_000
+"""The same on top on a CPU where products run in fp32, whose library keeps more for itself."""
+LATER_BYTES = 60_000_000
+"""What the process of a run on a CPU still grows by once its plan is made: the trainer, its logs, the first answers."""
 
 
 def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     """Print what a run would cost, from the model's config alone. Raises UserError where it cannot fit."""
     console = console or Console()
-    config, family, is_nf4 = config_of(options.model)
-    context = options.context or min(2048, config.max_position_embeddings)
-    for name in ("context", "rank", "batch_size", "gradient_accumulation_steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; expected 1 or more.")
-    if context > config.max_position_embeddings:
-        raise UserError(
-            f"--context is {context}, and the model's is {config.max_position_embeddings} tokens; ask for at most that."
-        )
-    device = device_of(options.device)
-    budget = free_bytes(device) if options.memory is None else parse_bytes(options.memory)
-    pair = 2 if options.method == "dpo" else 1
-    is_nf4 = is_nf4 or options.quantization == "nf4"  # as load_model decides
-    work = Workload(
-        tokens=pair * options.batch_size * context,
-        documents=pair * options.batch_size,
+    require_sensible(options)
+    stored, device = config_of(options.model), device_of(options.device)
+    limit: int = stored.config.max_position_embeddings
+    context = options.context or min(LONGEST_BY_DEFAULT, limit)
+    if context > limit:
+        raise UserError(f"--context is {context}, and the model's is {limit} tokens; ask for at most that.")
+    rows = options.batch_size * (2 if options.method == "dpo" else 1)
+    references = 1 if options.method == "dpo" else 0
+    work = _workload(options, stored, device, tokens=rows * context, documents=rows, references=references)
+    chosen = _choose(options, stored.config, work, console)
+    longest = chosen.planner.longest(work, chosen.budget, chosen.allowed)
+    if options.json:
+        print(json.dumps(as_dict(chosen.plan, budget=chosen.budget, longest=longest), indent=2))
+    else:
+        show_plan(chosen.plan, console, work=work, budget=chosen.budget, longest=longest)
+    return chosen.plan
+
+
+def _workload(
+    options: PlanOptions | TrainOptions,
+    stored: StoredModel,
+    device: torch.device,
+    *,
+    tokens: int,
+    documents: int,
+    references: int = 0,
+) -> Workload:
+    """What these options make of the model: how its weights will be held, and what is adapted."""
+    assert options.batch_size
+    dtype = training_dtype(options.dtype, stored.dtype, device)
+    is_nf4 = stored.is_nf4 or options.quantization == "nf4"
+    return Workload(
+        tokens=tokens,
+        documents=documents,
         batch_size=options.batch_size,
         rank=options.rank,
-        dtype=getattr(torch, options.dtype),
+        targets=_adapted_matrices(stored.config, options.target_modules),
+        dtype=dtype,
         is_nf4=is_nf4,
-        references=pair - 1,
+        has_dropout=options.dropout > 0,
+        references=references,
         device_type=device.type,
-        has_outer_embedding=is_nf4 and device.type == "cpu" and not config.tie_word_embeddings,
+        has_outer_embedding=is_nf4 and maps_embedding(stored.config, stored.dtype, dtype, device),
     )
-    planner = _planner(
-        config, family, work, device, options.gradient_accumulation_steps, PROGRAM_BYTES[device.type]
-    )
-    allowed = allowed_policies(planner.shapes, work, None)
-    best = planner.best(work, budget, allowed)
-    if best is None:
-        raise refusal(planner, work, budget, allowed)
-    longest = planner.longest(work, budget, allowed)
-    if options.json:
-        print(json.dumps(as_dict(best, budget=budget, longest=longest), indent=2))
-    else:
-        show_plan(best, console, work=work, budget=budget, longest=longest)
-    return best
 
 
-def _planner(
-    config: PreTrainedConfig,
-    family: Family,
-    work: Workload,
-    device: torch.device,
-    accumulation: int,
-    base: int,
-) -> Planner:
-    shapes = Shapes.of(config, family)
+def _adapted_matrices(config: PreTrainedConfig, targets: list[str] | None) -> dict[str, int] | None:
+    """In how many layers each matrix is adapted, by PEFT's rule: a target is a module's name, or how one ends.
+
+    Raises UserError for a target that fits none, or the output head.
+    """
+    if targets is None:
+        return None
+    model = empty_model(config)
+    require_targets(model, targets)
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    adapted = [name for name in linear if any(f".{name}".endswith(f".{target}") for target in targets)]
+    return dict(Counter(name.rpartition(".")[2] for name in adapted))
+
+
+def _choose(
+    options: PlanOptions | TrainOptions, config: PreTrainedConfig, work: Workload, console: Console
+) -> "Followed":
+    """Time the model on the device and plan. Raises UserError where nothing fits the budget: before that and, should
+    the libraries have taken what was left, after it."""
+    device, shapes = torch.device(work.device_type), Shapes.of(config)
+    budget = free_bytes(device) if options.memory is None else parse_bytes(options.memory)
+    allowed = allowed_policies(shapes, work, options.gradient_checkpointing)
+    is_running = isinstance(options, TrainOptions)
+
+    def require_room() -> int:
+        base = _process_bytes(work, is_running=is_running)
+        if least_peak(shapes, work, allowed, base) > budget:
+            length_option = "--max-length" if is_running else "--context"
+            raise refusal(shapes, work, allowed, base=base, budget=budget, length_option=length_option)
+        return base
+
+    require_room()
     if device.type == "cpu":
         keep_freed_memory()  # before the probe, which is to see what the run will
     rates = probe(config, shapes, work, device)
     return_freed_memory()  # what the probe's layer took
-    runtime = RUNTIME_BYTES[device.type]
-    if device.type == "cpu" and work.product_item == 4:
-        runtime += FP32_RUNTIME_BYTES
-    return Planner(shapes, rates, accumulation, base + runtime)
+    planner = Planner(shapes, rates, options.gradient_accumulation_steps or 1, require_room())
+    best = planner.best(work, budget, allowed)
+    assert best is not None
+    return Followed(planner, work, best, budget, allowed, console)
+
+
+def _process_bytes(work: Workload, *, is_running: bool) -> int:
+    """What a run's process takes without its model: this one's, with the data, or that of one to come. On a GPU only
+    what tensors take counts."""
+    if is_running and work.device_type == "cpu":
+        return int(psutil.Process().memory_info().rss) + LATER_BYTES
+    needs_fp32 = work.device_type == "cpu" and work.product_item == 4
+    return PROGRAM_BYTES[work.device_type] + (FP32_BYTES if needs_fp32 else 0)
 
 
 @dataclass(slots=True)
 class Followed:
-    """A plan put into effect on a model, with what to do when it proves too generous."""
+    """A plan, put into effect on a model once there is one, with what to do when it proves too generous."""
 
     planner: Planner
     work: Workload
     plan: Plan
     budget: int
     allowed: tuple[Policy, ...]
-    model: DecoderForCausalLM
     console: Console
+    model: DecoderForCausalLM | None = None
 
-    def apply(self) -> None:
-        """Give every layer its policy."""
-        self.model.set_policies(self.plan.policies)
+    def apply_to(self, model: DecoderForCausalLM) -> None:
+        """Give every layer of the model, which has its adapters already, its policy."""
+        self.model = model
+        model.set_policies(self.plan.policies)
         if self.plan.work.has_outer_embedding:
-            self.model.model.move_embedding_out()
+            model.model.move_embedding_out()
         if self.plan.work.device_type == "cpu":
             (return_memory if self.plan.work.returns_memory else keep_freed_memory)()
-        if can_replay(self.model) and Policy.PARK not in self.plan.policies:
-            self.model.model.use_graphs(self.work.tokens)
+        if can_replay(model) and Policy.PARK not in self.plan.policies:
+            model.model.use_graphs(self.work.tokens)
         else:
-            self.model.model.graphs = None
+            model.model.graphs = None
 
     def step_leaner(self) -> bool:
-        """Take the fastest plan with a peak at least a tenth lower; False where there is none."""
-        leaner = self.planner.best(self.work, int(0.9 * self.plan.peak), self.allowed)
-        if leaner is None:
-            least = self.planner.leanest(self.work, self.allowed)
-            leaner = least if least.peak < self.plan.peak else None
+        """Take the fastest plan with a peak at least a tenth lower, or the leanest; False where there is none."""
+        assert self.model is not None
+        least = least_peak(self.planner.shapes, self.work, self.allowed, self.planner.base)
+        leaner = None
+        if least < self.plan.peak:
+            leaner = self.planner.best(self.work, max(least, int(0.9 * self.plan.peak)), self.allowed)
         if leaner is None:
             return False
         self.console.print(
@@ -139,7 +180,7 @@ class Followed:
             highlight=False,
         )
         self.plan = leaner
-        self.apply()
+        self.apply_to(self.model)
         return True
 
     def outcome(self, peak_bytes: int, tokens_per_second: float | None) -> list[str]:
@@ -161,39 +202,24 @@ def can_replay(model: DecoderForCausalLM) -> bool:
 
 def follow(
     options: TrainOptions,
-    model: DecoderForCausalLM,
+    stored: StoredModel,
+    device: torch.device,
     lengths: Sequence[Sequence[int]],
     console: Console,
 ) -> Followed:
-    """Plan the run, print the plan and put it into effect. lengths: of the documents of each pack."""
-    device = model.device
+    """Plan the run before its model is loaded, and print the plan. lengths: of the documents of each pack."""
+    assert options.batch_size
     free = free_bytes(device)
-    budget = free if options.memory is None else parse_bytes(options.memory)
-    assert options.batch_size and options.gradient_accumulation_steps
-    work = Workload(
+    work = _workload(
+        options,
+        stored,
+        device,
         tokens=options.batch_size * max(sum(pack) for pack in lengths),
         documents=max(1, round(options.batch_size * sum(map(len, lengths)) / len(lengths))),
-        batch_size=options.batch_size,
-        rank=options.rank,
-        targets=_adapted_matrices(model, options.target_modules),
-        dtype=model.dtype,
-        is_nf4=is_quantized(model),
-        has_dropout=options.dropout > 0,
-        device_type=device.type,
-        has_outer_embedding=isinstance(model.get_input_embeddings(), OuterEmbedding),
     )
-    base = PROGRAM_BYTES[device.type]
-    if device.type == "cpu":  # as it is, the data included
-        base = max(base, psutil.Process().memory_info().rss - model.get_memory_footprint())
-    planner = _planner(model.config, model.family, work, device, options.gradient_accumulation_steps, base)
-    allowed = allowed_policies(planner.shapes, work, options.gradient_checkpointing)
-    best = planner.best(work, budget, allowed)
-    if best is None:
-        raise refusal(planner, work, budget, allowed)
-    followed = Followed(planner, work, best, budget, allowed, model, console)
-    followed.apply()
-    show_plan(best, console, work=work, budget=budget)
-    if budget > free:
+    followed = _choose(options, stored.config, work, console)
+    show_plan(followed.plan, console, work=work, budget=followed.budget)
+    if followed.budget > free:
         console.print(
             f"--memory {options.memory} is more than the {human_bytes(free)} that are free: a run that takes more than "
             "the machine has may be killed",
@@ -202,16 +228,3 @@ def follow(
             soft_wrap=True,
         )
     return followed
-
-
-def _adapted_matrices(model: nn.Module, targets: Sequence[str] | None) -> dict[str, int] | None:
-    """In how many layers each matrix is adapted, by PEFT's rule: a target is a module's name, or how one ends.
-
-    A target that fits none stays, for the probe to refuse as `adapt` does.
-    """
-    if targets is None:
-        return None
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    fitting = {target: {n for n in linear if f".{n}".endswith(f".{target}")} for target in targets}
-    unknown = {target: 0 for target, names in fitting.items() if not names}
-    return dict(Counter(name.rpartition(".")[2] for name in set().union(*fitting.values()))) | unknown

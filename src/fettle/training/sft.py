@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -16,9 +15,10 @@ from fettle.adapters.lora import adapt
 from fettle.data import read_rows
 from fettle.errors import UserError
 from fettle.files import require_new_folder
+from fettle.memory.shapes import Shapes
 from fettle.models.checkpoint import fingerprint, inspect, is_adapter, locate, tokenizer_fingerprint
 from fettle.models.decoder import DecoderForCausalLM
-from fettle.models.load import Dtype, load_model, load_tokenizer, stored_dtype
+from fettle.models.load import load_model, load_tokenizer, stored_model
 from fettle.models.save import save_tokenizer
 from fettle.options import read
 from fettle.quantization.layers import is_quantized
@@ -60,22 +60,25 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
     """Load the model, understand the data, choose what was left open."""
     folder = _base_folder(options.model)
     asked_steps = options.max_steps
-    inspect(folder)  # first: what is wrong with the model is found before a row is read
+    stored = stored_model(
+        inspect(folder)
+    )  # first: what is wrong with the model is found before a row is read
+    device = device_of(options.device)
     rows = read_rows(options.data)
     seen = fingerprints(options) | {"model": fingerprint(folder), "tokenizer": tokenizer_fingerprint(folder)}
     resume.require_unchanged(facts, seen, options)
     tokenizer = load_tokenizer(folder)
-    base, device = _load_base(options, folder)
-    longest = length_limit(options, base.config.max_position_embeddings)
+    longest = length_limit(options, stored.config.max_position_embeddings)
     material = prepare(options, tokenizer, longest, rows)
     show_data(material, options, console)
     options = complete(
-        dataclasses.replace(options, device=device, max_length=longest),
+        dataclasses.replace(options, device=cast(Device, device.type), max_length=longest),
         packs=len(material.train),
-        parameters=base.num_parameters(),
-        weight_bytes=base.get_memory_footprint(),
+        parameters=Shapes.of(stored.config).parameters,
     )
-    memory = follow(options, base, material.train_lengths, console)
+    memory = follow(options, stored, device, material.train_lengths, console)
+    # its name is its folder, where PEFT looks for its config at each save
+    base = load_model(folder, dtype=memory.work.dtype, device=device, quantization=options.quantization)
     model = _adapt(base, options)
     context = fixed_context(base, longest)
     name = remembered_name(options.model)
@@ -91,7 +94,7 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
         tokenizer=tokenizer,
         material=material,
         model_name=options.model,
-        method=f"LoRA rank {options.rank}, learning rate {options.learning_rate:g}, {device}, {dtype}",
+        method=f"LoRA rank {options.rank}, learning rate {options.learning_rate:g}, {device.type}, {dtype}",
         command="train",
         facts=facts | {"fingerprints": seen},
         begin=lambda: base.set_context(context),
@@ -107,18 +110,6 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
         console=console,
         memory=memory,
     )
-
-
-def _load_base(options: TrainOptions, folder: Path) -> tuple[DecoderForCausalLM, Device]:
-    """The frozen model on its device. Its name is its folder, where PEFT looks for its config at each save."""
-    device = device_of(options.device)
-    dtype: Dtype = options.dtype
-    if dtype == "auto" and stored_dtype(inspect(folder)) == torch.float16:
-        # fp16 loses small gradients; its weights are exact in fp32, and near enough in bf16 where memory counts
-        is_narrow = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if is_narrow else "float32"
-    base = load_model(folder, dtype=dtype, device=device, quantization=options.quantization)
-    return base, cast(Device, device.type)
 
 
 def _adapt(base: DecoderForCausalLM, options: TrainOptions) -> PeftModel:

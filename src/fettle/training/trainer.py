@@ -163,7 +163,7 @@ def build(
         **({} if memory is None else {"step_leaner": memory.step_leaner}),
     )
     if memory is not None:
-        memory.apply()
+        memory.apply_to(model.get_base_model() if isinstance(model, PeftModel) else model)
     return Run(trainer, show_progress(trainer, console), interrupt)
 
 
