@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from fettle.errors import UserError
+from fettle.memory import allocator
 from fettle.models import decoder
 from fettle.training import planning, sft
 from fettle.training.options import PlanOptions, TrainOptions
@@ -137,6 +138,18 @@ def test_the_plan_is_put_into_effect_once_and_on_the_adapters(small_model, chats
     monkeypatch.setattr(Followed, "apply_to", note)
     run(small_model, chats, tmp_path / "out", max_steps=1)
     assert adapted == [True]
+
+
+def test_a_run_leaves_the_heap_as_it_was(small_model, chats, tmp_path):
+    allocator.set_heap("default")
+    run(small_model, chats, tmp_path / "out", max_steps=1)
+    plan(PlanOptions(model=str(small_model), device="cpu"), Console(file=io.StringIO()))
+    assert allocator._current == "default"
+
+
+def test_plan_says_what_it_is_doing_beside_its_result(small_model, cli):
+    ended = cli("plan", "--model", small_model, "--device", "cpu", "--json")
+    assert json.loads(ended.out) and "timing one layer of the model on the cpu" in ended.err
 
 
 @pytest.mark.parametrize("size", ["lots", "16", "0GB", "-3GB", "1e3MB"])

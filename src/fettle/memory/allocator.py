@@ -9,36 +9,43 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
+
+Heap = Literal["default", "reuse", "return"]
+"""reuse: tensors of up to 2 GB are served from the heap, and what is freed is kept for the next one. return: each
+tensor over 1 MB is a mapping of its own, gone when freed: no more memory than is held, but slower. default: as the C
+library ends up by its own adjusting."""
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _LARGEST = 2**31 - 1
+_THRESHOLDS = {"default": (2**26, 2**25), "reuse": (_LARGEST, _LARGEST), "return": (_LARGEST, 2**20)}
+
+_current: Heap = "default"
 
 
-def keep_freed_memory() -> None:
-    """Serve tensors of up to 2 GB from the heap, and keep what is freed for the next one."""
-    if (libc := _glibc()) is not None:
-        libc.mallopt(_MMAP_THRESHOLD, _LARGEST)
-        libc.mallopt(_TRIM_THRESHOLD, _LARGEST)
-
-
-def return_memory() -> None:
-    """Make each tensor over 1 MB a mapping of its own, gone when freed: no more memory than is held, but slower."""
-    if (libc := _glibc()) is not None:
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 20)
-        libc.malloc_trim(0)
+def set_heap(heap: Heap) -> None:
+    """Choose what happens to freed memory from now on."""
+    global _current
+    if heap != _current and (libc := _glibc()) is not None:
+        trim, mmap = _THRESHOLDS[heap]
+        libc.mallopt(_MMAP_THRESHOLD, mmap)
+        libc.mallopt(_TRIM_THRESHOLD, trim)
+        if _current == "reuse":
+            libc.malloc_trim(0)  # what was kept
+    _current = heap
 
 
 @contextmanager
-def exact_memory() -> Iterator[None]:
-    """`return_memory` within the block, for loading; afterwards `keep_freed_memory`."""
-    return_memory()
+def restored_heap() -> Iterator[None]:
+    """Let the block choose what happens to freed memory; afterwards it is as it was."""
+    before = _current
     try:
         yield
     finally:
-        keep_freed_memory()
+        set_heap(before)
 
 
-def return_freed_memory() -> None:
+def release_unused() -> None:
     """Hand everything that is free back to the system."""
     gc.collect()
     if (libc := _glibc()) is not None:

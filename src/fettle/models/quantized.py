@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from fettle.errors import UserError
-from fettle.memory.allocator import exact_memory
+from fettle.memory.allocator import restored_heap, set_heap
 from fettle.models.checkpoint import Checkpoint
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.outer_embedding import OuterEmbedding
@@ -53,13 +53,16 @@ def load_nf4(
     stored = StoredTensors(checkpoint, device)
     if maps_embedding(config, stored.dtype(TABLE), dtype, device):
         _map_embedding(model, stored, dtype)
-    with exact_memory():
+    with restored_heap():
+        set_heap("return")
         for name, module in list(model.model.named_modules(prefix="model")):
             if isinstance(module, nn.Linear) and _becomes_nf4(name, checkpoint):
                 model.set_submodule(name, _nf4_layer(name, module, stored, dtype))
         for name, parameter in list(model.named_parameters()):
             if parameter.is_meta and name in stored.places:
                 _assign(model, name, stored.read(name).to(dtype))
+    if device.type == "cpu":
+        set_heap("reuse")  # every product unpacks a matrix
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     if (checkpoint.folder / "generation_config.json").exists():

@@ -15,12 +15,12 @@ from fettle.adapters.load import device_of
 from fettle.adapters.lora import require_targets
 from fettle.errors import UserError
 from fettle.files import human_bytes
-from fettle.memory.allocator import keep_freed_memory, return_freed_memory, return_memory
+from fettle.memory.allocator import release_unused, restored_heap, set_heap
 from fettle.memory.budget import free_bytes, parse_bytes
 from fettle.memory.costs import Workload
 from fettle.memory.plan import Plan, Planner, allowed_policies, least_peak
 from fettle.memory.policies import Policy
-from fettle.memory.probe import probe
+from fettle.memory.probe import Rates, probe
 from fettle.memory.report import as_dict, refusal, rounded_seconds, show_plan
 from fettle.memory.shapes import Shapes
 from fettle.models.config import StoredModel, config_of
@@ -52,7 +52,8 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     rows = options.batch_size * (2 if options.method == "dpo" else 1)
     references = 1 if options.method == "dpo" else 0
     work = _workload(options, stored, device, tokens=rows * context, documents=rows, references=references)
-    chosen = _choose(options, stored.config, work, console)
+    with restored_heap():
+        chosen = _choose(options, stored.config, work, console)
     longest = chosen.planner.longest(work, chosen.budget, chosen.allowed)
     if options.json:
         print(json.dumps(as_dict(chosen.plan, budget=chosen.budget, longest=longest), indent=2))
@@ -122,13 +123,22 @@ def _choose(
 
     require_room()
     if device.type == "cpu":
-        keep_freed_memory()  # before the probe, which is to see what the run will
-    rates = probe(config, shapes, work, device)
-    return_freed_memory()  # what the probe's layer took
+        set_heap("reuse")  # before the probe, which is to see what the run will
+    rates = _timed(config, shapes, work, device)
+    release_unused()  # what the probe's layer took
     planner = Planner(shapes, rates, options.gradient_accumulation_steps or 1, require_room())
     best = planner.best(work, budget, allowed)
     assert best is not None
     return Followed(planner, work, best, budget, allowed, console)
+
+
+def _timed(config: PreTrainedConfig, shapes: Shapes, work: Workload, device: torch.device) -> Rates:
+    """The probe's timings; standard error shows meanwhile what is being timed."""
+    console, text = Console(stderr=True), f"timing one layer of the model on the {device.type}"
+    if not console.is_terminal:
+        console.print(text, highlight=False)
+    with console.status(text) as status:
+        return probe(config, shapes, work, device, lambda part: status.update(f"{text}: {part}"))
 
 
 def _process_bytes(work: Workload, *, is_running: bool) -> int:
@@ -159,7 +169,7 @@ class Followed:
         if self.plan.work.has_outer_embedding:
             model.model.move_embedding_out()
         if self.plan.work.device_type == "cpu":
-            (return_memory if self.plan.work.returns_memory else keep_freed_memory)()
+            set_heap("return" if self.plan.work.returns_memory else "reuse")
         if can_replay(model) and Policy.PARK not in self.plan.policies:
             model.model.use_graphs(self.work.tokens)
         else:

@@ -15,6 +15,7 @@ from fettle.adapters.lora import adapt
 from fettle.data import read_rows
 from fettle.errors import UserError
 from fettle.files import require_new_folder
+from fettle.memory.allocator import restored_heap
 from fettle.memory.shapes import Shapes
 from fettle.models.checkpoint import fingerprint, inspect, is_adapter, locate, tokenizer_fingerprint
 from fettle.models.decoder import DecoderForCausalLM
@@ -39,7 +40,8 @@ def train(options: TrainOptions, *, console: Console | None = None) -> Outcome:
     """
     require_sensible(options)
     require_new_folder(Path(options.output), "a new run")
-    return run(_prepare(options, {}, console or Console()))
+    with restored_heap():
+        return run(_prepare(options, {}, console or Console()))
 
 
 def resume_training(output: str | Path, *, console: Console | None = None) -> Outcome | None:
@@ -53,7 +55,8 @@ def resume_training(output: str | Path, *, console: Console | None = None) -> Ou
     if is_finished(output):
         return None
     options = dataclasses.replace(read(TrainOptions, output / resume.RUN_FILE), output=str(output))
-    return run(_prepare(options, resume.read_facts(output), console or Console()))
+    with restored_heap():
+        return run(_prepare(options, resume.read_facts(output), console or Console()))
 
 
 def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> Job:
