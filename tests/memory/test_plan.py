@@ -7,7 +7,7 @@ import pytest
 from transformers import Gemma2Config, LlamaConfig
 
 from fettle.memory.costs import Workload
-from fettle.memory.plan import NEAR, Plan, Planner, allowed_policies, least_peak
+from fettle.memory.plan import EAGER_SECONDS, NEAR, Plan, Planner, allowed_policies, least_peak
 from fettle.memory.policies import Policy
 from fettle.memory.probe import Line, PairSeconds, Rates
 from fettle.memory.report import refusal, rounded_seconds
@@ -160,6 +160,16 @@ def test_memory_is_given_back_at_once_only_where_it_must(planner: Planner) -> No
     leanest_heap = planner.plan(WORK, (Policy.REDO,) * 4).peak
     tight = planner.best(WORK, leanest_heap - 1, FOUR)
     assert tight is not None and tight.work.returns_memory and tight.seconds > roomy.seconds
+
+
+def test_the_reference_models_kernels_are_launched_too(planner: Planner) -> None:
+    """Without a CUDA graph a step takes what Python needs to launch it, in every pass."""
+    quick = {policy: Line(0, 0) for policy in Policy}
+    idle = dataclasses.replace(planner, accumulation=1, rates=dataclasses.replace(rates(), layers=quick))
+    rows = Workload(tokens=8, device_type="cuda", has_dropout=True)
+    pairs = dataclasses.replace(rows, documents=2, references=1)
+    alone, both = (idle.plan(work, (Policy.KEEP,) * 4).seconds for work in (rows, pairs))
+    assert both - alone == pytest.approx(4 * EAGER_SECONDS)
 
 
 def test_noise_does_not_decide_between_plans(planner: Planner) -> None:

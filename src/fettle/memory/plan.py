@@ -124,10 +124,9 @@ class Planner:
             reference = rates.forward.at(work.tokens) + pairs * pair.of(policy, is_trained=False)
             total += work.references * reference
         total += (1 + work.references) * rates.head * work.tokens
-        if work.device_type == "cuda" and (
-            work.has_dropout or Policy.PARK in policies
-        ):  # as LayerGraphs refuses
-            total = max(total, EAGER_SECONDS * len(policies))
+        is_eager = work.has_dropout or Policy.PARK in policies  # as LayerGraphs refuses
+        if work.device_type == "cuda" and is_eager:
+            total = max(total, EAGER_SECONDS * len(policies) * (1 + work.references))
         if work.returns_memory:
             total *= RETURN_FACTOR
         if work.has_outer_embedding and work.device_type == "cuda":

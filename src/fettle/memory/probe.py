@@ -27,9 +27,9 @@ from fettle.quantization.layers import quantize_linears
 
 LENGTHS = {"cpu": (128, 512), "cuda": (1024, 4096)}
 ATTENTION_LENGTH = {"cpu": 2048, "cuda": 8192}
-ENOUGH_SECONDS = 0.3
+ENOUGH_SECONDS, LONG_SECONDS = 0.3, 1.0
 
-SLICE = {"cpu": 4096, "cuda": 32768}
+HEAD_ROWS = {"cpu": 4096, "cuda": 32768}
 """Rows of the head that are timed; the rest goes by proportion."""
 
 
@@ -84,9 +84,16 @@ class PairSeconds:
         return passes * self.forward + (self.backward if is_trained else 0)
 
 
-def probe(config: PreTrainedConfig, shapes: Shapes, work: Workload, device: torch.device) -> Rates:
-    """Measure. Takes seconds; memory: one layer."""
+def probe(
+    config: PreTrainedConfig,
+    shapes: Shapes,
+    work: Workload,
+    device: torch.device,
+    note: Callable[[str], object] = lambda part: None,
+) -> Rates:
+    """Measure. Takes seconds; memory: one layer. note: is told what comes next."""
     model = _one_layer(config, work, device)
+    note("attention")
     lengths = (*LENGTHS[device.type], ATTENTION_LENGTH[device.type])
     attention = {tokens: _time_attention(tokens, shapes, work, device) for tokens in lengths}
 
@@ -94,7 +101,7 @@ def probe(config: PreTrainedConfig, shapes: Shapes, work: Workload, device: torc
         points = []
         for tokens in LENGTHS[device.type]:
             seconds = _time_layer(model, policy, tokens, work, device, is_trained=is_trained)
-            pairs = visible_pairs(tokens, None)  # windows are longer than the probe's rows
+            pairs = visible_pairs(tokens, shapes.windows[0])
             share = pairs * attention[tokens].of(policy, is_trained=is_trained)
             points.append((tokens, max(0.1 * seconds, seconds - share)))
         return Line.through(*points)
@@ -105,10 +112,12 @@ def probe(config: PreTrainedConfig, shapes: Shapes, work: Workload, device: torc
         if policy == Policy.PARK:  # its copies run beside the products
             layers[policy] = layers[Policy.REDO]
             continue
+        note(policy.name.lower().replace("_", " "))
         measured = line(policy, is_trained=True)
         # A leaner policy does the same and more: where it looks faster, that is noise.
         slower = max([measured, *layers.values()], key=lambda each: each.at(LENGTHS[device.type][1]))
         layers[policy] = slower
+    note("the rest")
     return Rates(
         layers=layers,
         forward=line(Policy.KEEP, is_trained=False),
@@ -127,11 +136,12 @@ def visible_pairs(tokens: int, window: int | None) -> float:
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    """The least of up to ten runs that take a third of a second together; of longer ones, one. The device's queue is
-    emptied before and after."""
+    """The least of up to ten runs that take a third of a second together, but of two at least, or of one that takes
+    longer than a second, in which noise evens out. The device's queue is emptied before and after."""
     best, began = float("inf"), time.perf_counter()
     for count in range(10):
-        if count >= 1 and time.perf_counter() - began > ENOUGH_SECONDS:
+        enough = LONG_SECONDS if count == 1 else ENOUGH_SECONDS
+        if count >= 1 and time.perf_counter() - began > enough:
             break
         _synchronize(device)
         start = time.perf_counter()
@@ -247,7 +257,7 @@ def _time_attention(tokens: int, shapes: Shapes, work: Workload, device: torch.d
 
 
 def _time_head(shapes: Shapes, work: Workload, device: torch.device) -> float:
-    tokens, rows = LENGTHS[device.type][0], min(SLICE[device.type], shapes.vocabulary)
+    tokens, rows = LENGTHS[device.type][0], min(HEAD_ROWS[device.type], shapes.vocabulary)
     weight = torch.randn(rows, shapes.hidden, device=device).to(work.dtype)
     hidden = torch.randn(tokens, shapes.hidden, device=device).to(work.dtype).requires_grad_()
     labels = torch.zeros(tokens, dtype=torch.long, device=device)
