@@ -7,7 +7,15 @@ import pytest
 from transformers import Gemma2Config, LlamaConfig
 
 from fettle.memory.costs import Workload
-from fettle.memory.plan import EAGER_SECONDS, NEAR, Plan, Planner, allowed_policies, least_peak
+from fettle.memory.plan import (
+    EAGER_SECONDS,
+    NEAR,
+    TENSOR_SECONDS,
+    Plan,
+    Planner,
+    allowed_policies,
+    least_peak,
+)
 from fettle.memory.policies import Policy
 from fettle.memory.probe import Line, PairSeconds, Rates
 from fettle.memory.report import refusal, rounded_seconds
@@ -160,6 +168,14 @@ def test_memory_is_given_back_at_once_only_where_it_must(planner: Planner) -> No
     leanest_heap = planner.plan(WORK, (Policy.REDO,) * 4).peak
     tight = planner.best(WORK, leanest_heap - 1, FOUR)
     assert tight is not None and tight.work.returns_memory and tight.seconds > roomy.seconds
+
+
+def test_a_tiny_model_takes_what_its_many_tensors_take(planner: Planner) -> None:
+    """On a CPU the optimiser goes from tensor to tensor; where each is small that is a good part of the step."""
+    work = Workload(tokens=8, rank=1)
+    one = dataclasses.replace(work, targets={"o_proj": 1})
+    every, single = (planner.plan(each, (Policy.KEEP,) * 4).seconds for each in (work, one))
+    assert every - single == pytest.approx(TENSOR_SECONDS["cpu"] * 2 * (4 * 7 - 1), rel=0.01)
 
 
 def test_the_reference_models_kernels_are_launched_too(planner: Planner) -> None:

@@ -27,7 +27,7 @@ from fettle.quantization.layers import quantize_linears
 
 LENGTHS = {"cpu": (128, 512), "cuda": (1024, 4096)}
 ATTENTION_LENGTH = {"cpu": 2048, "cuda": 8192}
-ENOUGH_SECONDS, LONG_SECONDS = 0.3, 1.0
+ENOUGH_SECONDS, LONG_SECONDS = 0.3, 3.0
 
 HEAD_ROWS = {"cpu": 4096, "cuda": 32768}
 """Rows of the head that are timed; the rest goes by proportion."""
@@ -137,7 +137,7 @@ def visible_pairs(tokens: int, window: int | None) -> float:
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     """The least of up to ten runs that take a third of a second together, but of two at least, or of one that takes
-    longer than a second, in which noise evens out. The device's queue is emptied before and after."""
+    longer than three seconds, in which noise evens out. The device's queue is emptied before and after."""
     best, began = float("inf"), time.perf_counter()
     for count in range(10):
         enough = LONG_SECONDS if count == 1 else ENOUGH_SECONDS

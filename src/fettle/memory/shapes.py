@@ -85,9 +85,16 @@ class Shapes:
 
     def adapter_parameters(self, rank: int, targets: Mapping[str, int] | None) -> int:
         """Elements of LoRA adapters on these matrices, name -> in how many layers; None: on all of every layer."""
-        counts = dict.fromkeys(self.matrices, self.layers) if targets is None else targets
+        counts = self._adapted(targets)
         adapted = [(counts.get(name, 0), sum(shape)) for name, shape in self.matrices.items()]
         return rank * sum(layers * sides for layers, sides in adapted)
+
+    def adapter_tensors(self, targets: Mapping[str, int] | None) -> int:
+        """The same in tensors: A and B of each."""
+        return 2 * sum(self._adapted(targets).values())
+
+    def _adapted(self, targets: Mapping[str, int] | None) -> Mapping[str, int]:
+        return dict.fromkeys(self.matrices, self.layers) if targets is None else targets
 
 
 def _matrices(
