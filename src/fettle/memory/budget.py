@@ -4,6 +4,7 @@ Importing this imports no torch, so that a malformed amount is refused at once.
 """
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,11 @@ SHARE = 0.92
 """Of what is free now: the rest is for other programs, and for the allocator's gaps."""
 LEAST = 1e6
 """A bare number below it is a slip: nothing trains in less than a megabyte."""
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_CGROUP_FILES = (  # limit, use, and the page cache within it that the system takes back: of version 2, and of 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def parse_bytes(text: str, option: str = "--memory") -> int:
@@ -47,16 +52,30 @@ def free_bytes(device: "torch.device") -> int:
 
 
 def _free_in_container() -> list[int]:
-    """What the container's limit leaves, by control groups of version 2 or 1; nothing where there is no limit."""
-    pairs = [
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ]
-    for names in pairs:
-        try:
-            limit, used = (int((CGROUPS / name).read_text()) for name in names)
-        except (OSError, ValueError):  # of the other version, or "max"
-            continue
-        if limit < psutil.virtual_memory().total:
-            return [max(0, limit - used)]
-    return []
+    """What the limit of each control group around this process leaves; nothing where there is no limit."""
+    return [free for group in _own_groups() for names in _CGROUP_FILES for free in _free_in(group, *names)]
+
+
+def _own_groups() -> Iterator[Path]:
+    """The folders of this process's groups, from the innermost out. A container may see its own as the outermost."""
+    try:
+        lines = OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in [*lines, "0::/"]:
+        _, kinds, path = line.split(":", 2)
+        top = CGROUPS / ("memory" if kinds else "")
+        if not kinds or "memory" in kinds.split(","):
+            own = top / path.lstrip("/")
+            yield from (each for each in (own, *own.parents) if each.is_relative_to(top))
+
+
+def _free_in(group: Path, limit_file: str, used_file: str, cache: str) -> Iterator[int]:
+    try:
+        limit, used = (int((group / name).read_text()) for name in (limit_file, used_file))
+        lines = (group / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # no such group, of the other version, or "max"
+        return
+    if limit < psutil.virtual_memory().total:
+        reclaimable = dict(line.split() for line in lines).get(cache, 0)
+        yield max(0, limit - used + int(reclaimable))
