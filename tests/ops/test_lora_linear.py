@@ -220,3 +220,12 @@ def test_layers_of_one_input_are_as_each_alone(x_is_frozen: bool) -> None:
     found = torch.autograd.grad(sum(y.pow(2).sum() for y in together), wanted)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_adapters_that_change_before_backward_are_noticed() -> None:
+    a, b = torch.randn(2, 6, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+    loss = lora_linear(torch.randn(5, 6, requires_grad=True), torch.randn(4, 6), None, a, b, 1.0).sum()
+    with torch.no_grad():
+        b.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

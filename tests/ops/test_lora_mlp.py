@@ -106,10 +106,21 @@ def test_bf16_is_as_near_as_the_reference() -> None:
 
 def test_only_what_was_asked_for_is_saved() -> None:
     def saved_elements(keep) -> int:
-        sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
-            lora_mlp(torch.randn(7, HIDDEN, requires_grad=True), make(), keep=keep)
-        return sum(sizes)
+        mlp, saved = make(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+            lora_mlp(torch.randn(7, HIDDEN, requires_grad=True), mlp, keep=keep)
+        held = {t.data_ptr() for t in mlp.adapters() if t is not None}
+        return sum(t.numel() for t in saved if t.data_ptr() not in held)
 
     assert saved_elements("input") == 7 * HIDDEN
     assert saved_elements("gates") == 7 * (HIDDEN + 2 * INTERMEDIATE)
+
+
+@pytest.mark.parametrize("keep", ["gates", "input"])
+def test_adapters_that_change_before_backward_are_noticed(keep) -> None:
+    mlp = make()
+    loss = lora_mlp(torch.randn(5, HIDDEN, requires_grad=True), mlp, keep=keep).sum()
+    with torch.no_grad():
+        mlp.down.update.b.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

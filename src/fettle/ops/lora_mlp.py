@@ -77,14 +77,14 @@ def lora_mlp(x: torch.Tensor, mlp: MLP, *, keep: Keep = "gates", skip_output: bo
 class _LoraMLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, mlp: MLP, keep: Keep, skip_output: bool, *_: torch.Tensor
+        ctx: Any, x: torch.Tensor, mlp: MLP, keep: Keep, skip_output: bool, *adapters: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.mlp = mlp
         output = torch.empty_like(x, memory_format=torch.contiguous_format)
         rows, kept = x.reshape(-1, x.shape[-1]), []
         if keep == "gates":
             kept = [x.new_empty(len(rows), mlp.intermediate_size) for _ in range(2)]
-        ctx.save_for_backward(x, *kept)
+        ctx.save_for_backward(x, *adapters, *kept)  # the adapters so that autograd sees whether they change
         if keep == "input" and skip_output:
             return output
         dtype = product_dtype(rows)
@@ -103,8 +103,9 @@ class _LoraMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, *kept = ctx.saved_tensors
         mlp: MLP = ctx.mlp
+        x, *saved = ctx.saved_tensors
+        kept = saved[len(mlp.adapters()) :]
         rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
         dtype = product_dtype(rows)
         gate_up = _unpack_gate_up(mlp, dtype)
