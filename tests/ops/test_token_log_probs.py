@@ -94,3 +94,9 @@ def test_logits_never_exist_for_all_tokens() -> None:
     with Watch():
         token_log_probs(hidden.requires_grad_(), weight, labels).log_probs.sum().backward()
     assert largest <= max(4 * VOCABULARY, 101 * HIDDEN)
+
+
+def test_hidden_states_of_another_type_than_the_heads_are_refused() -> None:
+    hidden, weight, labels = inputs()
+    with pytest.raises(AssertionError, match=r"hidden is torch\.float32 and the head torch\.bfloat16"):
+        token_log_probs(hidden, weight.bfloat16(), labels)

@@ -1,4 +1,22 @@
-"""What a training step keeps in memory, in bytes: by counting, not by trying.
+"""What a training step keeps in memory, in bytes: what is held is counted; what is at work was set by measuring.
+
+    weights, adapters, optimizer    counted from the config's shapes
+    what a layer keeps              counted, tensor by tensor (see memory/policies.py)
+    a layer at work                 counted in the code, then set right by measuring: `working_bytes`
+    the head at work                three times a chunk's logits, assumed
+    holes in the C library's heap   measured: HEAP_GAPS
+    the process without a model     measured (training/planning.py)
+
+By policy, in units of tokens * hidden size and for Phi-3.5's shapes; beside what is at work come a tile of the MLP and,
+in NF4, an unpacked matrix:
+
+                      kept    at work on a CPU    on a GPU
+    KEEP              13.4          10               6
+    DROP              11.4          11               6
+    REDO_MLP           6            11               6
+    KEEP_ATTENTION     2            17               9
+    REDO               1            17              10
+    PARK               0             -              12
 
 A step's peak is what stays throughout (weights, adapters, optimiser), what the layers keep for backward, and the
 working memory of whichever part is at work when most is kept. `peak_of_policies` walks through the backward

@@ -2,8 +2,8 @@
 
 All give the same losses and gradients. What each keeps, in Phi-3.5's shapes and units of tokens * hidden size:
 
-    KEEP            13.3   everything but the MLP's product, which `lora_mlp` always redoes
-    DROP            11.3   all but norm outputs, which are redone from the norms' inputs
+    KEEP            13.4   everything but the MLP's product, which `lora_mlp` always redoes
+    DROP            11.4   all but norm outputs, which are redone from the norms' inputs
     REDO_MLP         6     not the MLP's gate and up either
     KEEP_ATTENTION   2     the layer's input and the attention's result; the projections are redone
     REDO             1     the layer's input

@@ -52,7 +52,8 @@ def token_log_probs_reference(
 def token_log_probs(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None = None
 ) -> TokenScores:
-    """Score `labels` (T,) after `hidden` (T, E) with the head `weight` (V, E); gradients flow to both."""
+    """Score `labels` (T,) after `hidden` (T, E) with the head `weight` (V, E), of one dtype; gradients flow to both."""
+    assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype} and the head {weight.dtype}"
     log_probs, entropy, is_top1 = _TokenLogProbs.apply(hidden, weight, labels, softcap)
     return TokenScores(log_probs, entropy, is_top1)
 
@@ -71,7 +72,7 @@ class _TokenLogProbs(torch.autograd.Function):
             logits = _cap(_logits(hidden[chunk], weight), softcap)
             is_top1[chunk] = logits.argmax(-1) == labels[chunk]
             label_logits = logits.gather(1, labels[chunk, None])[:, 0]
-            factor = None if slope is None or softcap is None else 1 - (logits / softcap).square_()
+            factor = None if slope is None else _cap_slope(logits, softcap)
             logsumexp = torch.logsumexp(logits, -1)
             probs = logits.sub_(logsumexp[:, None])
             log_probs[chunk] = label_logits - logsumexp
@@ -96,7 +97,7 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for chunk in _chunks(hidden, weight):
             logits = _cap(_logits(hidden[chunk], weight), ctx.softcap)
-            factor = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square_()
+            factor = _cap_slope(logits, ctx.softcap)
             slope = _score_gradient(torch.softmax(logits, -1), labels[chunk], factor)
             grad_logits = slope.mul_(grad[chunk, None])
             _times_head(grad_logits, weight, out=grad_hidden[chunk])
@@ -132,8 +133,13 @@ def _cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
+def _cap_slope(capped: torch.Tensor, softcap: float | None) -> torch.Tensor | None:
+    """The soft cap's slope where it gave `capped`: 1 - tanh^2."""
+    return None if softcap is None else 1 - (capped / softcap).square_()
+
+
 def _score_gradient(probs: torch.Tensor, labels: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    """(onehot - probs) * factor, in place of `probs` (chunk, V). factor: the soft cap's own slope."""
+    """(onehot - probs) * factor, in place of `probs` (chunk, V). factor: the soft cap's slope."""
     slope = probs.neg_()
     slope[torch.arange(len(labels), device=labels.device), labels] += 1
     return slope if factor is None else slope.mul_(factor)
