@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from fettle.ops.room import ROOM
+
 Heap = Literal["default", "reuse", "return"]
 """reuse: tensors of up to 2 GB are served from the heap, and what is freed is kept for the next one. return: each
 tensor over 1 MB is a mapping of its own, gone when freed: no more memory than is held, but slower. default: as the C
@@ -42,12 +44,14 @@ def restored_heap() -> Iterator[None]:
     try:
         yield
     finally:
+        ROOM.release()
         set_heap(before)
 
 
 def release_unused() -> None:
     """Hand everything that is free back to the system."""
     gc.collect()
+    ROOM.release()
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fettle.ops.dispatch import product_dtype
-from fettle.ops.nf4 import Nf4, dense
+from fettle.ops.nf4 import Nf4
+from fettle.ops.room import unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +150,8 @@ def frozen_linear(
     rows: torch.Tensor, weight: torch.Tensor | Nf4, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Rows W^T + bias in the dtype of `rows` (T, inputs)."""
-    return F.linear(rows, dense(weight, rows.dtype), None if bias is None else bias.to(rows.dtype))
+    with unpacked([weight], rows.dtype) as (matrix,):
+        return F.linear(rows, matrix, None if bias is None else bias.to(rows.dtype))
 
 
 def _rows(x: torch.Tensor, *, has_gradient: bool = True) -> torch.Tensor:
@@ -172,9 +174,11 @@ def _middles(rows: torch.Tensor, updates: Sequence[LowRank]) -> tuple[torch.Tens
 
 def _input_gradient(grads: Sequence[torch.Tensor], layers: Sequence[Projection]) -> torch.Tensor:
     """The frozen matrices' share of the gradient of x, (T, inputs)."""
-    total = grads[0] @ dense(layers[0].weight, grads[0].dtype)
-    for grad, layer in zip(grads[1:], layers[1:], strict=True):
-        total.addmm_(grad, dense(layer.weight, grad.dtype))
+    total: torch.Tensor | None = None
+    for grad, layer in zip(grads, layers, strict=True):
+        with unpacked([layer.weight], grad.dtype) as (matrix,):
+            total = grad @ matrix if total is None else total.addmm_(grad, matrix)
+    assert total is not None
     return total
 
 

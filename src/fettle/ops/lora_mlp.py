@@ -13,6 +13,8 @@ depend on what is kept, which makes the results equal bit for bit. Where product
 Shapes: T tokens, E hidden size, I intermediate size.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from fettle.ops.dispatch import product_dtype
 from fettle.ops.gated_activation import gated_activation_backward, gated_activation_forward
 from fettle.ops.lora_linear import LowRank, Projection
 from fettle.ops.nf4 import dense
+from fettle.ops.room import unpacked
 
 Keep = Literal["gates", "input"]
 
@@ -88,16 +91,15 @@ class _LoraMLP(torch.autograd.Function):
         if keep == "input" and skip_output:
             return output
         dtype = product_dtype(rows)
-        gate_up = _unpack_gate_up(mlp, dtype)
-        down = None if skip_output else _Linear(mlp.down.update, dense(mlp.down.weight, dtype))
-        for tile in _tiles(rows):
-            x_tile = rows[tile].to(dtype)
-            gate, up = (linear.forward(x_tile) for linear in gate_up)
-            for whole, part in zip(kept, (gate, up), strict=False):
-                whole[tile] = part
-            if down is not None:
-                product = gated_activation_forward(gate, up, mlp.activation_name)
-                output.view(rows.shape)[tile] = down.forward(product)
+        with _at_work(mlp, dtype, has_down=not skip_output) as (*gate_up, down):
+            for tile in _tiles(rows):
+                x_tile = rows[tile].to(dtype)
+                gate, up = (linear.forward(x_tile) for linear in gate_up)
+                for whole, part in zip(kept, (gate, up), strict=False):
+                    whole[tile] = part
+                if not skip_output:
+                    product = gated_activation_forward(gate, up, mlp.activation_name)
+                    output.view(rows.shape)[tile] = down.forward(product)
         return output
 
     @staticmethod
@@ -108,32 +110,48 @@ class _LoraMLP(torch.autograd.Function):
         kept = saved[len(mlp.adapters()) :]
         rows, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
         dtype = product_dtype(rows)
-        gate_up = _unpack_gate_up(mlp, dtype)
-        down = _Linear(mlp.down.update, dense(mlp.down.weight, dtype))
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        for tile in _tiles(rows):
-            x_tile, grad_output = rows[tile].to(dtype), grad[tile].to(dtype)
-            if kept:
-                gate, up = (whole[tile].to(dtype) for whole in kept)
-            else:
-                gate, up = (linear.forward(x_tile) for linear in gate_up)
-            middle = down.middle_gradient(grad_output)
-            grad_product = down.input_gradient(grad_output, middle)
-            *grad_gate_up, product = gated_activation_backward(grad_product, gate, up, mlp.activation_name)
-            down.add_gradients(grad_output, middle, product)
-            del grad_product, product, gate, up, grad_output
-            grad_tile: torch.Tensor | None = None
-            for linear, grad_part in zip(gate_up, grad_gate_up, strict=True):
-                middle = linear.middle_gradient(grad_part)
-                linear.add_gradients(grad_part, middle, x_tile)
-                if grad_x is not None:
-                    grad_tile = linear.input_gradient(grad_part, middle, grad_tile)
-            if grad_x is not None and grad_tile is not None:
-                grad_x[tile] = grad_tile
-        adapters = _adapter_gradients(mlp, gate_up, down)
+        with _at_work(mlp, dtype) as (gate, up, down):
+            for tile in _tiles(rows):
+                kept_tile = [whole[tile] for whole in kept]
+                grad_tile = _backward_tile(
+                    *(grad[tile], rows[tile], kept_tile, (gate, up, down), mlp.activation_name),
+                    needs_input_grad=grad_x is not None,
+                )
+                if grad_x is not None and grad_tile is not None:
+                    grad_x[tile] = grad_tile
+        adapters = _adapter_gradients(mlp, (gate, up), down)
         return (None if grad_x is None else grad_x.view_as(x)), None, None, None, *adapters
+
+
+def _backward_tile(
+    grad_output: torch.Tensor,
+    x: torch.Tensor,
+    kept: list[torch.Tensor],
+    linears: "tuple[_Linear, _Linear, _Linear]",
+    activation_name: str,
+    *,
+    needs_input_grad: bool,
+) -> torch.Tensor | None:
+    """Add the tile's share to the updates' gradients and return the gradient of x. kept: its gate and up, or none."""
+    *gate_up, down = linears
+    dtype = down.weight.dtype
+    grad_output, x = grad_output.to(dtype), x.to(dtype)
+    gate, up = (whole.to(dtype) for whole in kept) if kept else (linear.forward(x) for linear in gate_up)
+    middle = down.middle_gradient(grad_output)
+    grad_product = down.input_gradient(grad_output, middle)
+    *grad_gate_up, product = gated_activation_backward(grad_product, gate, up, activation_name)
+    down.add_gradients(grad_output, middle, product)
+    del grad_product, product, gate, up, grad_output
+    grad_x: torch.Tensor | None = None
+    for linear, grad_part in zip(gate_up, grad_gate_up, strict=True):
+        middle = linear.middle_gradient(grad_part)
+        linear.add_gradients(grad_part, middle, x)
+        if needs_input_grad:
+            grad_x = linear.input_gradient(grad_part, middle, grad_x)
+    return grad_x
 
 
 class _Linear:
@@ -171,17 +189,29 @@ class _Linear:
                 total.add_(part)
 
 
-def _unpack_gate_up(mlp: MLP, dtype: torch.dtype) -> tuple[_Linear, _Linear]:
-    """The gate's matrix and the up's; a fused one is halved, and its halves share A."""
-    if len(mlp.gate_up) == 2:
-        gate, up = (_Linear(p.update, dense(p.weight, dtype)) for p in mlp.gate_up)
-        return gate, up
-    (fused,) = mlp.gate_up
-    halves = dense(fused.weight, dtype).chunk(2)
-    if fused.update is None:
-        return _Linear(None, halves[0]), _Linear(None, halves[1])
-    a, b, scale = fused.update.a, fused.update.b.chunk(2), fused.update.scale
-    return _Linear(LowRank(a, b[0], scale), halves[0]), _Linear(LowRank(a, b[1], scale), halves[1])
+@contextmanager
+def _at_work(
+    mlp: MLP, dtype: torch.dtype, *, has_down: bool = True
+) -> Iterator[tuple[_Linear, _Linear, _Linear]]:
+    """The gate's matrix, the up's and the down's within the block, each with its update; a fused gate and up is halved,
+    and its halves share A."""
+    layers = [*mlp.gate_up, mlp.down] if has_down else list(mlp.gate_up)
+    with unpacked([layer.weight for layer in layers], dtype) as weights:
+        linears = [_Linear(layer.update, weight) for layer, weight in zip(layers, weights, strict=True)]
+        if len(mlp.gate_up) == 1:
+            linears[:1] = _halved(linears[0])
+        gate, up = linears[:2]
+        yield gate, up, linears[-1]
+
+
+def _halved(fused: _Linear) -> list[_Linear]:
+    halves, update = fused.weight.chunk(2), fused.update
+    if update is None:
+        return [_Linear(None, half) for half in halves]
+    return [
+        _Linear(LowRank(update.a, b, update.scale), half)
+        for half, b in zip(halves, update.b.chunk(2), strict=True)
+    ]
 
 
 def _adapter_gradients(

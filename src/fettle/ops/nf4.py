@@ -20,8 +20,8 @@ from fettle.ops.dispatch import uses_triton
 BLOCK = 64
 NESTED_BLOCK = 256
 CELLS = 1024
-SLAB = BLOCK * 8192
-"""Weights worked on at a time: their fp32 values (2 MB) stay in a core's cache."""
+SLAB = BLOCK * 4096
+"""Weights worked on at a time: their fp32 values (1 MB) stay in a core's cache."""
 
 # fmt: off
 TABLE = (
@@ -161,19 +161,30 @@ def nf4_dequantize_reference(weight: Nf4, dtype: torch.dtype | None = None) -> t
 
 
 @torch.no_grad()
-def nf4_dequantize(weight: Nf4, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Return the matrix, computed in fp32 and rounded once to `dtype` (default: the one it was quantised from)."""
+def nf4_dequantize(
+    weight: Nf4, dtype: torch.dtype | None = None, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the matrix, computed in fp32 and rounded once to `dtype` (default: the one it was quantised from).
+
+    out: a contiguous matrix of that dtype to put it in, on a CPU.
+    """
     dtype, device = dtype or weight.dtype, weight.packed.device
-    if uses_triton(torch.empty(0, dtype=dtype, device=device)):
+    if out is None and uses_triton(torch.empty(0, dtype=dtype, device=device)):
         return _by_kernel(weight, dtype)
     if weight.shape.numel() % BLOCK:
-        return nf4_dequantize_reference(weight, dtype)
-    out = torch.empty(weight.shape, dtype=dtype, device=device)
-    packed, scales, blocks = weight.packed.view(-1), block_scales(weight), out.view(-1, BLOCK)
-    for start in range(0, len(blocks), SLAB // BLOCK):
-        part = slice(start, start + SLAB // BLOCK)
-        pairs = packed[start * BLOCK // 2 : (start * BLOCK + SLAB) // 2].int()
-        values = _pair_table(device).index_select(0, pairs).view(torch.float32).view(-1, BLOCK)
+        dense = nf4_dequantize_reference(weight, dtype)
+        return dense if out is None else out.copy_(dense)
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype, device=device)
+    packed, scales, blocks = weight.packed.view(-1, BLOCK // 2), block_scales(weight), out.view(-1, BLOCK)
+    table, size = _pair_table(device), SLAB // BLOCK
+    bytes_at_work = torch.empty(size, BLOCK // 2, dtype=torch.int32, device=device)
+    pairs = torch.empty(size * BLOCK // 2, dtype=table.dtype, device=device)
+    for start in range(0, len(blocks), size):
+        part = slice(start, start + size)
+        codes = bytes_at_work[: len(blocks[part])].copy_(packed[part]).view(-1)
+        torch.index_select(table, 0, codes, out=pairs[: len(codes)])
+        values = pairs[: len(codes)].view(torch.float32).view(-1, BLOCK)
         torch.mul(values, scales[part, None], out=blocks[part])
     return out
 
