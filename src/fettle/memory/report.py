@@ -114,13 +114,9 @@ def refusal(
         saved = needed - least_peak(shapes, changed, policies, base)
         if saved > 0.01 * needed:
             advice.append(f"{text} saves {human_bytes(saved)}")
+    ways = f"What would bring it down: {'; '.join(advice)}." if advice else "Only a smaller model needs less."
     return UserError(
-        f"{human_bytes(budget)} of memory is too little: the least this run needs is {human_bytes(needed)}. "
-        + (
-            f"What would bring it down: {'; '.join(advice)}."
-            if advice
-            else "Only a smaller model needs less."
-        )
+        f"{human_bytes(budget)} of memory is too little: the least this run needs is {human_bytes(needed)}. {ways}"
     )
 
 
@@ -140,4 +136,4 @@ def _ways_down(
     if work.row_tokens > 256:
         yield f"{length_option} {work.row_tokens // 2}", work.with_tokens(work.tokens // 2), allowed
     if Policy.REDO not in allowed:
-        yield "no --no-gradient-checkpointing", work, allowed_policies(shapes, work, None)
+        yield "without --no-gradient-checkpointing", work, allowed_policies(shapes, work, None)

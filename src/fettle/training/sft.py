@@ -63,9 +63,8 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
     """Load the model, understand the data, choose what was left open."""
     folder = _base_folder(options.model)
     asked_steps = options.max_steps
-    stored = stored_model(
-        inspect(folder)
-    )  # first: what is wrong with the model is found before a row is read
+    # first: what is wrong with the model is found before a row is read
+    stored = stored_model(inspect(folder))
     device = device_of(options.device)
     rows = read_rows(options.data)
     seen = fingerprints(options) | {"model": fingerprint(folder), "tokenizer": tokenizer_fingerprint(folder)}
