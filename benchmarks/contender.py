@@ -265,6 +265,7 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
     from rich.console import Console
 
     from fettle.adapters.lora import adapt
+    from fettle.memory.allocator import restored_heap, set_heap
     from fettle.models.config import StoredModel
     from fettle.models.load import empty_model
     from fettle.training.options import TrainOptions
@@ -284,7 +285,9 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
     stored = StoredModel(config, torch.bfloat16, is_nf4=False)
     followed = follow(run, stored, device, lengths, Console(stderr=True))
     model = empty_model(config).to(torch.bfloat16)
-    model = materialise_nf4(model, device) if options.quantization else materialise(model, device)
+    with restored_heap():
+        set_heap("return")  # as load_model has it
+        model = materialise_nf4(model, device) if options.quantization else materialise(model, device)
     adapted = adapt(model, rank=options.rank)
     fill_adapter(adapted)
     common = {

@@ -34,9 +34,11 @@ from fettle.ops.dispatch import best_product_dtype
 from fettle.ops.lora_mlp import TILE_TOKENS
 from fettle.ops.token_log_probs import CHUNK_BYTES, SLICE
 
-HEAP_GAPS, HEAP_GAPS_MIXED = 1.2, 1.4
-"""What the C library's heap takes for what layers keep, measured: 1.1 to 1.2 where all layers are alike,
-1.3 to 1.4 where some are redone. The room of a layer that is redone is taken one and a half times."""
+HEAP_GAPS, HEAP_GAPS_MIXED = 1.25, 1.4
+"""What the C library's heap takes for what layers keep, measured: 1.2 to 1.3 where all layers are alike, 1.3 to 1.4
+where some are redone. An aligned piece does not fit again where one of its size was, so what is at work leaves gaps
+too: the head takes its bytes twice, a layer that is redone two and a half times, and with NF4 there is as much as the
+room of its matrices again."""
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256
 """A weight in NF4: its code, its share of a block's scale in one byte, and of that scale's own scale."""
@@ -149,8 +151,11 @@ def working_bytes(shapes: Shapes, work: Workload, policy: Policy) -> int:
     inside = (4 if policy < Policy.REDO_MLP else 6) * s.intermediate + hidden
     by_token = _per_token_cuda if work.device_type == "cuda" else _per_token_cpu
     mlp, attention = (work.tokens * each * work.product_item for each in by_token(s, policy))
+    mlp += tile * inside * work.product_item
+    if work.device_type == "cpu":  # whose unpacked matrices share a room
+        return max(mlp, attention)
     return max(
-        mlp + tile * inside * work.product_item + _unpacked(work, 3 * hidden * s.intermediate),
+        mlp + _unpacked(work, 3 * hidden * s.intermediate),
         attention + _unpacked(work, s.query * hidden),
     )
 
@@ -173,6 +178,11 @@ def _per_token_cuda(s: Shapes, policy: Policy) -> tuple[int, int]:
     return around_mlp, 4 * s.hidden + 4 * s.query + s.key + redone + fetched + more
 
 
+def room_bytes(shapes: Shapes, work: Workload) -> int:
+    """On a CPU: the room that matrices at work share (ops/room.py), as large as an MLP's three."""
+    return _unpacked(work, 3 * shapes.hidden * shapes.intermediate) if work.device_type == "cpu" else 0
+
+
 def _unpacked(work: Workload, weights: int) -> int:
     """A matrix at work in another form than it is held in."""
     is_converted = work.is_nf4 or work.product_item > work.item
@@ -193,12 +203,14 @@ def peak_of_policies(shapes: Shapes, work: Workload, policies: list[Policy]) -> 
     gradients = trained_bytes(shapes, work)[1]
     total = sum(kept[policy] for policy in policies)
     if work.device_type == "cpu":
+        held = gradients + room_bytes(shapes, work)
         if work.returns_memory:
-            return total, total + max(head_bytes(shapes, work), *working.values()) + gradients
+            return total, total + max(head_bytes(shapes, work), *working.values()) + held
         # The C library's heap does not close the holes that one part leaves for the next: rooms add up.
         gaps = HEAP_GAPS if len(kept) == 1 else HEAP_GAPS_MIXED
-        room = max(size if policy < Policy.REDO_MLP else 3 * size // 2 for policy, size in working.items())
-        return total, int(gaps * total) + head_bytes(shapes, work) + room + gradients
+        layer = max(size if policy < Policy.REDO_MLP else 5 * size // 2 for policy, size in working.items())
+        head, room = 2 * head_bytes(shapes, work), room_bytes(shapes, work) if work.is_nf4 else 0
+        return total, int(gaps * total) + head + layer + room + held
     # A graph holds its input, output, their copies and gradient; where layers are parked there is only the output.
     ends = (1 if Policy.PARK in policies else 5) * work.tokens * shapes.hidden * work.item
     left = total + ends + gradients

@@ -61,8 +61,6 @@ def load_nf4(
         for name, parameter in list(model.named_parameters()):
             if parameter.is_meta and name in stored.places:
                 _assign(model, name, stored.read(name).to(dtype))
-    if device.type == "cpu":
-        set_heap("reuse")  # every product unpacks a matrix
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     if (checkpoint.folder / "generation_config.json").exists():

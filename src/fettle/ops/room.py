@@ -4,6 +4,7 @@ On a CPU each goes where the one before it was. Memory asked for anew would be p
 clear first, which takes as long as the unpacking, or lie between what layers keep and leave gaps.
 """
 
+import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ class Room:
         sizes = [-(-shape.numel() * dtype.itemsize // ALIGNMENT) * ALIGNMENT for shape in shapes]
         if self.memory is None or len(self.memory) < sum(sizes):
             self.memory = None  # before the larger one is there
-            self.memory = torch.empty(sum(sizes), dtype=torch.uint8)
+            # of its own, not from the heap, where it would leave a gap each time it grows
+            self.memory = torch.frombuffer(mmap.mmap(-1, sum(sizes)), dtype=torch.uint8)
         parts = self.memory[: sum(sizes)].split(sizes)
         return [
             part[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
@@ -46,7 +48,7 @@ ROOM = Room()
 
 
 @contextmanager
-def unpacked(weights: Sequence[torch.Tensor | Nf4], dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
+def at_work(weights: Sequence[torch.Tensor | Nf4], dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
     """The matrices in `dtype`, within the block only: afterwards their memory is the next one's."""
     changing = [weight for weight in weights if isinstance(weight, Nf4) or weight.dtype != dtype]
     if not changing or _device(changing[0]) != "cpu" or not ROOM.lock.acquire(blocking=False):

@@ -122,9 +122,10 @@ def _choose(
         return base
 
     require_room()
-    if device.type == "cpu":
-        set_heap("reuse")  # before the probe, which is to see what the run will
-    rates = _timed(config, shapes, work, device)
+    with restored_heap():
+        if device.type == "cpu":
+            set_heap("reuse")  # the probe is to see what the run will
+        rates = _timed(config, shapes, work, device)
     release_unused()  # what the probe's layer took
     planner = Planner(shapes, rates, options.gradient_accumulation_steps or 1, require_room())
     best = planner.best(work, budget, allowed)
