@@ -258,7 +258,8 @@ def _time_attention(tokens: int, shapes: Shapes, work: Workload, device: torch.d
 
 def _time_head(shapes: Shapes, work: Workload, device: torch.device) -> float:
     tokens, rows = LENGTHS[device.type][0], min(HEAD_ROWS[device.type], shapes.vocabulary)
-    weight = torch.randn(rows, shapes.hidden, device=device).to(work.dtype)
+    # as small as a model's: larger logits make probabilities too small for normal numbers, which take 3 times as long
+    weight = torch.randn(rows, shapes.hidden, device=device).mul_(0.02).to(work.dtype)
     hidden = torch.randn(tokens, shapes.hidden, device=device).to(work.dtype).requires_grad_()
     labels = torch.zeros(tokens, dtype=torch.long, device=device)
 
