@@ -159,14 +159,53 @@ def test_an_adapter_trained_on_nf4_is_merged_onto_those_weights(is_stored_so, sm
         torch.testing.assert_close(tensor.float(), merged[name].float(), rtol=1e-5, atol=1e-6)
 
 
-def test_an_adapter_with_numbers_that_are_none_is_refused(small_model: Path, tmp_path: Path) -> None:
-    save_adapter(small_model, tmp_path / "adapter", r=2, lora_alpha=2)
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
+def change(adapter: Path, **entries: Any) -> None:
+    """Give the adapter's config other entries."""
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def without(adapter: Path, words: str) -> None:
+    """Take the adapter's tensors whose names hold these words out."""
+    file = adapter / "adapter_model.safetensors"
+    save_file({name: each for name, each in load_file(file).items() if words not in name}, file)
+
+
+def put_nan(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     next(iter(tensors.values()))[0, 0] = torch.nan
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="numbers that are none"):
-        list(open_source(tmp_path / "adapter").tensors())
+    save_file(tensors, file)
+
+
+FAULTS: dict[str, tuple[Any, str]] = {
+    "not a number": (put_nan, "numbers that are none"),
+    "a layer left out": (lambda folder: without(folder, "layers.1"), "is missing from its weights"),
+    "half a product": (
+        lambda folder: without(folder, "layers.0.mlp.down_proj.lora_B"),
+        "missing from its weights",
+    ),
+    "another rank": (lambda folder: change(folder, r=1), r"has shape \(2, .* asks for \(1, "),
+    "rank 0": (lambda folder: change(folder, r=0), "adapter_config.json: .*positive integer"),
+    "alpha a word": (lambda folder: change(folder, lora_alpha="x"), "adapter_config.json: "),
+    "another base": (
+        lambda folder: write_facts(folder, AdapterFacts(base_fingerprint="0" * 64)),
+        "trained on other weights",
+    ),
+    "a broken note": (lambda folder: (folder / "fettle.json").write_text("{"), "not as fettle wrote it"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_adapter_is_refused_whatever_it_becomes(fault, small_model: Path, tmp_path: Path) -> None:
+    save_adapter(small_model, adapter := tmp_path / "adapter", r=2, lora_alpha=2)
+    change_it, message = FAULTS[fault]
+    change_it(adapter)
+    with pytest.raises(UserError, match=message):
+        list(open_source(adapter).tensors())
+    with pytest.raises(UserError, match=message):
+        export_adapter_gguf(adapter, tmp_path / "a.gguf")
+    assert not (tmp_path / "a.gguf").exists()
 
 
 def test_an_adapter_for_another_base_is_refused(small_model: Path, tmp_path: Path) -> None:

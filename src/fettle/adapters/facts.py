@@ -45,11 +45,13 @@ def read_facts(folder: Path) -> AdapterFacts | None:
         ) from error
 
 
-def require_trained_on(facts: AdapterFacts, folder: Path, base_folder: Path) -> None:
-    """Raise UserError where the base's weights are not those the adapter was trained on."""
-    if facts.base_fingerprint != fingerprint(base_folder):
+def facts_for(folder: Path, base_folder: Path) -> AdapterFacts | None:
+    """Return the note; UserError where the base's weights are not those the adapter was trained on."""
+    facts = read_facts(folder)
+    if facts is not None and facts.base_fingerprint != fingerprint(base_folder):
         raise UserError(
             f"{folder}: the adapter was trained on other weights than those now in {base_folder}; "
             f"put the original base model back, or correct base_model_name_or_path in "
             f"{folder / 'adapter_config.json'}."
         )
+    return facts

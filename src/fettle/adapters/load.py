@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fettle.adapters.facts import read_facts, require_trained_on
+from fettle.adapters.facts import facts_for
 from fettle.adapters.lora import attach
 from fettle.errors import UserError
 from fettle.llama_cpp.gguf_file import is_gguf
@@ -33,9 +33,7 @@ def load(
         tokenizer = load_tokenizer(folder)  # first: a folder without one is found before a long load
         return load_model(folder, name=remembered_name(str(name)), dtype=dtype, device=where), tokenizer
     base_name, base_folder = base_of(folder)
-    facts = read_facts(folder)
-    if facts is not None:
-        require_trained_on(facts, folder, base_folder)
+    facts = facts_for(folder, base_folder)
     quantization = None if facts is None else facts.quantization
     base = load_model(base_folder, name=base_name, dtype=dtype, device=where, quantization=quantization)
     if facts is not None:

@@ -5,7 +5,9 @@ of PEFT's own layer. What is saved is therefore a plain PEFT adapter, and whatev
 cover (several adapters at once, dropout, DoRA, a merged layer) falls back to PEFT's forward.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from fettle.ops import lora_linear
 from fettle.ops.lora_linear import LowRank, Projection
 from fettle.quantization.layers import matrix_of
 from fettle.quantization.nf4 import Nf4Linear
+
+Shapes = dict[str, tuple[int, ...]]
+"""Of an adapter's tensors, by name."""
 
 PLAIN_OPTIONS = {
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "eva_config"),
@@ -140,12 +145,19 @@ def attach(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) 
     require_fit(model, shapes, folder)
     config = adapter_config_of(folder)
     _use_our_layer(config)
-    try:
+    with _values_of(folder):
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
-    except (ValueError, TypeError, RuntimeError) as error:  # what PEFT raises for values that make no adapter
-        raise UserError(f"{folder / 'adapter_config.json'}: {reason_of(error)}") from error
-    _require_all(adapted, set(shapes), folder)
+    _require_all(adapted, shapes, folder)
     return adapted
+
+
+@contextmanager
+def _values_of(folder: Path) -> Iterator[None]:
+    """Name adapter_config.json where PEFT raises for values that make no adapter."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder / 'adapter_config.json'}: {reason_of(error)}") from error
 
 
 def adapter_config_of(folder: Path) -> LoraConfig:
@@ -163,7 +175,7 @@ def adapter_config_of(folder: Path) -> LoraConfig:
     return config
 
 
-def shapes_in(folder: Path) -> dict[str, tuple[int, ...]]:
+def shapes_in(folder: Path) -> Shapes:
     """The shapes of an adapter folder's tensors, by name."""
     return {name: place.header.shape for name, place in read_places(folder / ADAPTER_WEIGHTS).items()}
 
@@ -187,7 +199,7 @@ def _use_our_layer(config: LoraConfig) -> None:
     config._register_custom_module({nn.Linear: LoraLinear, Nf4Linear: LoraLinear})
 
 
-def require_fit(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+def require_fit(model: PreTrainedModel, shapes: Shapes, folder: Path) -> None:
     """Compare every lora_A and lora_B matrix with the linear layer it is meant for."""
     modules, owner = dict(model.named_modules()), model.name_or_path or "its base"
     for name, shape in shapes.items():
@@ -209,15 +221,37 @@ def require_fit(model: PreTrainedModel, shapes: dict[str, tuple[int, ...]], fold
             )
 
 
-def _require_all(adapted: PeftModel, names: set[str], folder: Path) -> None:
+def require_whole(model: PreTrainedModel, config: LoraConfig, shapes: Shapes, folder: Path) -> None:
+    """Raise UserError where the folder's tensors are not just those that its config makes on the model.
+
+    model: one without memory for its weights; it is changed. config: of plain LoRA.
+    """
+    require_fit(model, shapes, folder)
+    config = copy.deepcopy(config)  # PEFT writes into it
+    config.init_lora_weights, config.base_model_name_or_path = False, None
+    with _values_of(folder):
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+    _require_all(adapted, shapes, folder)
+
+
+def _require_all(adapted: PeftModel, shapes: Shapes, folder: Path) -> None:
     """Raise UserError where the folder's tensors are not exactly those the adapter has; PEFT only warns."""
-    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     # older releases wrote DoRA's magnitudes without the suffix
-    wanted, names = ({name.removesuffix(".weight") for name in each} for each in (wanted, names))
-    missing, unused = wanted - names, {name for name in names - wanted if ".lora_" in name}
+    expected, found = (
+        {name.removesuffix(".weight"): each for name, each in names.items()}
+        for names in ({name: tuple(t.shape) for name, t in state.items()}, shapes)
+    )
+    missing = expected.keys() - found.keys()
+    unused = {name for name in found.keys() - expected.keys() if ".lora_" in name}
     if missing or unused:
         raise UserError(
             f"{folder}: the adapter belongs to another model than {adapted.get_base_model().name_or_path}, or "
             f"its adapter_config.json to another adapter: '{min(missing or unused)}' is "
             f"{'missing from' if missing else 'of no use in'} its weights."
+        )
+    if wrong := [name for name in expected if expected[name] != found[name]]:
+        raise UserError(
+            f"{folder}: the adapter's weights and its adapter_config.json are of different adapters: '{wrong[0]}' has "
+            f"shape {found[wrong[0]]}, and the config asks for {expected[wrong[0]]}; fetch both again."
         )

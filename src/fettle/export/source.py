@@ -7,19 +7,19 @@ whole model in memory.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from fettle.adapters.facts import read_facts, require_trained_on
+from fettle.adapters.facts import facts_for
 from fettle.adapters.load import base_of
+from fettle.adapters.lora import Shapes, is_plain_lora, require_whole, shapes_in
 from fettle.adapters.lora import adapter_config_of as read_adapter
-from fettle.adapters.lora import is_plain_lora, require_fit, shapes_in
 from fettle.errors import UserError
 from fettle.export.merge import load_merged, write_down_context
 from fettle.generation.decode import stop_ids
@@ -75,9 +75,8 @@ def open_source(name: str | Path) -> Source:
 
 def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -> None:
     """Let the source's tensors be those of the merged model."""
-    facts = read_facts(folder)
+    facts = facts_for(folder, base)
     if facts is not None:
-        require_trained_on(facts, folder, base)
         write_down_context(source.config, facts.context_tokens)
     shapes = shapes_in(folder)
     if not is_plain_lora(adapter := read_adapter(folder), shapes):
@@ -85,11 +84,9 @@ def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -
             source.config.tie_word_embeddings = False  # trained apart from each other
         source.tensors = lambda: _whole(folder)
         return
-    model = empty_model(source.config)
-    require_fit(model, shapes, folder)
-    require_own_head(source.config, shapes, folder)
+    require_plain(source.config, adapter, shapes, folder)
     has_to_be_nf4 = facts is not None and facts.quantization == "nf4" and not is_nf4(checkpoint)
-    matrices = {f"{name}.weight" for name in plain_linears(model)}
+    matrices = {f"{name}.weight" for name in plain_linears(empty_model(source.config))}
 
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
         updates = _updates(folder)
@@ -101,39 +98,43 @@ def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -
     source.tensors = merged
 
 
-def require_own_head(config: PreTrainedConfig, names: Iterable[str], folder: Path) -> None:
-    """Raise UserError where the output head is adapted and has no matrix of its own."""
-    if config.tie_word_embeddings and any(f".{HEAD}.lora_" in name for name in names):
+def require_plain(config: PreTrainedConfig, adapter: LoraConfig, shapes: Shapes, folder: Path) -> None:
+    """Raise UserError unless a plain adapter is whole, fits the model, and adapts no head that is the embedding."""
+    require_whole(empty_model(config), adapter, shapes, folder)
+    if config.tie_word_embeddings and any(f".{HEAD}.lora_" in name for name in shapes):
         raise UserError(
             f"{folder}: it adapts '{HEAD}', whose weights are the embedding's in this model and cannot be changed "
             "alone: use the adapter as it is in PEFT, or train one without the output head."
         )
 
 
-def adapter_scale(adapter: Any) -> float:
+def adapter_scale(adapter: LoraConfig) -> float:
     """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) where the adapter is rank-stabilised."""
     return float(adapter.lora_alpha / (math.sqrt(adapter.r) if adapter.use_rslora else adapter.r))
 
 
 def adapter_matrices(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Yield each adapted matrix's name in the base model, A (rank, inputs) and B (outputs, rank)."""
+    """Yield each adapted matrix's name in the base model, A (rank, inputs) and B (outputs, rank).
+
+    Raises UserError where a number in them is none.
+    """
     with safe_open(str(folder / ADAPTER_WEIGHTS), framework="pt") as file:
         for name in sorted(file.keys()):
             if name.endswith(".lora_A.weight"):
                 target = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-                b = file.get_tensor(name.replace(".lora_A.", ".lora_B."))
-                yield f"{target}.weight", file.get_tensor(name), b
+                a, b = file.get_tensor(name), file.get_tensor(name.replace(".lora_A.", ".lora_B."))
+                if not (a.isfinite().all() and b.isfinite().all()):
+                    raise UserError(
+                        f"{folder}: the adapter holds numbers that are none (NaN or infinite): its training went "
+                        "astray; train again with a lower --learning-rate."
+                    )
+                yield f"{target}.weight", a, b
 
 
 def _updates(folder: Path) -> dict[str, Update]:
     scale = adapter_scale(read_adapter(folder))
 
     def update(a: torch.Tensor, b: torch.Tensor) -> Update:
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise UserError(
-                f"{folder}: the adapter holds numbers that are none (NaN or infinite): its training went astray; "
-                "train again with a lower --learning-rate."
-            )
         # in place: what a checkpoint gives is a copy of its own; in PEFT's order, to the same bits
         return lambda weight: weight.float().add_((b.float() @ a.float()).mul_(scale))
 

@@ -4,24 +4,24 @@ from pathlib import Path
 
 from gguf import GGUFWriter
 
+from fettle.adapters.facts import facts_for
 from fettle.adapters.load import base_of
 from fettle.adapters.lora import adapter_config_of as read_adapter
-from fettle.adapters.lora import is_plain_lora, require_fit, shapes_in
+from fettle.adapters.lora import is_plain_lora, shapes_in
 from fettle.errors import UserError
 from fettle.export.gguf.metadata import as_stored, gguf_family_of, gguf_name
 from fettle.export.gguf.write import require_name
-from fettle.export.source import adapter_matrices, adapter_scale, require_own_head
+from fettle.export.source import adapter_matrices, adapter_scale, require_plain
 from fettle.files import write_aside
 from fettle.models.checkpoint import inspect, is_adapter, locate
 from fettle.models.config import read_config
-from fettle.models.load import empty_model
 
 
 def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) -> Path:
     """Write a LoRA adapter as llama.cpp takes it, in fp32, and return the file.
 
     llama.cpp scales B A by alpha / rank, so a rank-stabilised adapter's alpha is written times sqrt(rank).
-    Raises UserError where `name` is no adapter's folder, or not plain LoRA on linear layers.
+    Raises UserError where `name` is no adapter's folder, not plain LoRA on linear layers, or its base another one now.
     """
     require_name(to := Path(to))
     folder = locate(str(name))
@@ -33,9 +33,10 @@ def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) 
             f"{folder}: llama.cpp applies plain LoRA of one rank alone, and this adapter is more (DoRA, biases, "
             "embeddings, whole modules, PiSSA, ranks by layer or the like): export the merged model, --format gguf."
         )
-    config = read_config(inspect(base_of(folder)[1]))
-    require_fit(empty_model(config), shapes, folder)
-    require_own_head(config, shapes, folder)
+    base = base_of(folder)[1]
+    config = read_config(inspect(base))
+    facts_for(folder, base)
+    require_plain(config, adapter, shapes, folder)
     with write_aside(to, replace=overwrite) as aside:
         writer = GGUFWriter(str(aside), gguf_family_of(config).architecture)
         writer.add_type("adapter")
