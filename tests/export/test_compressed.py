@@ -66,6 +66,17 @@ def test_fp8_without_rows_is_the_same_folder(cli, wide_model, chats, tmp_path) -
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
+@pytest.mark.parametrize("form", ["fp8", "w4a16"])
+def test_a_model_whose_loss_is_no_number_is_refused(cli, wide_model, chats, tmp_path, form) -> None:
+    model = load_model(wide_model)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    save_model(model, load_tokenizer(wide_model), tmp_path / "base")
+    words = ("export", "--model", tmp_path / "base", "--format", form, "--to", tmp_path / "out")
+    ended = cli(*words, "--data", chats)
+    assert ended.code == 2 and "its loss on rows of --data is nan" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
 @torch.no_grad()
 def test_layers_of_one_input_share_its_curvature(wide_model) -> None:
     model = load_model(wide_model, dtype="float32")

@@ -108,6 +108,15 @@ def test_a_plain_model_is_itself(small_model: Path) -> None:
     assert source.name == small_model.name and source.stop_ids
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_model_with_numbers_that_are_none_is_refused(value, small_model: Path, tmp_path: Path) -> None:
+    model = load_model(small_model)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = value
+    save_model(model, load_tokenizer(small_model), tmp_path / "base")
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight holds numbers that are none"):
+        list(open_source(tmp_path / "base").tensors())
+
+
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_nf4_is_unpacked(is_sharded: bool, small_model: Path, tmp_path: Path) -> None:
     """A matrix and its scales may lie in different files."""

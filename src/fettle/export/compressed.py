@@ -7,6 +7,7 @@ The output head, the embedding and the norms stay as they are, and so does a mat
 divide.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStat
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fettle.errors import UserError
 from fettle.export.calibration import Rows, curvatures_by_layer, first_rows, mean_loss, split
 from fettle.export.checkpoint import Packing, export_folder, require_disk, require_place
 from fettle.export.merge import load_merged, write_down_context
@@ -45,7 +47,7 @@ def export_fp8(name: str, to: Path, *, data: str | None, report: Report, overwri
     """
     if data is not None:
         model, _, rows = _opened(name, to, data, FP8.weight_bytes, overwrite)
-        before = mean_loss(model, rows.held_out)
+        before = _loss_before(model, rows, name)
         for linear in plain_linears(model).values():
             linear.weight.data = dense(in_fp8(linear.weight.data))
         _tell_loss(before, mean_loss(model, rows.held_out), report)
@@ -56,7 +58,7 @@ def export_fp8(name: str, to: Path, *, data: str | None, report: Report, overwri
 def export_four_bits(name: str, to: Path, *, data: str, report: Report, overwrite: bool = False) -> Path:
     """The same in four bits, calibrated on rows of `data`; with the whole model in memory."""
     model, tokenizer, rows = _opened(name, to, data, FOUR_BITS_BYTES, overwrite)
-    before = mean_loss(model, rows.held_out)
+    before = _loss_before(model, rows, name)
     stored, narrow = _in_four_bits(model, rows.calibration, report)
     _tell_loss(before, mean_loss(model, rows.held_out), report)
     _replace(model, stored)
@@ -78,6 +80,17 @@ def _opened(
     write_down_context(model.config, model.model.rotary_emb.context_tokens)
     model.generation_config = source.generation
     return model, tokenizer, rows
+
+
+def _loss_before(model: DecoderForCausalLM, rows: Rows, name: str) -> float:
+    """The loss on the rows set apart; UserError where it is no number, as nothing can be calibrated on it then."""
+    loss = mean_loss(model, rows.held_out)
+    if not math.isfinite(loss):
+        raise UserError(
+            f"{name}: its loss on rows of --data is {loss}: weights that are no numbers, or activations beyond "
+            "their type's range; nothing was written."
+        )
+    return loss
 
 
 def _tell_loss(before: float, after: float, report: Report) -> None:

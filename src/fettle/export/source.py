@@ -70,7 +70,21 @@ def open_source(name: str | Path) -> Source:
     )
     if folder is not base:
         _adapted(source, folder, base, checkpoint)
+    given = source.tensors
+    source.tensors = lambda: _finite(given(), folder)
     return source
+
+
+def _finite(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass the tensors on; UserError where one holds a number that is none."""
+    for name, tensor in tensors:
+        lowest, highest = tensor.aminmax()  # a NaN is both; a tenth of isfinite's time
+        if not (lowest.isfinite() and highest.isfinite()):
+            raise UserError(
+                f"{folder}: the tensor {name} holds numbers that are none (NaN or infinite), so nothing was written: "
+                "its training went astray or the file is damaged; take an earlier checkpoint, or fetch it again."
+            )
+        yield name, tensor
 
 
 def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -> None:

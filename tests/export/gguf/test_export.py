@@ -13,6 +13,7 @@ from gguf import GGUFReader, GGUFWriter, quants
 from peft import LoraConfig, get_peft_model
 
 from fettle.adapters.load import load
+from fettle.errors import UserError
 from fettle.export.gguf import export_adapter_gguf, export_gguf, proof, verify, write_gguf
 from fettle.export.gguf.importance import read_importance
 from fettle.export.gguf.verify import file_logits
@@ -168,6 +169,15 @@ def test_another_models_importance_matrix_is_refused(
     words = ("export", "--model", small_model, "--format", "gguf", "--to", tmp_path / "m.gguf")
     ended = cli(*words, "--importance-matrix", tmp_path / "i.gguf")
     assert ended.code == 2 and message in ended.err
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_importances_that_are_no_numbers_are_refused(small_model, tmp_path) -> None:
+    sums = np.ones(64, dtype=np.float32)
+    sums[5] = np.nan
+    write_importance(tmp_path / "i.gguf", {"blk.0.ffn_down.weight": (sums, 1.0)})
+    with pytest.raises(UserError, match=r"importances for blk\.0\.ffn_down\.weight are not all numbers"):
+        export_gguf(small_model, tmp_path / "m.gguf", importance=tmp_path / "i.gguf")
     assert not (tmp_path / "m.gguf").exists()
 
 

@@ -15,7 +15,8 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 def read_importance(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Importance:
     """Mean squared input of each column, by GGUF tensor name, from a file of llama-imatrix.
 
-    shapes: the model's, by GGUF tensor name. Raises UserError for another file, or one made for another model.
+    shapes: the model's, by GGUF tensor name. Raises UserError for another file, one made for another model, or one that
+    holds a NaN.
     """
     if not (found := _means(path)):
         raise UserError(f"{path}: no importances in it; expected llama-imatrix's .gguf.")
@@ -26,6 +27,11 @@ def read_importance(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Import
             raise UserError(
                 f"{path}: made for another model: it has {len(means)} importances for {name}, and this model has "
                 f"{expected}; run llama-imatrix on this one."
+            )
+        if not np.isfinite(means).all():
+            raise UserError(
+                f"{path}: its importances for {name} are not all numbers; run llama-imatrix again, with a sound "
+                "model."
             )
     return found
 
