@@ -101,6 +101,16 @@ def test_replacing_a_file_keeps_the_old_one_until_the_end(tmp_path: Path) -> Non
     assert names(tmp_path) == ["state.json"]
 
 
+def test_replacing_a_link_writes_what_it_points_to(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "file", tmp_path / "link"
+    link.symlink_to(target)
+    with write_aside(link, replace=True) as aside:
+        assert aside.parent == target.parent
+        aside.write_text("new")
+    assert link.is_symlink() and target.read_text() == "new"
+
+
 def model_at(folder: Path, text: str) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(text)

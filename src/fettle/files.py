@@ -43,10 +43,10 @@ def write_aside(path: Path, *, replace: bool = False) -> Iterator[Path]:
     The caller makes a file or a folder at the yielded path. On any failure, Ctrl-C included, it is removed.
     What a killed process left behind for the same target is removed first.
 
-    With `replace`, an existing file is replaced; without, `path` must be absent or an empty folder.
-    Raises UserError before the block runs where `path` cannot be written.
+    With `replace`, an existing file is replaced, that which a link points to; without, `path` must be absent or an
+    empty folder. Raises UserError before the block runs where `path` cannot be written.
     """
-    path = Path(path)
+    path = Path(path).resolve() if replace else Path(path)
     _require_replaceable(path, replace)
     _make_parent(path)
     _remove_abandoned(path)
@@ -108,6 +108,16 @@ def require_new_folder(path: Path, what: str, *, replace: bool = False) -> None:
     if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"{path} is a file, and {what} needs a folder: name another one.")
     _require_writable(path)
+
+
+def require_new_file(path: Path, *, replace: bool = False) -> None:
+    """Raise UserError unless `path` can become a file: it is absent or, with `replace`, one already."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and a file is to be written: name another one.")
+    if os.path.lexists(path) and not replace:
+        raise UserError(f"{path} is already there: name another file, or give --overwrite.")
+    _require_writable(path.resolve())
 
 
 def _is_occupied(path: Path) -> bool:
@@ -174,7 +184,7 @@ def describe_folder(path: Path) -> str:
 
 def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
     """Raise UserError where the disk that is to hold `path` has less than `needed_bytes` free for `what`."""
-    place = _nearest_folder(Path(path))
+    place = _nearest_folder(Path(path).resolve())
     free_bytes = shutil.disk_usage(place).free
     if free_bytes < needed_bytes:
         raise UserError(

@@ -265,6 +265,14 @@ def test_what_is_exported_is_not_overwritten(small_model, trained, tmp_path):
         export_nf4(small_model, trained, overwrite=True)  # a run
 
 
+@pytest.mark.parametrize("to", [".", "", "../here", "..", "down/.."])
+def test_the_folder_the_command_runs_in_is_not_written(cli, tmp_path, monkeypatch, to):
+    (tmp_path / "here" / "down").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    ended = cli("export", "--model", "no/model", "--to", to, "--overwrite")
+    assert ended.code == 2 and "a folder that this command runs in" in ended.err
+
+
 def test_a_full_folder_is_refused_before_the_model_is_looked_for(tmp_path):
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(UserError, match=r"thesis\.txt"):

@@ -108,6 +108,8 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def require_place(name: str | Path, to: Path, overwrite: bool) -> None:
     """Raise UserError where the folder `to` is not free for an export, or is what is to be exported."""
+    if Path.cwd().is_relative_to(to.resolve()):
+        raise UserError(f"--to is {str(to)!r}, a folder that this command runs in: name a new one.")
     require_new_folder(to, "the exported model", replace=overwrite)
     if overwrite and to.is_dir():
         folder = locate(str(name))

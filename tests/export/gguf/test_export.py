@@ -87,7 +87,10 @@ def with_adapter(base: Path, adapter: Path) -> GGUFFile:
     [
         (["--quantization", "q4_k_n"], "did you mean q4_k_"),
         (["--to", "model.bin"], "ends in .gguf"),
-        (["--to", "there.gguf"], "already there"),
+        (["--to", "model.GGUF"], "ends in .gguf"),
+        (["--to", ""], "ends in .gguf"),
+        (["--to", "there.gguf"], "already there: name another file, or give --overwrite"),
+        (["--to", "there.gguf", "--format", "adapter-gguf"], "already there"),
         (["--importance-matrix", "there.gguf"], "not a readable importance matrix"),
         (["--dtype", "float16"], "--dtype belongs to --format safetensors or nf4, and --format is gguf"),
         (["--format", "safetensors", "--verify"], "--verify belongs to --format gguf"),
@@ -100,6 +103,24 @@ def test_what_cannot_be_is_refused(cli, small_model, tmp_path, monkeypatch, word
     ended = cli("export", "--model", small_model, "--format", "gguf", "--to", "new.gguf", *words)
     assert ended.code == 2 and message in ended.err
     assert (tmp_path / "there.gguf").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("taken", ["m.gguf", "m.Modelfile"])
+def test_a_folder_in_the_files_place_is_found_before_the_work(cli, small_model, tmp_path, taken) -> None:
+    (tmp_path / taken).mkdir()
+    words = (
+        "--model",
+        small_model,
+        "--format",
+        "gguf",
+        "--to",
+        tmp_path / "m.gguf",
+        "--ollama",
+        "--overwrite",
+    )
+    ended = cli("export", *words)
+    assert ended.code == 2 and f"{taken} is a folder" in ended.err
+    assert [entry.name for entry in tmp_path.iterdir()] == [taken]
 
 
 def test_an_interrupted_export_leaves_no_file(small_model: Path, tmp_path: Path, monkeypatch) -> None:

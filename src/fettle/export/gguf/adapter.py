@@ -12,7 +12,7 @@ from fettle.errors import UserError
 from fettle.export.gguf.metadata import as_stored, gguf_family_of, gguf_name
 from fettle.export.gguf.write import require_name
 from fettle.export.source import adapter_matrices, adapter_scale, require_plain
-from fettle.files import write_aside
+from fettle.files import require_new_file, write_aside
 from fettle.models.checkpoint import inspect, is_adapter, locate
 from fettle.models.config import read_config
 
@@ -24,6 +24,7 @@ def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) 
     Raises UserError where `name` is no adapter's folder, not plain LoRA on linear layers, or its base another one now.
     """
     require_name(to := Path(to))
+    require_new_file(to, replace=overwrite)
     folder = locate(str(name))
     if not is_adapter(folder):
         raise UserError(f"{folder} holds no adapter: give the output of fettle train, or use --format gguf.")

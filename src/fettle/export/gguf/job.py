@@ -10,7 +10,6 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from transformers import PreTrainedConfig
 
-from fettle.errors import UserError
 from fettle.export.gguf.importance import read_importance
 from fettle.export.gguf.metadata import ignored_window
 from fettle.export.gguf.proof import print_proof
@@ -18,7 +17,7 @@ from fettle.export.gguf.types import quantization_of
 from fettle.export.gguf.write import Progress, require_name, shapes_of, write_gguf
 from fettle.export.ollama import modelfile
 from fettle.export.source import open_source
-from fettle.files import human_bytes, write_aside
+from fettle.files import human_bytes, require_new_file, write_aside
 
 
 def export_gguf(
@@ -42,9 +41,8 @@ def export_gguf(
     console = console or Console()
     files = files_for(Path(to), quantizations)
     modelfiles = {path: path.with_name(f"{path.stem}.Modelfile") for path in files.values()} if ollama else {}
-    for place in modelfiles.values():
-        if place.exists() and not overwrite:
-            raise UserError(f"{place} is already there: name another file, or give --overwrite.")
+    for place in (*files.values(), *modelfiles.values()):
+        require_new_file(place, replace=overwrite)
     source = open_source(name)
     _tell_of_window(source.config, console)
     weights = {} if importance is None else read_importance(importance, shapes_of(source.config))

@@ -133,7 +133,7 @@ def _aligned(count: int) -> int:
 def require_name(path: Path) -> None:
     """Raise UserError for a name that is no GGUF file's."""
     if path.suffix != ".gguf":
-        raise UserError(f"{path}: a GGUF file's name ends in .gguf; write {path}.gguf.")
+        raise UserError(f"--to is {str(path)!r}, and a GGUF file's name ends in .gguf, as model.gguf does.")
 
 
 def _require_possible(plans: Mapping[Path, Mapping[str, Slot]]) -> None:
