@@ -1,11 +1,14 @@
 """The command line, from training to a folder that others open; stock transformers and PEFT are the oracle."""
 
+import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fettle
+from fettle.export import job as export_job
 
 PROMPT = "What is the capital of France?"
 TOKENS = 12
@@ -301,6 +305,61 @@ def test_help_and_import_answer_without_loading_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--learning-rate" in done.stdout
     assert done.stdout.rstrip().endswith("heavy: []")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: free some space there"),
+        (
+            OSError(errno.EFBIG, "File too large", "/there/file"),
+            "/there/file: File too large: raise the limit",
+        ),
+        (
+            RuntimeError("serializing: I/O error: File too large (os error 27)"),
+            "File too large: raise the limit",
+        ),
+        (MemoryError(), "Cannot allocate memory: close other programs"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+            "Cannot allocate memory",
+        ),
+    ],
+)
+def test_what_the_system_has_no_more_of_is_one_sentence(cli, monkeypatch, error, said):
+    monkeypatch.setattr(export_job, "export", Mock(side_effect=error))
+    ended = cli("export", "--model", "a/b", "--to", "there")
+    assert ended.code == 2 and ended.err.count("\n") == 1 and said in ended.err
+
+
+def test_a_fault_of_our_own_is_not_hidden(cli, monkeypatch):
+    monkeypatch.setattr(export_job, "export", Mock(side_effect=RuntimeError("a mistake")))
+    with pytest.raises(RuntimeError, match="a mistake"):
+        cli("export", "--model", "a/b", "--to", "there")
+
+
+def test_a_name_that_leaves_no_room_for_a_temporary_one(cli, small_model, tmp_path):
+    ended = cli("export", "--model", small_model, "--to", tmp_path / ("x" * 245))
+    assert ended.code == 2 and "File name too long: choose a shorter name" in ended.err
+
+
+@pytest.mark.parametrize("form", ["safetensors", "gguf"])
+def test_a_disk_that_takes_no_more_leaves_nothing(small_model, tmp_path, form):
+    words = ["export", "--model", str(small_model), "--format", form, "--to", str(tmp_path / "m.gguf")]
+    code = (
+        "import resource, sys, fettle.cli\nresource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n"
+        f"sys.exit(fettle.cli.main({words}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "File too large: raise the limit" in done.stderr
+    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_being_told_to_end_is_ctrl_c(cli, monkeypatch):
+    monkeypatch.setattr(export_job, "export", lambda options: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli("export", "--model", "a/b", "--to", "there")[::2] == (130, "fettle: interrupted\n")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_steps_are_a_few_lines_of_python(small_model, chats, tmp_path):

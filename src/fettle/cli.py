@@ -2,13 +2,16 @@
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from fettle.errors import Interrupted, ProofError, UserError
+from fettle.errors import Interrupted, ProofError, UserError, shortage
 from fettle.export.options import ExportOptions, Format
 from fettle.options import Parser, add_options, resolve
 from fettle.training.defaults import require_sensible
@@ -24,23 +27,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     command: Callable[[dict[str, Any]], None] = options.pop("run")
     try:
-        command(options)
-    except UserError as error:
-        print(f"fettle: error: {error}", file=sys.stderr)
-        return 2
-    except ProofError as error:
-        print(f"fettle: error: {error}", file=sys.stderr)
-        return 1
+        with _terminable():
+            command(options)
+    except (UserError, ProofError) as error:
+        return _tell(f"error: {error}", 2 if isinstance(error, UserError) else 1)
     except Interrupted as stop:
-        print(f"fettle: interrupted. Go on with:\n  {stop}", file=sys.stderr)
-        return INTERRUPTED
+        return _tell(f"interrupted. Go on with:\n  {stop}", INTERRUPTED)
     except KeyboardInterrupt:
-        print("fettle: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _tell("interrupted", INTERRUPTED)
     except BrokenPipeError:  # the reader of a pipe has gone, as `head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # closed at exit; nothing left to flush into the pipe
         return 1
+    except Exception as error:
+        if (lack := shortage(error)) is None:
+            raise
+        return _tell(f"error: {lack}", 2)
     return 0
+
+
+def _tell(line: str, code: int) -> int:
+    print(f"fettle: {line}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does: nothing half-written stays, and a run says how to go on."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that may listen
+        yield
+        return
+
+    def end(*given: Any) -> None:
+        listener = signal.getsignal(signal.SIGINT)
+        (listener if callable(listener) else signal.default_int_handler)(*given)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def quiet_libraries() -> None:

@@ -1,5 +1,18 @@
 """The errors a user is meant to read, and the one interruption."""
 
+import errno
+import os
+import re
+
+WAYS_OUT = {
+    errno.ENOSPC: "free some space there, or name a place on another disk",
+    errno.EDQUOT: "free some of your quota there, or name a place on another disk",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f), or name a place on a disk that takes larger files",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOMEM: "close other programs, or take a smaller model",
+}
+"""What a user can do where the system has no more of something."""
+
 
 class UserError(Exception):
     """A mistake the user can mend.
@@ -15,6 +28,22 @@ class ProofError(Exception):
 
 class Interrupted(Exception):
     """Ctrl-C ended a run that can go on; the message is the command to type."""
+
+
+def shortage(error: Exception) -> str | None:
+    """Return the sentence for what the system has no more of: disk, memory, a name's length; None for other errors.
+
+    Libraries in C++ and Rust pass its number, or its lack of memory, on as text.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(found[1])
+    elif isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
+        number = errno.ENOMEM
+    if number not in WAYS_OUT:
+        return None
+    place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    return f"{place}{os.strerror(number)}: {WAYS_OUT[number]}."
 
 
 def reason_of(error: Exception) -> str:
