@@ -1,6 +1,7 @@
 """The stream of a model's tensors is, tensor by tensor, the model that PEFT's own merge makes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from fettle.adapters.facts import AdapterFacts, write_facts
 from fettle.adapters.load import load
 from fettle.errors import UserError
+from fettle.export import source
 from fettle.export.gguf import export_adapter_gguf, export_gguf, verify
 from fettle.export.source import open_source
 from fettle.models.checkpoint import fingerprint
@@ -106,6 +108,20 @@ def test_a_plain_model_is_itself(small_model: Path) -> None:
         for name, tensor in source.tensors():
             assert torch.equal(tensor.float(), stock[name])
     assert source.name == small_model.name and source.stop_ids
+
+
+def test_a_model_is_named_as_its_user_names_it(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the hash of a hub's snapshot."""
+    monkeypatch.setattr(source, "locate", lambda name: small_model)
+    assert open_source("somebody/their-model").name == "their-model"
+
+
+@pytest.mark.parametrize("text", ["{", '{"eos_token_id": "x"}', '{"eos_token_id": [1, "x"]}'])
+def test_a_broken_generation_config_is_named(text, small_model: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(small_model, tmp_path / "base")
+    (base / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"generation_config\.json"):
+        open_source(base)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -48,6 +48,8 @@ def load_merged(
     """Load whatever `name` stands for (see `fettle.load`) as one dense model, and its tokenizer."""
     model, tokenizer = load(name, dtype=dtype, device=device)
     dequantize_linears(model)  # an adapter trained on quantised weights is merged onto those, as they are
+    if dtype == "float32":
+        model.float()  # codes unpack to the type they were made of
     return merge(model, tokenizer) if isinstance(model, PeftModel) else model, tokenizer
 
 

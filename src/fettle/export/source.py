@@ -20,7 +20,7 @@ from fettle.adapters.facts import facts_for
 from fettle.adapters.load import base_of
 from fettle.adapters.lora import Shapes, is_plain_lora, require_whole, shapes_in
 from fettle.adapters.lora import adapter_config_of as read_adapter
-from fettle.errors import UserError
+from fettle.errors import UserError, reason_of
 from fettle.export.merge import load_merged, write_down_context
 from fettle.generation.decode import stop_ids
 from fettle.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, inspect, is_adapter, locate
@@ -53,7 +53,7 @@ class Source:
 
 def open_source(name: str | Path) -> Source:
     """Find what `name` stands for (as `fettle.load` does) without reading its weights; UserError for every fault."""
-    folder = locate(str(name))
+    folder, path = locate(str(name)), Path(name).expanduser()
     base = base_of(folder)[1] if is_adapter(folder) else folder
     checkpoint = inspect(base)
     config = read_config(checkpoint)
@@ -61,7 +61,7 @@ def open_source(name: str | Path) -> Source:
     has_tokenizer = (folder / "tokenizer.json").exists()
     tokenizer = load_tokenizer(folder if has_tokenizer else base)
     source = Source(
-        name=folder.resolve().name,
+        name=(path.resolve() if path.is_dir() else path).name,  # a hub's snapshot is a folder named by a hash
         config=config,
         tokenizer=tokenizer,
         dtype=stored_dtype(checkpoint),
@@ -173,9 +173,16 @@ def _whole(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _generation(base: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """The base's, ending answers where fettle ends them: others stop at what it names, and at nothing else."""
-    if (base / "generation_config.json").exists():
-        generation = GenerationConfig.from_pretrained(str(base))
-    else:
-        generation = GenerationConfig.from_model_config(config)
+    file = base / "generation_config.json"
+    try:
+        if file.exists():
+            generation = GenerationConfig.from_pretrained(str(base))
+        else:
+            generation = GenerationConfig.from_model_config(config)
+    except Exception as error:  # whatever its parsing raises
+        raise UserError(f"{file} cannot be read ({reason_of(error)}): mend it, or fetch it again.") from error
+    ends = generation.eos_token_id or []
+    if not all(type(each) is int for each in (ends if isinstance(ends, list) else [ends])):
+        raise UserError(f"{file}: eos_token_id is {ends!r}; expected a token's number, or a list of such.")
     generation.eos_token_id = stop_ids(generation.eos_token_id, tokenizer) or None
     return generation

@@ -20,7 +20,8 @@ from fettle.export.gguf.verify import file_logits
 from fettle.export.merge import load_merged, merge
 from fettle.llama_cpp.gguf_file import GGUFFile
 from fettle.llama_cpp.library import library
-from fettle.models.load import load_model
+from fettle.models.load import load_model, load_tokenizer
+from fettle.models.quantized import save_nf4
 from fettle.models.save import save_model
 from fettle.quantization.layers import is_quantized, quantize_linears
 
@@ -225,6 +226,24 @@ def test_an_importance_matrix_is_heeded(small_model: Path, tmp_path: Path) -> No
     weighed = {each.name: each for each in GGUFReader(tmp_path / "weighed.gguf").tensors}
     plain, other = (quants.dequantize(each[name].data, each[name].tensor_type) for each in (tensors, weighed))
     assert not np.array_equal(plain, other)
+
+
+def test_a_checkpoint_in_nf4_is_proved(cli, small_model: Path, tmp_path: Path) -> None:
+    """Its codes unpack to the type they were made of, and the proof is in fp32."""
+    model = load_model(small_model, dtype="bfloat16", quantization="nf4")
+    save_nf4(model, load_tokenizer(small_model), tmp_path / "nf4")
+    words = (
+        "export",
+        "--model",
+        tmp_path / "nf4",
+        "--format",
+        "gguf",
+        "--to",
+        tmp_path / "m.gguf",
+        "--verify",
+    )
+    ended = cli(*words, "--quantization", "bf16")
+    assert ended.code == 0, ended.err
 
 
 def test_nf4_says_what_the_merged_model_in_nf4_says(cli, trained: Path, tmp_path: Path) -> None:
