@@ -1,5 +1,6 @@
 """Pushing to the hub, with a hub that is not there."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from fettle.errors import UserError
+from fettle.export import hub as hub_module
 from fettle.export.hub import model_card, push
 
 
@@ -62,7 +64,7 @@ def test_a_failed_upload_keeps_what_was_exported(cli, hub, trained, tmp_path) ->
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["mine", "a/b/c", "/x"])
+@pytest.mark.parametrize("name", ["mine", "a/b/c", "/x", "me/x y!", "me/"])
 def test_a_name_that_is_none(cli, trained, tmp_path, name) -> None:
     ended = cli("export", "--model", trained, "--to", tmp_path / "merged", "--push", name)
     assert ended.code == 2 and "owner/name" in ended.err
@@ -74,10 +76,10 @@ def test_a_card_that_is_there_stays(cli, hub, trained, tmp_path) -> None:
     assert ended.code == 0 and "upload_file" not in [name for name, _ in hub.calls]
 
 
-def test_every_file_of_a_failed_upload_is_named(hub, trained, tmp_path) -> None:
+def test_every_file_of_a_failed_upload_is_named(hub, tmp_path) -> None:
     hub.fails, files = "upload_file", [tmp_path / "a.gguf", tmp_path / "b.gguf"]
     with pytest.raises(UserError) as error:
-        push(files, "me/mine", str(trained), "gguf")
+        push(files, "me/mine", "card")
     assert all(f"`hf upload me/mine {file}`" in str(error.value) for file in files)
 
 
@@ -85,11 +87,28 @@ def test_every_file_of_a_failed_upload_is_named(hub, trained, tmp_path) -> None:
     ("form", "use"),
     [("gguf", "llama-server -hf me/mine"), ("adapter-gguf", "llama-server -m BASE.gguf --lora m.gguf")],
 )
-def test_a_files_card_says_how_to_run_it(trained: Path, tmp_path: Path, form: str, use: str) -> None:
-    card = model_card(str(trained), [tmp_path / "m.gguf"], "me/mine", form)
+def test_a_files_card_says_how_to_run_it(trained: Path, form: str, use: str) -> None:
+    card = model_card(str(trained), "m.gguf", "me/mine", form)
     assert use in card and "Fine-tuned and exported with fettle." in card
 
 
-def test_a_plain_model_is_not_called_fine_tuned(small_model: Path, tmp_path: Path) -> None:
-    card = model_card(str(small_model), [tmp_path], "me/mine", "safetensors")
+@pytest.mark.parametrize("text", ["a: [", "- a", "word"])
+def test_a_broken_record_of_the_run_is_found_before_anything_is_written(
+    cli, hub, trained, tmp_path, text
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "run.yaml").write_text(text)
+    ended = cli("export", "--model", run, "--to", tmp_path / "merged", "--push", "me/mine")
+    assert ended.code == 2 and "run.yaml: not as a run wrote it" in ended.err
+    assert hub.calls == [] and not (tmp_path / "merged").exists()
+
+
+def test_a_model_of_the_hub_is_named_as_the_base(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "locate", lambda name: small_model)
+    card = model_card("them/theirs", "merged", "me/mine", "safetensors")
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "them/theirs"
+
+
+def test_a_plain_model_is_not_called_fine_tuned(small_model: Path) -> None:
+    card = model_card(str(small_model), "merged", "me/mine", "safetensors")
     assert "Exported with fettle." in card and "vllm serve me/mine" in card

@@ -1,5 +1,6 @@
 """To the Hugging Face hub: the finished folder or files, with a model card that says how they came about."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ from fettle.errors import UserError, reason_of
 from fettle.models.checkpoint import is_adapter, locate, read_adapter_config
 
 CARD = "README.md"
+HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 
 
 def require_hub(name: str) -> None:
     """Raise UserError unless the hub answers and knows who asks: before anything is computed."""
     from huggingface_hub import HfApi
 
-    owner, _, repository = name.partition("/")
-    if not owner or not repository or "/" in repository:
+    if not re.fullmatch(HUB_NAME, name):
         raise UserError(f"--push is {name!r}; expected a hub name, owner/name.")
     try:
         HfApi().whoami()
@@ -30,15 +31,14 @@ def require_hub(name: str) -> None:
         ) from error
 
 
-def push(files: Sequence[Path], name: str, model: str, form: str) -> str:
+def push(files: Sequence[Path], name: str, card: str) -> str:
     """Upload what was exported to `name`, made private if need be, and return its address. What is here stays.
 
-    files: one folder, or files of one folder. model: what was exported, and form: its --format, for the card. A card
-    that is there already is its owner's, and stays.
+    files: one folder, or files of one folder. card: of `model_card`; one that is there already stays.
     """
     from huggingface_hub import HfApi
 
-    api, card = HfApi(), model_card(model, files, name, form)
+    api = HfApi()
     try:
         api.create_repo(name, private=True, exist_ok=True)
         for file in files:
@@ -56,16 +56,19 @@ def push(files: Sequence[Path], name: str, model: str, form: str) -> str:
     return f"https://huggingface.co/{name}"
 
 
-def model_card(model: str, files: Sequence[Path], name: str, form: str) -> str:
-    """The card: YAML that the hub reads, then how to use it and how it was trained."""
+def model_card(model: str, file_name: str, name: str, form: str) -> str:
+    """The card: YAML that the hub reads, then how to use it and how it was trained.
+
+    model: what is exported; file_name: to what; name: on the hub; form: the --format.
+    """
     folder = locate(model)
     uses = {
         "gguf": f"llama-server -hf {name}",
-        "adapter-gguf": f"llama-server -m BASE.gguf --lora {files[0].name}",
+        "adapter-gguf": f"llama-server -m BASE.gguf --lora {file_name}",
     }
     settings = _settings(folder)
     origin = "Exported with fettle." if settings is None else "Fine-tuned and exported with fettle."
-    lines = ["---", yaml.safe_dump(_head(folder, form), sort_keys=False).strip(), "---", ""]
+    lines = ["---", yaml.safe_dump(_head(model, folder, form), sort_keys=False).strip(), "---", ""]
     lines += [
         f"# {name.partition('/')[2]}",
         "",
@@ -80,7 +83,7 @@ def model_card(model: str, files: Sequence[Path], name: str, form: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _head(folder: Path, form: str) -> dict[str, Any]:
+def _head(model: str, folder: Path, form: str) -> dict[str, Any]:
     """What the hub files a model by."""
     is_file = form in ("gguf", "adapter-gguf")
     head: dict[str, Any] = {
@@ -88,8 +91,8 @@ def _head(folder: Path, form: str) -> dict[str, Any]:
         "pipeline_tag": "text-generation",
         "tags": ["fettle", *(["gguf"] if is_file else [])],
     }
-    base = read_adapter_config(folder)["base_model_name_or_path"] if is_adapter(folder) else None
-    if base is not None and base.count("/") == 1 and not Path(base).exists():
+    base = read_adapter_config(folder)["base_model_name_or_path"] if is_adapter(folder) else model
+    if re.fullmatch(HUB_NAME, base) and not Path(base).exists():
         head["base_model"] = base  # a hub name, not somebody's folder
     return head
 
@@ -99,7 +102,13 @@ def _settings(folder: Path) -> str | None:
     file = folder / "run.yaml"
     if not file.exists():
         return None
-    options = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    try:
+        options = dict(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: not as a run wrote it ({reason_of(error)}), and the model card tells of the run: mend it, or "
+            "delete it to push without."
+        ) from error
     kept = (
         "rank",
         "alpha",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fettle.errors import UserError
 from fettle.export.checkpoint import export_nf4, export_safetensors
-from fettle.export.hub import push, require_hub
+from fettle.export.hub import model_card, push, require_hub
 from fettle.export.options import ONLY_FOR, ExportOptions
 
 
@@ -17,9 +17,10 @@ def export(options: ExportOptions) -> list[Path]:
             raise UserError(f"--{option} belongs to --format {expected}, and --format is {options.format}.")
     if options.push is None:
         return _write(options)
+    card = model_card(options.model, options.to.name, options.push, options.format)  # its faults come first
     require_hub(options.push)
     files = _write(options)
-    print(push(files, options.push, options.model, options.format))
+    print(push(files, options.push, card))
     return files
 
 
