@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fettle.data import Example, read_rows, tokenize_rows
 from fettle.errors import UserError
-from fettle.evaluation import scoring, speed
+from fettle.evaluation import scoring, side_by_side, speed
+from fettle.evaluation.comparison import Comparison, Side
 from fettle.evaluation.side_by_side import compare, size_bytes
 from fettle.models.checkpoint import embedded_model
 from fettle.tiny.lessons import lessons
@@ -107,6 +108,37 @@ def test_a_files_size_is_known_without_opening_it_in_llama_cpp(tmp_path):
     (tmp_path / "b.gguf").write_bytes(b"GGML" + bytes(60))
     with pytest.raises(UserError, match=r"b\.gguf is no GGUF file"):
         size_bytes(tmp_path / "b.gguf")
+
+
+def other_config(model, folder):
+    folder = shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
+    return folder
+
+
+def without_tokenizer(model, folder):
+    return shutil.copytree(model, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(other_config, "tensors are missing"), (without_tokenizer, "has no tokenizer")]
+)
+def test_a_faulty_second_model_is_found_before_the_first_is_loaded(
+    change, message, small_model, chats, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(side_by_side, "load", None)
+    with pytest.raises(UserError, match=message):
+        compare(small_model, change(small_model, tmp_path / "b"), chats)
+
+
+def test_what_is_no_number_is_null_in_json():
+    side = dict.fromkeys(("perplexity", "exact_share", "prompt_tokens_per_second"), float("nan"))
+    side = Side(name="", runtime="", tokens=1, size_bytes=1, generated_tokens_per_second=1.5, **side)
+    nothing = dict.fromkeys(("top_agreement", "equal_answers", "tokens_before_difference"))
+    text = Comparison(rows=1, a=side, b=side, kl=float("inf"), kl_tokens=1, answers=0, **nothing).as_json()
+    facts = json.loads(text, parse_constant=pytest.fail)
+    assert facts["kl"] is facts["a"]["perplexity"] is None and facts["b"]["tokens"] == 1
 
 
 def test_an_adapter_beside_its_base(trained, small_model, chats):

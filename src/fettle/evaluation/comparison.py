@@ -1,7 +1,9 @@
 """What a comparison found, as plain data, as JSON and as a table."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -46,8 +48,14 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> str:
-        """Return everything as JSON."""
-        return json.dumps(asdict(self), indent=2)
+        """Return everything as JSON; a number that is none, of which JSON knows nothing, as null."""
+        return json.dumps(_finite(asdict(self)), indent=2)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(comparison: Comparison, console: Console | None = None) -> None:

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
+from fettle.adapters.facts import facts_for
 from fettle.adapters.load import base_of, load
+from fettle.adapters.lora import require_fit, shapes_in
 from fettle.data import Example, Row, read_rows, tokenize_rows
 from fettle.errors import UserError
 from fettle.evaluation.answers import Answer, Question, answer, exact_share, questions
@@ -27,8 +29,9 @@ from fettle.evaluation.speed import measure_speed
 from fettle.generation.decode import Model
 from fettle.llama_cpp.gguf_file import GGUFFile, is_gguf, require_gguf
 from fettle.llama_cpp.model import LlamaCppForCausalLM
-from fettle.models.checkpoint import is_adapter, locate, weight_files
-from fettle.models.load import Dtype
+from fettle.models.checkpoint import inspect, is_adapter, locate, weight_files
+from fettle.models.config import read_config
+from fettle.models.load import Dtype, empty_model, load_tokenizer, require_complete
 
 QUESTIONS_AT_ONCE = 16
 
@@ -55,11 +58,11 @@ def compare(
     """
     if samples < 1:
         raise UserError(f"--samples is {samples}; expected 1 or more.")
-    sizes = [size_bytes(name) for name in (a, b)]  # a wrong name is found before the first model is loaded
-    if is_gguf(b):
-        GGUFFile(
-            Path(b).expanduser()
-        )  # a damaged file too, of which llama.cpp alone knows; it is closed at once
+    sizes = [
+        size_bytes(name) for name in (a, b)
+    ]  # what is wrong with either is found before the first is run
+    for name in (a, b):
+        _require_sound(name)
     rows = read_rows(data)
     rows = rows if len(rows) <= samples else Random(seed).sample(rows, samples)
     with _progress(console or Console(stderr=True)) as stage:
@@ -96,6 +99,22 @@ def size_bytes(name: str | Path) -> int:
     folder = locate(str(name))
     folders = [folder, base_of(folder)[1]] if is_adapter(folder) else [folder]
     return sum(file.stat().st_size for folder in folders for file in weight_files(folder))
+
+
+def _require_sound(name: str | Path) -> None:
+    """Raise UserError where a model's files are damaged or do not belong together; no weights are read."""
+    if is_gguf(name):
+        GGUFFile(Path(name).expanduser())  # llama.cpp alone knows; it is closed at once
+        return
+    folder = base = locate(str(name))
+    if is_adapter(folder):
+        base = base_of(folder)[1]
+        facts_for(folder, base)
+    config = read_config(checkpoint := inspect(base))
+    require_complete(checkpoint, config)
+    if is_adapter(folder):
+        require_fit(empty_model(config), shapes_in(folder), folder)
+    load_tokenizer(folder if (folder / "tokenizer.json").exists() else base)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
