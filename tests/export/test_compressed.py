@@ -101,6 +101,13 @@ def test_rows_that_cannot_be_read_are_found_before_the_model_is_loaded(cli, tmp_
     assert ended.code == 2 and "absent.jsonl" in ended.err
 
 
+def test_a_model_too_narrow_for_four_bits_is_refused(cli, small_model, chats, tmp_path) -> None:
+    words = ("export", "--model", small_model, "--format", "w4a16", "--to", tmp_path / "out")
+    ended = cli(*words, "--data", chats)
+    assert ended.code == 2 and "w4a16 takes 128 inputs at a time" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_four_bits_need_rows(cli, wide_model, tmp_path) -> None:
     ended = cli("export", "--model", wide_model, "--format", "w4a16", "--to", tmp_path / "out")
     assert ended.code == 2 and "--data FILE" in ended.err

@@ -56,6 +56,16 @@ def test_an_irregular_template_is_left_to_the_file(tokenizer) -> None:
     assert "TEMPLATE" not in modelfile("a.gguf", tokenizer, [])
 
 
+@pytest.mark.parametrize("mark", ['"""', "{{", "}}", "{", '"'])
+def test_a_template_that_cannot_be_quoted_is_left_to_the_file(tokenizer, mark) -> None:
+    jinja = "{% for m in messages %}<{{ m['role'] }}MARK{{ m['content'] }}\n{% endfor %}"
+    jinja += "{% if add_generation_prompt %}<assistantMARK{% endif %}"
+    tokenizer.chat_template = jinja.replace("MARK", ">")
+    assert turns_of(tokenizer) is not None
+    tokenizer.chat_template = jinja.replace("MARK", f"{{{{ {mark!r} }}}}")
+    assert turns_of(tokenizer) is None
+
+
 def test_a_modelfile_names_the_file_and_the_stops(tokenizer) -> None:
     tokenizer.chat_template = TEMPLATES["phi"]
     lines = modelfile("a.gguf", tokenizer, [tokenizer.eos_token_id]).splitlines()

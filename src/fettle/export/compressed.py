@@ -58,6 +58,11 @@ def export_fp8(name: str, to: Path, *, data: str | None, report: Report, overwri
 def export_four_bits(name: str, to: Path, *, data: str, report: Report, overwrite: bool = False) -> Path:
     """The same in four bits, calibrated on rows of `data`; with the whole model in memory."""
     model, tokenizer, rows = _opened(name, to, data, FOUR_BITS_BYTES, overwrite)
+    if all(linear.in_features % GROUP for linear in plain_linears(model).values()):
+        raise UserError(
+            f"{name}: w4a16 takes {GROUP} inputs at a time, which divides the width of none of its matrices; use "
+            "--format fp8 or nf4."
+        )
     before = _loss_before(model, rows, name)
     stored, narrow = _in_four_bits(model, rows.calibration, report)
     _tell_loss(before, mean_loss(model, rows.held_out), report)

@@ -81,7 +81,7 @@ def _system(tokenizer: PreTrainedTokenizerBase, user_opening: str) -> tuple[str,
 
 
 def _is_whole(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> bool:
-    """Whether the turns render a conversation as the template does."""
+    """Whether the turns render a conversation as the template does, and can stand in a Modelfile."""
     talk = [
         ("user", "Hi there"),
         ("assistant", "Hello."),
@@ -90,7 +90,13 @@ def _is_whole(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> bool:
         ("user", "Ah"),
     ]
     talks = [talk] + ([[("system", "Be brief."), *talk]] if turns.system else [])
-    return all(turns.render(each) == _render(tokenizer, each) for each in talks)
+    sides = (*turns.user, *turns.answer, *(turns.system or ()))
+    return not any(map(_is_syntax, sides)) and all(turns.render(t) == _render(tokenizer, t) for t in talks)
+
+
+def _is_syntax(text: str) -> bool:
+    """Whether Go's templates or the Modelfile's quotes would read the text, or its end and theirs, as their own."""
+    return any(mark in text for mark in ('"""', "{{", "}}")) or text.endswith(("{", '"'))
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[tuple[str, str]], asks: bool = True) -> str:
