@@ -7,10 +7,12 @@ LongRoPE model before the text does: llama.cpp takes the long factors for every 
 
 import ctypes
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import GGUFReader
 
 from fettle.errors import UserError
 from fettle.llama_cpp.library import Batch, last_fault, library, log
@@ -42,7 +44,7 @@ class GGUFFile:
             str(path).encode(), self._llama.llama_model_default_params()
         )
         if not self._model:
-            raise UserError(f"{path} cannot be opened in llama.cpp: {last_fault()}.")
+            raise UserError(_why_unopened(path))
         if self._llama.llama_model_has_encoder(self._model) or not self._llama.llama_model_has_decoder(
             self._model
         ):
@@ -238,6 +240,18 @@ def require_gguf(path: Path) -> None:
         raise UserError(
             f"{path} is no GGUF file: it begins with {head!r}, expected {MAGIC!r}; fetch or export it again."
         )
+
+
+def _why_unopened(path: Path) -> str:
+    """llama.cpp's own reason; of an adapter it names only a figure that is missing."""
+    with suppress(Exception):  # a damaged head: whatever the reader's parsing raises
+        kind = GGUFReader(path).get_field("general.type")
+        if kind is not None and kind.contents() == "adapter":
+            return (
+                f"{path} is a LoRA adapter alone: give the folder it was made from, or run it beside a GGUF file of "
+                f"its base, llama-server -m BASE.gguf --lora {path.name}."
+            )
+    return f"{path} cannot be opened in llama.cpp: {last_fault()}."
 
 
 def _head(path: Path) -> bytes:

@@ -136,6 +136,28 @@ def test_an_interrupted_export_leaves_no_file(small_model: Path, tmp_path: Path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_matrices_too_narrow_for_a_quantization_are_told(cli, small_model, tmp_path) -> None:
+    words = (
+        "export",
+        "--model",
+        small_model,
+        "--format",
+        "gguf",
+        "--to",
+        tmp_path / "m.gguf",
+        "--quantization",
+    )
+    ended = cli(*words, "q4_k_m", "q8_0")
+    assert ended.code == 0 and "matrices get a larger type, as its blocks of 256" in ended.out
+    assert "q8_0: " not in ended.out
+
+
+def test_an_adapter_alone_is_no_model_to_run(cli, trained, tmp_path) -> None:
+    export_adapter_gguf(trained, file := tmp_path / "adapter.gguf")
+    ended = cli("generate", "--model", file, "--prompt", "Hi")
+    assert ended.code == 2 and "is a LoRA adapter alone" in ended.err
+
+
 def test_a_window_that_llama_cpp_ignores_is_told(cli, small_model, tmp_path) -> None:
     folder = shutil.copytree(small_model, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

@@ -1,10 +1,11 @@
 """From whatever `--model` names to GGUF files: one pass over the weights, a proof, and a Modelfile."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+from gguf import GGML_QUANT_SIZES
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -45,7 +46,8 @@ def export_gguf(
         require_new_file(place, replace=overwrite)
     source = open_source(name)
     _tell_of_window(source.config, console)
-    weights = {} if importance is None else read_importance(importance, shapes_of(source.config))
+    _tell_of_narrow(shapes := shapes_of(source.config), files, console)
+    weights = {} if importance is None else read_importance(importance, shapes)
     with _progress(console, f"writing {', '.join(files)}") as progress:
         write_gguf(
             source.tensors(), source.config, source.tokenizer, files,
@@ -66,6 +68,19 @@ def _tell_of_window(config: PreTrainedConfig, console: Console) -> None:
             f"llama.cpp does not heed this model's sliding window: beyond {window:,} tokens the file differs."
         )
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _tell_of_narrow(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str], console: Console) -> None:
+    """One line for each quantization whose blocks do not divide the width of some matrices."""
+    matrices = {name: shape[-1] for name, shape in shapes.items() if len(shape) == 2}
+    for each in names:
+        block = GGML_QUANT_SIZES[quantization_of(each).usual][0]
+        if narrow := [name for name, width in matrices.items() if width % block]:
+            line = (
+                f"{each}: {len(narrow)} of {len(matrices)} matrices get a larger type, as its blocks of {block} do not "
+                f"divide their width ({narrow[0]}: {matrices[narrow[0]]})."
+            )
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def files_for(to: Path, quantizations: Sequence[str]) -> dict[str, Path]:

@@ -33,7 +33,7 @@ def print_proof(name: str | Path, source: Source, files: dict[str, Path], consol
     model = _model(name, source)
     table = Table(title="in llama.cpp", title_justify="left", title_style="bold", box=None, padding=(0, 2))
     for column in ("file", "size", "texts alike", "mean KL", "top token alike", "greedy alike"):
-        table.add_column(column, justify="left" if column == "file" else "right")
+        table.add_column(column, justify="left" if column == "file" else "right", overflow="fold")
     proofs = {kind: verify(path, model, source.tokenizer) for kind, path in files.items()}
     for kind, proof in proofs.items():
         path = files[kind]
