@@ -34,11 +34,11 @@ from fettle.ops.dispatch import best_product_dtype
 from fettle.ops.lora_mlp import TILE_TOKENS
 from fettle.ops.token_log_probs import CHUNK_BYTES, SLICE
 
-HEAP_GAPS, HEAP_GAPS_MIXED = 1.25, 1.4
-"""What the C library's heap takes for what layers keep, measured: 1.2 to 1.3 where all layers are alike, 1.3 to 1.4
-where some are redone. An aligned piece does not fit again where one of its size was, so what is at work leaves gaps
-too: the head takes its bytes twice, a layer that is redone two and a half times, and with NF4 there is as much as the
-room of its matrices again."""
+HEAP_GAPS = 0.25
+"""What the C library's heap loses to gaps for each layer, in terms of what a layer keeps that keeps everything:
+measured, 0.2 to 0.3, whatever the layers keep, as an aligned piece does not fit where one of its size was. What is at
+work leaves gaps too: the head takes its bytes twice, a layer that is redone one and a half times, and with NF4 there is
+as much as the room of its matrices again."""
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256
 """A weight in NF4: its code, its share of a block's scale in one byte, and of that scale's own scale."""
@@ -207,10 +207,10 @@ def peak_of_policies(shapes: Shapes, work: Workload, policies: list[Policy]) -> 
         if work.returns_memory:
             return total, total + max(head_bytes(shapes, work), *working.values()) + held
         # The C library's heap does not close the holes that one part leaves for the next: rooms add up.
-        gaps = HEAP_GAPS if len(kept) == 1 else HEAP_GAPS_MIXED
-        layer = max(size if policy < Policy.REDO_MLP else 5 * size // 2 for policy, size in working.items())
+        gaps = int(HEAP_GAPS * len(policies) * kept_by_layer(shapes, work, Policy.KEEP))
+        layer = max(size if policy < Policy.REDO_MLP else 3 * size // 2 for policy, size in working.items())
         head, room = 2 * head_bytes(shapes, work), room_bytes(shapes, work) if work.is_nf4 else 0
-        return total, int(gaps * total) + head + layer + room + held
+        return total, total + gaps + head + layer + room + held
     # A graph holds its input, output, their copies and gradient; where layers are parked there is only the output.
     ends = (1 if Policy.PARK in policies else 5) * work.tokens * shapes.hidden * work.item
     left = total + ends + gradients

@@ -22,14 +22,14 @@ from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.packing import row_documents
 from fettle.ops.attention import Documents, packed_attention
 from fettle.ops.dispatch import best_product_dtype
-from fettle.ops.token_log_probs import token_log_probs
+from fettle.ops.token_log_probs import chunk_tokens, token_log_probs
 from fettle.quantization.layers import quantize_linears
 
 LENGTHS = {"cpu": (128, 512), "cuda": (1024, 4096)}
 ATTENTION_LENGTH = {"cpu": 2048, "cuda": 8192}
 ENOUGH_SECONDS, LONG_SECONDS = 0.3, 3.0
 
-HEAD_ROWS = {"cpu": 4096, "cuda": 32768}
+HEAD_ROWS = {"cpu": 16384, "cuda": 32768}
 """Rows of the head that are timed; the rest goes by proportion."""
 
 
@@ -177,7 +177,7 @@ def _one_layer(config: PreTrainedConfig, work: Workload, device: torch.device) -
     return model.train()
 
 
-def _fill(parameter: nn.Parameter) -> None:
+def _fill(parameter: torch.Tensor) -> None:
     """Small random numbers, one block over and over: making billions of them takes longer than the probe."""
     block = torch.randn(1 << 16, device=parameter.device).mul_(0.02).to(parameter.dtype)
     flat = parameter.data.view(-1)
@@ -257,9 +257,12 @@ def _time_attention(tokens: int, shapes: Shapes, work: Workload, device: torch.d
 
 
 def _time_head(shapes: Shapes, work: Workload, device: torch.device) -> float:
-    tokens, rows = LENGTHS[device.type][0], min(HEAD_ROWS[device.type], shapes.vocabulary)
+    """One chunk of tokens, as many as the whole vocabulary has: how often the weights are read hangs on that."""
+    rows = min(HEAD_ROWS[device.type], shapes.vocabulary)
+    tokens = min(chunk_tokens(shapes.vocabulary, device.type), LENGTHS[device.type][1])
+    weight = torch.empty(rows, shapes.hidden, device=device, dtype=work.dtype)
     # as small as a model's: larger logits make probabilities too small for normal numbers, which take 3 times as long
-    weight = torch.randn(rows, shapes.hidden, device=device).mul_(0.02).to(work.dtype)
+    _fill(weight)
     hidden = torch.randn(tokens, shapes.hidden, device=device).to(work.dtype).requires_grad_()
     labels = torch.zeros(tokens, dtype=torch.long, device=device)
 

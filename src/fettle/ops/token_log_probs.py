@@ -145,7 +145,11 @@ def _score_gradient(probs: torch.Tensor, labels: torch.Tensor, factor: torch.Ten
     return slope if factor is None else slope.mul_(factor)
 
 
+def chunk_tokens(vocabulary: int, device_type: str) -> int:
+    """How many tokens' logits are made at a time."""
+    return max(1, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+
+
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
-    limit = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-    size = max(1, limit // (4 * weight.shape[0]))
+    size = chunk_tokens(weight.shape[0], hidden.device.type)
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
