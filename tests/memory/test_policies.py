@@ -97,7 +97,7 @@ def test_a_frozen_mlp_is_redone_without_its_last_product(monkeypatch: pytest.Mon
 
 def test_the_trainers_switch_redoes_every_layer() -> None:
     model = model_of("llama").get_base_model()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     assert {layer.policy for layer in model.model.layers} == {Policy.REDO}
     model.activation_checkpointing_disable()
     assert {layer.policy for layer in model.model.layers} == {Policy.KEEP}
