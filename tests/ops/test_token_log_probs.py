@@ -12,6 +12,7 @@ HIDDEN, VOCABULARY = 16, 37
 @pytest.fixture(autouse=True)
 def chunks_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * VOCABULARY * 4)
+    monkeypatch.setattr(module, "FEWEST_TOKENS", 1)
 
 
 def inputs(tokens: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -32,7 +32,7 @@ from fettle.memory.policies import Policy
 from fettle.memory.shapes import Shapes
 from fettle.ops.dispatch import best_product_dtype
 from fettle.ops.lora_mlp import TILE_TOKENS
-from fettle.ops.token_log_probs import CHUNK_BYTES, SLICE
+from fettle.ops.token_log_probs import SLICE, chunk_tokens
 
 HEAP_GAPS = 0.25
 """What the C library's heap loses to gaps for each layer, in terms of what a layer keeps that keeps everything:
@@ -191,7 +191,7 @@ def _unpacked(work: Workload, weights: int) -> int:
 
 def head_bytes(shapes: Shapes, work: Workload) -> int:
     """The head at work: a chunk's logits several times over, the last hidden states and their gradient."""
-    chunk = min(CHUNK_BYTES[work.device_type], 4 * shapes.vocabulary * work.tokens)
+    chunk = 4 * shapes.vocabulary * min(work.tokens, chunk_tokens(shapes.vocabulary, work.device_type))
     converted = SLICE * shapes.hidden * work.product_item if work.product_item > work.item else 0
     return 3 * chunk + 4 * work.tokens * shapes.hidden * work.item + converted
 

@@ -29,7 +29,7 @@ LENGTHS = {"cpu": (128, 512), "cuda": (1024, 4096)}
 ATTENTION_LENGTH = {"cpu": 2048, "cuda": 8192}
 ENOUGH_SECONDS, LONG_SECONDS = 0.3, 3.0
 
-HEAD_ROWS = {"cpu": 16384, "cuda": 32768}
+HEAD_ROWS = {"cpu": 65536, "cuda": 32768}
 """Rows of the head that are timed; the rest goes by proportion."""
 
 

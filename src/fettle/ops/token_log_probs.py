@@ -22,6 +22,9 @@ from fettle.ops.dispatch import product_dtype
 
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**26}
 """Of fp32 logits in a chunk."""
+FEWEST_TOKENS = 64
+"""In a chunk, whatever they take: each chunk reads the whole head twice. With 256,000 words and half as many tokens
+that was a third of a step on a CPU."""
 
 SLICE = 4096
 """Rows of the head that are converted at a time."""
@@ -147,7 +150,7 @@ def _score_gradient(probs: torch.Tensor, labels: torch.Tensor, factor: torch.Ten
 
 def chunk_tokens(vocabulary: int, device_type: str) -> int:
     """How many tokens' logits are made at a time."""
-    return max(1, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+    return max(FEWEST_TOKENS, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
 
 
 def _chunks(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
