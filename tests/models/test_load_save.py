@@ -129,7 +129,7 @@ def test_older_readers_of_phi3_take_what_they_find(
 def test_a_factor_that_older_readers_cannot_be_told_is_kept(
     pair_of: PairOf, tokenizer: Any, tmp_path: Path
 ) -> None:
-    ours = pair_of("phi3-longrope").ours
+    ours = pair_of("phi3-longrope").copy().ours
     ours.config.rope_parameters["attention_factor"] = 1.5
     save_model(ours, tokenizer, tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters["attention_factor"] == 1.5
