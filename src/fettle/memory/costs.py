@@ -3,7 +3,7 @@
     weights, adapters, optimizer    counted from the config's shapes
     what a layer keeps              counted, tensor by tensor (see memory/policies.py)
     a layer at work                 counted in the code, then set right by measuring: `working_bytes`
-    the head at work                three times a chunk's logits, assumed
+    the head at work                three times a chunk's logits, five times where they are capped, assumed
     holes in the C library's heap   measured: HEAP_GAPS
     the process without a model     measured (training/planning.py)
 
@@ -193,7 +193,8 @@ def head_bytes(shapes: Shapes, work: Workload) -> int:
     """The head at work: a chunk's logits several times over, the last hidden states and their gradient."""
     chunk = 4 * shapes.vocabulary * min(work.tokens, chunk_tokens(shapes.vocabulary, work.device_type))
     converted = SLICE * shapes.hidden * work.product_item if work.product_item > work.item else 0
-    return 3 * chunk + 4 * work.tokens * shapes.hidden * work.item + converted
+    chunks = 5 if shapes.caps_logits else 3
+    return chunks * chunk + 4 * work.tokens * shapes.hidden * work.item + converted
 
 
 def peak_of_policies(shapes: Shapes, work: Workload, policies: list[Policy]) -> tuple[int, int]:

@@ -37,6 +37,7 @@ class Shapes:
     has_sandwich_norms: bool
     has_qk_norm: bool
     has_whole_mlp: bool
+    caps_logits: bool
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "Shapes":
@@ -71,6 +72,7 @@ class Shapes:
             has_sandwich_norms=family.has_sandwich_norms,
             has_qk_norm=family.has_qk_norm,
             has_whole_mlp=not has_mlp_bias and activation_name_of(activation) is not None,
+            caps_logits=option(config, "final_logit_softcapping") is not None,
         )
 
     @property
