@@ -214,7 +214,9 @@ def _llama3_factors(config: PreTrainedConfig) -> torch.Tensor:
     """1 for short waves, `factor` for long ones, and between them a smooth passage (Llama 3.1)."""
     rope, head_dim = config.rope_parameters, head_dim_of(config)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
-    wave_tokens = 2 * math.pi * rope["rope_theta"] ** exponents
+    wave_tokens = (
+        2 * math.pi / (1 / rope["rope_theta"] ** exponents)
+    )  # in llama.cpp's order, whose rounding it has
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] / wave_tokens
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
