@@ -50,7 +50,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def comparison_table(content: dict[str, Any]) -> str:
     rows = [
         [
-            row["name"] + (", in fp32" if row["runs"][0].get("dtype") == "float32" else ""),
+            row["name"] + (", in fp32" if is_base and row["runs"][0].get("dtype") == "float32" else ""),
             f"{row['step_seconds']:.2f}",
             f"{row['tokens_per_second']:.0f}",
             f"{row['share_of_ceiling']:.0%}",
@@ -61,6 +61,7 @@ def comparison_table(content: dict[str, Any]) -> str:
         if "step_seconds" in row
         else [row["name"], "failed", *[""] * 5]
         for row in content["rows"]
+        for is_base in [row["contender"] == "trl"]
     ]
     head = ["", "seconds a step", "tokens/s", "of the ceiling", "peak, GB", "times as fast", "of TRL's peak"]
     return table(head, rows)
