@@ -14,7 +14,7 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @pytest.fixture
 def kernel_device(monkeypatch: pytest.MonkeyPatch) -> str:
     """Where a kernel can run in this process."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="runs the kernels")
     if IS_INTERPRETED:
         _read_bounds_of_loops(monkeypatch)
         return "cpu"
@@ -39,7 +39,7 @@ def _read_bounds_of_loops(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run_interpreted() -> Callable[[str], None]:
     """Runs a test file's kernels in a process under the interpreter, unless this process can run them itself."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="runs the kernels")
     if IS_INTERPRETED or torch.cuda.is_available():
         pytest.skip("the kernels run in this process")
 
