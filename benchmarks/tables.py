@@ -187,6 +187,9 @@ def circumstances_line(content: dict[str, Any]) -> str:
     if content["kind"] == "gpu":
         return f"{content['gpu']}; torch {content['torch']}; commit {content['commit']}."
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    if content["kind"] == "comparison":
+        rounds = max(len(row["runs"]) for row in content["rows"])
+        versions = f"rounds: {rounds}, of {content['steps']} steps, the first left out; {versions}"
     return f"{content['processor']}, {content['cores']} cores; {versions}; commit {content['commit']}."
 
 

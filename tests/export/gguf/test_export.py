@@ -28,6 +28,11 @@ from fettle.quantization.layers import is_quantized, quantize_linears
 IDS = [(7 * n * n + 31 * n) % 200 + 5 for n in range(20)]
 
 
+def to_gguf(model: Path, to: Path | str) -> tuple[object, ...]:
+    """The words of the command."""
+    return "export", "--model", model, "--format", "gguf", "--to", to
+
+
 def test_a_run_becomes_files_that_say_what_it_says(cli, trained: Path, tmp_path: Path) -> None:
     words = ("export", "--model", trained, "--format", "gguf", "--to", tmp_path / "m.gguf")
     ended = cli(*words, "--quantization", "f16", "Q8_0", "--verify", "--ollama")
@@ -101,7 +106,7 @@ def with_adapter(base: Path, adapter: Path) -> GGUFFile:
 def test_what_cannot_be_is_refused(cli, small_model, tmp_path, monkeypatch, words, message) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.gguf").write_text("mine")
-    ended = cli("export", "--model", small_model, "--format", "gguf", "--to", "new.gguf", *words)
+    ended = cli(*to_gguf(small_model, "new.gguf"), *words)
     assert ended.code == 2 and message in ended.err
     assert (tmp_path / "there.gguf").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
@@ -109,17 +114,7 @@ def test_what_cannot_be_is_refused(cli, small_model, tmp_path, monkeypatch, word
 @pytest.mark.parametrize("taken", ["m.gguf", "m.Modelfile"])
 def test_a_folder_in_the_files_place_is_found_before_the_work(cli, small_model, tmp_path, taken) -> None:
     (tmp_path / taken).mkdir()
-    words = (
-        "--model",
-        small_model,
-        "--format",
-        "gguf",
-        "--to",
-        tmp_path / "m.gguf",
-        "--ollama",
-        "--overwrite",
-    )
-    ended = cli("export", *words)
+    ended = cli(*to_gguf(small_model, tmp_path / "m.gguf"), "--ollama", "--overwrite")
     assert ended.code == 2 and f"{taken} is a folder" in ended.err
     assert [entry.name for entry in tmp_path.iterdir()] == [taken]
 
@@ -137,17 +132,7 @@ def test_an_interrupted_export_leaves_no_file(small_model: Path, tmp_path: Path,
 
 
 def test_matrices_too_narrow_for_a_quantization_are_told(cli, small_model, tmp_path) -> None:
-    words = (
-        "export",
-        "--model",
-        small_model,
-        "--format",
-        "gguf",
-        "--to",
-        tmp_path / "m.gguf",
-        "--quantization",
-    )
-    ended = cli(*words, "q4_k_m", "q8_0")
+    ended = cli(*to_gguf(small_model, tmp_path / "m.gguf"), "--quantization", "q4_k_m", "q8_0")
     assert ended.code == 0 and "matrices get a larger type, as its blocks of 256" in ended.out
     assert "q8_0: " not in ended.out
 
