@@ -184,6 +184,18 @@ def test_an_adapter_trained_on_nf4_is_merged_onto_those_weights(is_stored_so, sm
         torch.testing.assert_close(tensor.float(), merged[name].float(), rtol=1e-5, atol=1e-6)
 
 
+def test_the_type_to_be_written_does_not_change_what_nf4_held_in_training(small_model, tmp_path) -> None:
+    save_adapter(small_model, tmp_path / "adapter", r=4, lora_alpha=6)
+    write_facts(
+        tmp_path / "adapter", AdapterFacts(base_fingerprint=fingerprint(small_model), quantization="nf4")
+    )
+    source = open_source(tmp_path / "adapter")
+    expected = dict(source.tensors())
+    source.dtype = torch.bfloat16
+    for name, tensor in source.tensors():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def change(adapter: Path, **entries: Any) -> None:
     """Give the adapter's config other entries."""
     file = adapter / "adapter_config.json"

@@ -100,13 +100,14 @@ def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -
         return
     require_plain(source.config, adapter, shapes, folder)
     has_to_be_nf4 = facts is not None and facts.quantization == "nf4" and not is_nf4(checkpoint)
+    trained_dtype = source.dtype  # the one to write may be set to another
     matrices = {f"{name}.weight" for name in plain_linears(empty_model(source.config))}
 
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
         updates = _updates(folder)
         for name, tensor in _from_checkpoint(checkpoint):
             if has_to_be_nf4 and name in matrices:
-                tensor = nf4_dequantize(nf4_quantize(tensor.to(source.dtype)))
+                tensor = nf4_dequantize(nf4_quantize(tensor.to(trained_dtype)))
             yield name, updates[name](tensor) if name in updates else tensor
 
     source.tensors = merged
