@@ -16,6 +16,7 @@ import torch
 from ceiling import copy_rate, device_of, product_seconds, seconds_of
 from machine import circumstances
 
+from fettle.memory.allocator import set_heap
 from fettle.ops.attention import Documents, packed_attention
 from fettle.ops.gated_activation import gated_activation_backward, gated_activation_forward
 from fettle.ops.lora_linear import LowRank, lora_linear
@@ -51,6 +52,8 @@ def main() -> None:
     options = parser.parse_args()
     device = device_of(options.cpu)
     torch.manual_seed(0)
+    if device.type == "cpu":
+        set_heap("reuse")  # as training has it
     seconds = product_seconds(options.tokens, HIDDEN, 2 * INTERMEDIATE, device)
     products, copies = 4 * options.tokens * HIDDEN * INTERMEDIATE / seconds, copy_rate(device)
     content: dict[str, Any] = {"kind": "ops", "tokens": options.tokens} | circumstances()
