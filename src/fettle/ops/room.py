@@ -50,18 +50,20 @@ ROOM = Room()
 @contextmanager
 def at_work(weights: Sequence[torch.Tensor | Nf4], dtype: torch.dtype) -> Iterator[list[torch.Tensor]]:
     """The matrices in `dtype`, within the block only: afterwards their memory is the next one's."""
-    changing = [weight for weight in weights if isinstance(weight, Nf4) or weight.dtype != dtype]
+    changing = [weight for weight in weights if _changes(weight, dtype)]
     if not changing or _device(changing[0]) != "cpu" or not ROOM.lock.acquire(blocking=False):
         yield [dense(weight, dtype) for weight in weights]
         return
     try:
         places = iter(ROOM.carve([weight.shape for weight in changing], dtype))
-        yield [
-            _put(weight, next(places)) if any(weight is each for each in changing) else dense(weight, dtype)
-            for weight in weights
-        ]
+        yield [_put(each, next(places)) if _changes(each, dtype) else dense(each, dtype) for each in weights]
     finally:
         ROOM.lock.release()
+
+
+def _changes(weight: torch.Tensor | Nf4, dtype: torch.dtype) -> bool:
+    """Whether the matrix is used in another form than it is held in."""
+    return isinstance(weight, Nf4) or weight.dtype != dtype
 
 
 def _put(weight: torch.Tensor | Nf4, place: torch.Tensor) -> torch.Tensor:
