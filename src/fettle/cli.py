@@ -1,6 +1,7 @@
 """The commands: parse, call, print. What they do stands in the packages they call."""
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -75,6 +76,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which PEFT imports where it is installed
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings(
         "ignore", category=UserWarning, module=r"(torch|peft|trl|transformers|accelerate)\b.*"
