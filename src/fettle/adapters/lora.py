@@ -87,7 +87,7 @@ def adapt(
     target_modules: str | list[str] = "all-linear",
     use_rslora: bool = False,
 ) -> PeftModel:
-    """Freeze the model and give it a trainable LoRA adapter; return PEFT's own model object.
+    """Freeze the model and give it a trainable LoRA adapter; return PEFT's own model object, in training mode.
 
     alpha: the update is scaled by alpha / rank; None means alpha = rank, a scale of one. The adapter's
     weights are fp32 whatever the model's dtype, as small steps on bf16 weights would be lost by rounding.
@@ -112,7 +112,7 @@ def adapt(
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"--target-modules {target_modules!r}: {reason_of(error)}") from error
-    return adapted
+    return adapted.train()  # PEFT's wrapper says so already, but leaves the base in the mode it was loaded in
 
 
 def require_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
@@ -135,7 +135,7 @@ def require_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
 
 
 def attach(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
-    """Load a PEFT adapter folder, written here or by PEFT, onto its base model.
+    """Load a PEFT adapter folder, written here or by PEFT, onto its base model; in training mode if `is_trainable`.
 
     Raises UserError where the adapter was made for another model: a layer the model does not have, one of
     another shape, or one that the adapter has nothing for.
@@ -148,7 +148,7 @@ def attach(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) 
     with _values_of(folder):
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
     _require_all(adapted, shapes, folder)
-    return adapted
+    return adapted.train(is_trainable)  # wrapper and base alike
 
 
 @contextmanager

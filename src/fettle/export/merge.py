@@ -24,6 +24,7 @@ from fettle.adapters.load import load
 from fettle.adapters.lora import LoraLinear
 from fettle.errors import UserError, reason_of
 from fettle.models.load import Dtype
+from fettle.models.modes import evaluating
 from fettle.quantization.layers import dequantize_linears
 
 PROBES = (
@@ -124,13 +125,11 @@ def probe_logits(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[torch.Tensor]:
     """Logits (tokens, vocabulary) of each probe text."""
-    was_training = model.training
-    model.eval()
     logits = []
-    for text in PROBES:
-        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
-        logits.append(model(input_ids=ids, use_cache=False).logits[0].float().cpu())
-    model.train(was_training)
+    with evaluating(model):
+        for text in PROBES:
+            ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+            logits.append(model(input_ids=ids, use_cache=False).logits[0].float().cpu())
     return logits
 
 

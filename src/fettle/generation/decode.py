@@ -27,6 +27,7 @@ from transformers import (
 from fettle.data import end_of_turn, generation_prompt
 from fettle.errors import UserError
 from fettle.llama_cpp.model import LlamaCppForCausalLM
+from fettle.models.modes import evaluating
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -114,7 +115,7 @@ def complete(
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths: little padding
     answers = [""] * len(texts)
     _seed(sampling)
-    with _evaluating(model):
+    with evaluating(model):
         size = 1 if isinstance(model, LlamaCppForCausalLM) else BATCH_SIZE
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
@@ -148,7 +149,7 @@ def stream(
 
     def work() -> None:
         try:
-            with torch.inference_mode(), _evaluating(model), _decoding_by(model, config):
+            with torch.inference_mode(), evaluating(model), _decoding_by(model, config):
                 model.generate(**inputs, streamer=streamer)
         except BaseException as error:
             failures.append(error)
@@ -244,13 +245,3 @@ def _decoding_by(model: Model, config: GenerationConfig) -> Iterator[None]:
     finally:
         for owner, original in zip(owners, originals, strict=True):
             owner.generation_config = original
-
-
-@contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

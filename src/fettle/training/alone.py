@@ -19,11 +19,13 @@ def is_alone() -> bool:
 
 @contextmanager
 def skipped_walks(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within the block `train` returns at once where the mode is set already, and `zero_grad` clears only what is
-    trained."""
+    """Within the block `train` walks through the model only if some module is in the other mode, and `zero_grad`
+    clears only what is trained."""
+    modules = list(model.modules())  # to read a thousand flags takes 0.05 ms, PyTorch's walk 3 ms
 
     def train(mode: bool = True) -> nn.Module:
-        return model if model.training == mode else type(model).train(model, mode)
+        is_set = all(module.training == mode for module in modules)
+        return model if is_set else type(model).train(model, mode)
 
     def zero_grad(set_to_none: bool = True) -> None:
         for parameter in trained:

@@ -24,6 +24,7 @@ from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig
 
 from fettle.data import collator
+from fettle.models.modes import evaluating
 from fettle.models.quiet import without_progress_bars
 from fettle.training.options import LoopOptions
 from fettle.training.planning import Followed
@@ -116,16 +117,16 @@ class Run:
         if self.trainer.eval_dataset is None:
             return {}
         model = self.trainer.model
-        was_training = model.training
-        model.eval()
         loss, right, tokens = 0.0, 0, 0
-        for batch in self.trainer.get_eval_dataloader():
-            inputs = self.trainer._prepare_inputs(batch)
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)  # TRL's: zero where not trained
-            loss -= float(outputs.log_probs.double().sum())
-            right += int(outputs.is_top1.sum())
-            tokens += int(outputs.label_mask.sum())
-        model.train(was_training)
+        with evaluating(model):
+            for batch in self.trainer.get_eval_dataloader():
+                inputs = self.trainer._prepare_inputs(batch)
+                outputs = model(
+                    **inputs, use_cache=False, fused_lm_head=True
+                )  # TRL's: zero where not trained
+                loss -= float(outputs.log_probs.double().sum())
+                right += int(outputs.is_top1.sum())
+                tokens += int(outputs.label_mask.sum())
         return {"loss": loss / max(1, tokens), "token_accuracy": right / max(1, tokens)}
 
 
