@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from fettle.data.formats import Message
+from fettle.data.template import render_template
 from fettle.errors import UserError
 
 if TYPE_CHECKING:
@@ -154,15 +153,7 @@ def fold_system(
 def _apply(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], for_generation: bool = False
 ) -> str:
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=for_generation
-        )
-    except (TemplateError, TypeError) as error:
-        raise UserError(
-            f'the model\'s chat template refuses this chat: "{error}"; change or remove the row.'
-        ) from None
-    return str(text)
+    return render_template(tokenizer, messages, for_generation=for_generation)
 
 
 def _pieces(

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from fettle.data.template import TemplateFault, render_template
+from fettle.errors import UserError
+
 SYSTEM, USER, ANSWER, SECOND = (
     "\u2402SYSTEM\u2403",
     "\u2402USER\u2403",
@@ -46,13 +49,21 @@ def modelfile(file_name: str, tokenizer: PreTrainedTokenizerBase, stop_ids: list
 
 
 def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
-    """Read the turns off the chat template; None where they do not say all of it."""
-    try:
-        question = _render(tokenizer, [("user", USER)], asks=False)
-        asked = _render(tokenizer, [("user", USER)])
-        answered = _render(tokenizer, [("user", USER), ("assistant", ANSWER), ("user", SECOND)])
-    except Exception:  # no template, or one that raises
+    """Read the turns off the chat template; None where they do not say all of it. Raises TemplateFault."""
+    if not tokenizer.chat_template:
         return None
+    try:
+        return _turns_of(tokenizer)
+    except TemplateFault:
+        raise
+    except UserError:  # the template refuses one of the conversations
+        return None
+
+
+def _turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
+    question = _render(tokenizer, [("user", USER)], asks=False)
+    asked = _render(tokenizer, [("user", USER)])
+    answered = _render(tokenizer, [("user", USER), ("assistant", ANSWER), ("user", SECOND)])
     if not asked.startswith(question):  # some templates end a talk, but not a question, with the end of text
         question = question.removesuffix(tokenizer.eos_token or "")
     if not asked.startswith(question) or any(answered.count(each) != 1 for each in (USER, ANSWER, SECOND)):
@@ -71,7 +82,9 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
 def _system(tokenizer: PreTrainedTokenizerBase, user_opening: str) -> tuple[str, str] | None:
     try:
         text = _render(tokenizer, [("system", SYSTEM), ("user", USER)])
-    except Exception:  # the template refuses a system turn
+    except TemplateFault:
+        raise
+    except UserError:  # the template refuses a system turn
         return None
     before, _, rest = text.partition(SYSTEM)
     after = rest.split(USER)[0]
@@ -102,7 +115,7 @@ def _is_syntax(text: str) -> bool:
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[tuple[str, str]], asks: bool = True) -> str:
     """Without the beginning-of-text token, which Ollama adds itself."""
     turns = [{"role": role, "content": content} for role, content in messages]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=asks))
+    text = render_template(tokenizer, turns, for_generation=asks)
     return text.removeprefix(tokenizer.bos_token or "")
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from fettle.data.template import start_renderer
 from fettle.errors import UserError, reason_of
 from fettle.models.checkpoint import Checkpoint, inspect, require_tokenizer
 from fettle.models.config import DTYPES, StoredModel, read_config
@@ -76,6 +77,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template:
+        start_renderer()
     return tokenizer
 
 

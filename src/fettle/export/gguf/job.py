@@ -45,6 +45,8 @@ def export_gguf(
     for place in (*files.values(), *modelfiles.values()):
         require_new_file(place, replace=overwrite)
     source = open_source(name)
+    # Before anything is written: a chat template may be at fault.
+    texts = {path: modelfile(path.name, source.tokenizer, source.stop_ids) for path in modelfiles}
     _tell_of_window(source.config, console)
     _tell_of_narrow(shapes := shapes_of(source.config), files, console)
     weights = {} if importance is None else read_importance(importance, shapes)
@@ -55,7 +57,7 @@ def export_gguf(
         )  # fmt: skip
     for path, place in modelfiles.items():
         with write_aside(place, replace=overwrite) as aside:
-            aside.write_text(modelfile(path.name, source.tokenizer, source.stop_ids), encoding="utf-8")
+            aside.write_text(texts[path], encoding="utf-8")
     if check:
         print_proof(name, source, files, console)
     return list(files.values())

@@ -1,0 +1,217 @@
+"""Chat templates are programs from outside: they are rendered in a process of their own, within limits.
+
+A checkpoint or GGUF file ships its chat template, and transformers renders it in Jinja's sandbox. The sandbox keeps a
+template from files and from Python's internals, but not from looping for ever, recursing, or building a string of many
+gigabytes, and no thread of the same process can stop one multiplication of a string. So another process renders them
+(`template_worker.py`), with transformers' own function: the kernel ends it at a limit of CPU time and refuses it memory
+beyond another.
+
+The process starts with the first tokenizer that has a template, serves all that follow and ends with the program.
+Requests and replies go over pipes: a length in eight bytes, and JSON. A template that exceeds a limit once is not run
+again.
+"""
+
+import atexit
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from fettle.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CPU_SECONDS = 5.0
+"""For one rendering. Chats of 100,000 tokens take hundredths of a second."""
+
+MEMORY_BYTES = 2**30
+"""Of address space, beyond what the process has when it starts."""
+
+LONGEST_TEXT = 1_000_000
+EXPANSION = 20
+"""Characters a rendering may have: LONGEST_TEXT, and EXPANSION for each character of the chat."""
+
+_LIMITS = {
+    "memory": f"it needs more than {MEMORY_BYTES // 2**30} GiB of memory",
+    "depth": "it recurses or nests too deeply",
+    "length": f"it writes more than {LONGEST_TEXT:,} characters beyond {EXPANSION} for each of the chat",
+    "time": f"it takes more than {CPU_SECONDS:.0f} seconds of CPU time",
+}
+
+
+class TemplateFault(UserError):
+    """The template itself is at fault and no chat can be rendered with it: it exceeds a limit, or is not Jinja."""
+
+
+def render_template(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, Any]], *, for_generation: bool = False
+) -> str:
+    """Return what `tokenizer.apply_chat_template(messages, tokenize=False)` returns.
+
+    for_generation: ends where the assistant begins to speak. Raises TemplateFault for a template that exceeds a limit
+    or is not valid Jinja, and UserError with the template's own words where it refuses the chat.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(f"{tokenizer.name_or_path} has no chat template.")
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:  # several templates with names, and none of them the default
+        raise TemplateFault(f"{_source(tokenizer)}: {str(error).splitlines()[0]}") from None
+    # As apply_chat_template does: an entry that is null counts as absent.
+    chat = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+    if not isinstance(template, str):
+        raise TemplateFault(
+            f"{_source(tokenizer)}: the chat template is {type(template).__name__}, expected text."
+        )
+    reply = _renderer.render(template, chat, for_generation, tokenizer.special_tokens_map)
+    if "text" in reply:
+        return _encodable(str(reply["text"]), tokenizer)
+    if "refused" in reply:
+        raise UserError(
+            f'the model\'s chat template refuses this chat: "{reply["refused"]}"; change or remove the row.'
+        )
+    source = _source(tokenizer)
+    if "failed" in reply:
+        raise UserError(
+            f"{source}: the chat template fails on this chat ({reply['failed']}); change or remove the row."
+        )
+    if "syntax" in reply:
+        raise TemplateFault(
+            f"{source}: the chat template is not valid Jinja ({reply['syntax']}); fix it or fetch the file again."
+        )
+    reason = _LIMITS.get(reply["limit"], f"it ended the process that renders it ({reply['limit']})")
+    raise TemplateFault(
+        f"{source}: the chat template was stopped, because for one chat {reason}; fix it or fetch the file again."
+    )
+
+
+def start_renderer() -> None:
+    """Start the process now, so that its second of imports passes while the caller does something else."""
+    with _renderer.lock:
+        _renderer.start()
+
+
+def _encodable(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise TemplateFault(
+            f"{_source(tokenizer)}: the chat template writes half a surrogate pair, which is not text: fix it "
+            "or fetch the file again."
+        ) from None
+    return text
+
+
+def _source(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The file that the template came from, as far as the tokenizer knows."""
+    place = Path(tokenizer.name_or_path)
+    for file in (place / "chat_template.jinja", place / "tokenizer_config.json"):
+        if file.is_file():
+            return str(file)
+    return str(place)
+
+
+class _Renderer:
+    """The process and the pipes to it; made again after a template has ended it, and after a fork."""
+
+    def __init__(self) -> None:
+        self.lock = Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner, self._is_ready = 0, False
+        self._faults: dict[str, dict[str, Any]] = {}
+        atexit.register(self.close)
+
+    def render(
+        self, template: str, chat: list[dict[str, Any]], for_generation: bool, tokens: dict[str, str]
+    ) -> dict[str, Any]:
+        """Return the process's reply: {"text": ...}, or the reason why there is none."""
+        arguments = {"chat_template": template, "add_generation_prompt": for_generation, **tokens}
+        try:
+            words = json.dumps(chat, ensure_ascii=False, default=_placeholder)
+        except (ValueError, RecursionError):  # a number of thousands of digits, lists a thousand deep
+            return {"refused": "a number or a nested list in it is too large"}
+        longest = LONGEST_TEXT + EXPANSION * len(words)
+        head = json.dumps({"longest": longest, "arguments": arguments}, ensure_ascii=False)
+        request = f'{head[:-1]}, "chat": {words}}}'.encode("utf-8", "surrogatepass")
+        with self.lock:
+            if (reply := self._faults.get(template)) is None:
+                reply = self._ask(request)
+                if "limit" in reply:
+                    self._faults[template] = reply
+        return reply
+
+    def _ask(self, request: bytes) -> dict[str, Any]:
+        process = self.start()
+        assert process.stdin and process.stdout
+        try:
+            if not self._is_ready and _receive(process.stdout) is None:
+                raise RuntimeError(
+                    f"the process that renders chat templates did not start ({process.wait()})"
+                )
+            self._is_ready = True
+            process.stdin.write(struct.pack("<Q", len(request)) + request)
+            process.stdin.flush()
+            reply = _receive(process.stdout)
+        except BrokenPipeError:
+            reply = None
+        except BaseException:  # Ctrl-C: the reply to come belongs to no one
+            self.close()
+            raise
+        if reply is not None:
+            return reply
+        code = process.wait()
+        self.close()
+        return {"limit": f"exit code {code}"}
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """Return the process, started if there is none."""
+        if self._process is None or self._owner != os.getpid():
+            worker = Path(__file__).with_name("template_worker.py")
+            # -P: the folder of the worker is no place to import from. A session of its own: Ctrl-C is for the program.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-W", "ignore", str(worker), str(CPU_SECONDS), str(MEMORY_BYTES)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            self._owner, self._is_ready = os.getpid(), False
+        return self._process
+
+    def close(self) -> None:
+        """End the process, if there is one."""
+        process, self._process = self._process, None
+        if process is None or self._owner != os.getpid():
+            return
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and the child that does its work
+        process.communicate()
+
+
+def _receive(stream: Any) -> dict[str, Any] | None:
+    """The next reply; None where the process has ended instead."""
+    header = stream.read(8)
+    if len(header) < 8:
+        return None
+    (length,) = struct.unpack("<Q", header)
+    data = stream.read(length)
+    if len(data) < length:
+        return None
+    reply: dict[str, Any] = json.loads(data.decode("utf-8", "surrogatepass"))
+    return reply
+
+
+def _placeholder(value: object) -> str:
+    """As transformers shows a template what is no plain value, a date, say."""
+    return f"<{type(value).__name__}>"
+
+
+_renderer = _Renderer()

@@ -1,0 +1,73 @@
+"""The process that renders chat templates, started by `fettle.data.template`, which describes why and the protocol.
+
+It is run by its path, not as part of the package: it needs Jinja and transformers' own rendering, and no torch.
+"""
+
+import json
+import os
+import resource
+import signal
+import struct
+import sys
+from typing import Any
+
+import jinja2
+import psutil
+from transformers.utils.chat_template_utils import render_jinja_template
+
+
+def main(cpu_seconds: float, memory_bytes: int) -> None:
+    """Serve until standard input ends.
+
+    The work is done in a child, which is replaced at once when a template ends it: this process has the imports done.
+    """
+    limit = psutil.Process().memory_info().vms + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    _send({"ready": True})
+    while True:
+        child = os.fork()
+        if child == 0:
+            _serve(cpu_seconds)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code != -signal.SIGPROF:  # anything else may have left half a request or reply in the pipes
+            sys.exit(code)
+        _send({"limit": "time"})
+
+
+def _serve(cpu_seconds: float) -> None:
+    while header := sys.stdin.buffer.read(8):
+        (length,) = struct.unpack("<Q", header)
+        request = json.loads(sys.stdin.buffer.read(length).decode("utf-8", "surrogatepass"))
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+        reply = _render(request["chat"], request["longest"], request["arguments"])
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _send(reply)
+
+
+def _render(chat: list[dict[str, Any]], longest: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    try:
+        ((text,), _) = render_jinja_template(conversations=[chat], **arguments)
+    except MemoryError:
+        return {"limit": "memory"}
+    except RecursionError:
+        return {"limit": "depth"}
+    except jinja2.TemplateSyntaxError as error:
+        return {"syntax": f"{error.message}, line {error.lineno}"}
+    except (jinja2.TemplateError, TypeError) as error:
+        return {"refused": str(error)}
+    except Exception as error:  # whatever else a program can do wrong
+        return {"failed": f"{type(error).__name__}: {error}"}
+    return {"limit": "length"} if len(text) > longest else {"text": text}
+
+
+def _send(reply: dict[str, Any]) -> None:
+    data = json.dumps(reply, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    sys.stdout.buffer.write(struct.pack("<Q", len(data)) + data)
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), int(sys.argv[2]))
