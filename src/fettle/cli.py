@@ -1,6 +1,7 @@
 """The commands: parse, call, print. What they do stands in the packages they call."""
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
+from fettle import terminal
 from fettle.errors import Interrupted, ProofError, UserError, shortage
 from fettle.export.options import ExportOptions, Format
 from fettle.options import Parser, add_options, resolve
@@ -26,6 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 2 for what the user can mend, 1 for the rest, 130 after Ctrl-C."""
     options = vars(_parser().parse_args(arguments))
     quiet_libraries()
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a character that the terminal's encoding lacks is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     command: Callable[[dict[str, Any]], None] = options.pop("run")
     try:
         with _terminable():
@@ -47,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell(line: str, code: int) -> int:
-    print(f"fettle: {line}", file=sys.stderr)
+    terminal.say(f"fettle: {line}")
     return code
 
 
@@ -267,7 +273,7 @@ def _fit(typed: dict[str, Any], options: Any, start: Callable[..., Any], resume:
 
     outcome = resume(Path(typed["output"])) if options is None else start(options)
     if outcome is None:
-        print(f"the run in {typed['output']} has come to its end already")
+        terminal.say(f"the run in {typed['output']} has come to its end already", file=sys.stdout)
     else:
         show(outcome)
 
@@ -279,7 +285,9 @@ def _generate(options: dict[str, Any]) -> None:
     sampling = _sampling(options)
     prompt = _prompt(options["prompt"])
     model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
-    print(generate(model, tokenizer, prompt, raw=options["raw"], system=options["system"], sampling=sampling))
+    terminal.give(
+        generate(model, tokenizer, prompt, raw=options["raw"], system=options["system"], sampling=sampling)
+    )
 
 
 def _chat(options: dict[str, Any]) -> None:
@@ -315,7 +323,7 @@ def _compare(options: dict[str, Any]) -> None:
     as_json = options.pop("json")
     comparison = compare(**options)
     if as_json:
-        print(comparison.as_json())
+        terminal.give(comparison.as_json())
     else:
         show(comparison)
 
@@ -324,4 +332,4 @@ def _export(options: dict[str, Any]) -> None:
     from fettle.export.job import export
 
     for path in export(ExportOptions(**options)):
-        print(path)
+        terminal.give(str(path))

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, Union, get_ar
 
 import yaml
 
+from fettle import terminal
 from fettle.errors import UserError
 from fettle.files import write_aside
 
@@ -73,7 +74,7 @@ class Parser(argparse.ArgumentParser):
             of_what = f"{invalid[1]}: " if invalid[1].startswith("-") else ""
             near = _did_you_mean(invalid[2], known)
             message = f"{of_what}expected {_one_of(known)}, found {invalid[2]!r}{near}"
-        print(f"fettle: error: {message}; see {self.prog} --help", file=sys.stderr)
+        terminal.say(f"fettle: error: {message}; see {self.prog} --help")
         sys.exit(2)
 
     def _describe_unknown(self, unknown: list[str]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fettle import terminal
 from fettle.adapters.load import load
 from fettle.export.checkpoint import export_safetensors
 from fettle.export.gguf import export_gguf
@@ -34,8 +35,8 @@ ORDERS, REHEARSED, ASKED = 2700, 2000, 200
 def quickstart(output: Path, *, console: Console | None = None) -> Outcome:
     """Teach the embedded model to turn an order into JSON; leave data, adapter, merged model and report."""
     require_new_folder(output, "the quickstart")
-    console = console or Console()
-    console.print("Teaching [bold]fettle-tiny[/bold] to turn an order into JSON.\n", highlight=False)
+    console = console or terminal.console()
+    console.print("Teaching fettle-tiny to turn an order into JSON.\n", highlight=False)
     data = output / "data"
     rehearsed = lessons(REHEARSED, seed=1, split="train")
     _write(data / "train.jsonl", _shuffled(chain(orders(ORDERS, seed=1, split="train"), rehearsed)))

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fettle import terminal
 from fettle.files import human_bytes
 
 
@@ -60,7 +61,7 @@ def _finite(value: Any) -> Any:
 
 def show(comparison: Comparison, console: Console | None = None) -> None:
     """Print the two models side by side, how far they are apart, and what was left out."""
-    console = console or Console()
+    console = console or terminal.console()
     a, b = comparison.a, comparison.b
     for letter, side in (("A", a), ("B", b)):
         console.print(

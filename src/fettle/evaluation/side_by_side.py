@@ -14,9 +14,10 @@ from typing import TypeAlias
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
+from fettle import terminal
 from fettle.adapters.facts import facts_for
 from fettle.adapters.load import base_of, load
 from fettle.adapters.lora import require_fit, shapes_in
@@ -65,7 +66,7 @@ def compare(
         _require_sound(name)
     rows = read_rows(data)
     rows = rows if len(rows) <= samples else Random(seed).sample(rows, samples)
-    with _progress(console or Console(stderr=True)) as stage:
+    with _progress(console or terminal.console(stderr=True)) as stage:
         opened = _open(a, rows, max_length, dtype, device)
         distributions = Distributions(opened.examples, opened.model.config.vocab_size)
         first = opened.read(stage, distributions.keep)
@@ -242,7 +243,12 @@ def _notes(gap: Gap, examples: int, answers: int) -> tuple[str, ...]:
 @contextmanager
 def _progress(console: Console) -> Iterator[Stage]:
     """Show a bar for each part of the work on a terminal; elsewhere say what begins."""
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
         def stage(text: str, steps: int) -> Callable[[int], None]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from fettle import terminal
 from fettle.errors import UserError
 from fettle.export.checkpoint import export_nf4, export_safetensors
 from fettle.export.hub import model_card, push, require_hub
@@ -20,7 +21,7 @@ def export(options: ExportOptions) -> list[Path]:
     card = model_card(options.model, options.to.name, options.push, options.format)  # its faults come first
     require_hub(options.push)
     files = _write(options)
-    print(push(files, options.push, card))
+    terminal.give(push(files, options.push, card))
     return files
 
 

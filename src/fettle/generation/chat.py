@@ -4,6 +4,7 @@ import sys
 
 from transformers import PreTrainedTokenizerBase
 
+from fettle import terminal
 from fettle.data import generation_prompt
 from fettle.errors import UserError
 from fettle.generation.decode import LONGEST_COMPLETION, Model, Sampling, stream
@@ -26,7 +27,7 @@ def chat(
         )
     first = [{"role": "system", "content": system}] if system else []
     turns: list[dict[str, str]] = []
-    print(HELP, file=sys.stderr)
+    terminal.say(HELP)
     while (words := _read()) is not None:
         if words == "/new":
             turns = []
@@ -36,7 +37,7 @@ def chat(
                     model, tokenizer, sampling, first, [*turns, {"role": "user", "content": words}]
                 )
             except UserError as error:
-                print(error, file=sys.stderr)
+                terminal.say(str(error))
 
 
 def _exchange(
@@ -50,9 +51,9 @@ def _exchange(
     text, turns = _fitting(model, tokenizer, sampling, first, turns)
     answer = ""
     for piece in stream(model, tokenizer, text, sampling, is_rendered=True):
-        print(piece, end="", flush=True)
+        terminal.give(piece, end="")
         answer += piece
-    print()
+    terminal.give("")
     return [*turns, {"role": "assistant", "content": answer}]
 
 

@@ -90,7 +90,7 @@ def _run(job: Job) -> Outcome:
     )
     before = _before(job, trainer)
     show_samples([Sample(a.prompt, a.expected, a.answer, None) for a in before.answers[:3]], job.console)
-    job.console.print(f"[bold]training[/bold] {job.options.max_steps} steps: {job.method}", highlight=False)
+    job.console.print(f"training {job.options.max_steps} steps: {job.method}", markup=False, highlight=False)
     job.begin()
     if not trainer.train():
         raise _interrupted(job)

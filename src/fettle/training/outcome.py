@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fettle import terminal
 from fettle.training.measure import Measurement, samples, scores
 from fettle.training.options import LoopOptions
 from fettle.training.progress import Point
@@ -79,7 +80,7 @@ def describe(
 
 def show(outcome: Outcome, console: Console | None = None) -> None:
     """Print the before/after table, a few answers, where everything lies and what to type next."""
-    report, console = outcome.report, console or Console()
+    report, console = outcome.report, console or terminal.console()
     console.print()
     show_samples(report.samples[:_SHOWN_SAMPLES], console)
     if report.scores:

@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedConfig
 
+from fettle import terminal
 from fettle.adapters.load import device_of
 from fettle.adapters.lora import require_targets
 from fettle.errors import UserError
@@ -42,7 +43,7 @@ LATER_BYTES = 60_000_000
 
 def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     """Print what a run would cost, from the model's config alone. Raises UserError where it cannot fit."""
-    console = console or Console()
+    console = console or terminal.console()
     require_sensible(options)
     stored, device = config_of(options.model), device_of(options.device)
     limit: int = stored.config.max_position_embeddings
@@ -56,7 +57,7 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
         chosen = _choose(options, stored.config, work, console)
     longest = chosen.planner.longest(work, chosen.budget, chosen.allowed)
     if options.json:
-        print(json.dumps(as_dict(chosen.plan, budget=chosen.budget, longest=longest), indent=2))
+        terminal.give(json.dumps(as_dict(chosen.plan, budget=chosen.budget, longest=longest), indent=2))
     else:
         show_plan(chosen.plan, console, work=work, budget=chosen.budget, longest=longest)
     return chosen.plan
@@ -135,7 +136,7 @@ def _choose(
 
 def _timed(config: PreTrainedConfig, shapes: Shapes, work: Workload, device: torch.device) -> Rates:
     """The probe's timings; standard error shows meanwhile what is being timed."""
-    console, text = Console(stderr=True), f"timing one layer of the model on the {device.type}"
+    console, text = terminal.console(stderr=True), f"timing one layer of the model on the {device.type}"
     if not console.is_terminal:
         console.print(text, highlight=False)
     with console.status(text) as status:

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
+from fettle import terminal
 from fettle.adapters.load import device_of
 from fettle.data import Row, end_of_turn, read_rows
 from fettle.errors import UserError
@@ -33,7 +34,7 @@ def pretrain(options: PretrainOptions, *, console: Console | None = None) -> Out
     """
     require_sensible(options)
     require_new_folder(Path(options.output), "a new run")
-    return run(_prepare(options, {}, console or Console()))
+    return run(_prepare(options, {}, console or terminal.console()))
 
 
 def resume_pretraining(output: str | Path, *, console: Console | None = None) -> Outcome | None:
@@ -43,7 +44,7 @@ def resume_pretraining(output: str | Path, *, console: Console | None = None) ->
     if is_finished(output):
         return None
     options = dataclasses.replace(read(PretrainOptions, output / resume.RUN_FILE), output=str(output))
-    return run(_prepare(options, resume.read_facts(output), console or Console()))
+    return run(_prepare(options, resume.read_facts(output), console or terminal.console()))
 
 
 def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) -> Job:

@@ -34,6 +34,7 @@ from rich.text import Text
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from fettle import terminal
 from fettle.files import human_bytes
 
 
@@ -165,7 +166,7 @@ class ProgressCallback(TrainerCallback):
     """
 
     def __init__(self, console: Console | None = None, line_seconds: float = 5.0) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or terminal.console(stderr=True)
         self.line_seconds = line_seconds
         self._live: Live | None = None
         self._pace: _Pace | None = None

@@ -96,7 +96,7 @@ def fingerprints(options: TrainOptions | PretrainOptions) -> dict[str, str]:
 
 def show_data(material: Material, options: LoopOptions, console: Console) -> None:
     """Print what the data was understood to be."""
-    console.print("[bold]data[/bold]")
+    console.print("data", style="bold")
     lines = material.summary.lines()
     if material.held_out_examples:
         lines.append(f"examples held out to measure the result: {material.held_out_examples:,}")

@@ -9,6 +9,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from fettle import terminal
 from fettle.adapters.facts import AdapterFacts, write_facts
 from fettle.adapters.load import device_of, remembered_name
 from fettle.adapters.lora import adapt
@@ -41,7 +42,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> Outcome:
     require_sensible(options)
     require_new_folder(Path(options.output), "a new run")
     with restored_heap():
-        return run(_prepare(options, {}, console or Console()))
+        return run(_prepare(options, {}, console or terminal.console()))
 
 
 def resume_training(output: str | Path, *, console: Console | None = None) -> Outcome | None:
@@ -56,7 +57,7 @@ def resume_training(output: str | Path, *, console: Console | None = None) -> Ou
         return None
     options = dataclasses.replace(read(TrainOptions, output / resume.RUN_FILE), output=str(output))
     with restored_heap():
-        return run(_prepare(options, resume.read_facts(output), console or Console()))
+        return run(_prepare(options, resume.read_facts(output), console or terminal.console()))
 
 
 def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> Job:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from transformers import PreTrainedConfig
 
+from fettle import terminal
 from fettle.export.gguf.importance import read_importance
 from fettle.export.gguf.metadata import ignored_window
 from fettle.export.gguf.proof import print_proof
@@ -39,7 +40,7 @@ def export_gguf(
     how it compares with the model. ollama: write a Modelfile beside each file. Raises UserError for what the user can
     mend; a file is complete or not there.
     """
-    console = console or Console()
+    console = console or terminal.console()
     files = files_for(Path(to), quantizations)
     modelfiles = {path: path.with_name(f"{path.stem}.Modelfile") for path in files.values()} if ollama else {}
     for place in (*files.values(), *modelfiles.values()):
