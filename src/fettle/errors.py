@@ -22,6 +22,13 @@ class UserError(Exception):
     """
 
 
+class ModelFault(UserError):
+    """The model's files are at fault, whatever it is given: logits of NaN, a chat template without end.
+
+    Where a row or a message that the model refuses is left out, this still ends the job.
+    """
+
+
 class ProofError(Exception):
     """What was made is there, and does not say what it should: one sentence like a UserError's, exit code 1."""
 

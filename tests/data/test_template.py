@@ -8,8 +8,8 @@ from threading import Thread
 import pytest
 
 from fettle.data import template
-from fettle.data.template import TemplateFault, render_template
-from fettle.errors import UserError
+from fettle.data.template import render_template
+from fettle.errors import ModelFault, UserError
 from fettle.models.checkpoint import embedded_model
 from fettle.models.load import load_tokenizer
 
@@ -80,12 +80,12 @@ def test_ordinary_templates_render_as_in_transformers(tokenizer, source, asks) -
 def test_a_template_without_end_is_stopped_and_named(tokenizer, quick, kind) -> None:
     source, limit = ENDLESS[kind]
     tokenizer.chat_template = source
-    with pytest.raises(TemplateFault, match="chat template was stopped") as caught:
+    with pytest.raises(ModelFault, match="chat template was stopped") as caught:
         render_template(tokenizer, CHAT)
     assert limit in str(caught.value)
     assert str(embedded_model() / "chat_template.jinja") in str(caught.value)
     started = time.perf_counter()
-    with pytest.raises(TemplateFault):  # it is not run again
+    with pytest.raises(ModelFault):  # it is not run again
         render_template(tokenizer, CHAT)
     assert time.perf_counter() - started < 0.1
     tokenizer.chat_template = "fine"
@@ -96,7 +96,7 @@ def test_a_template_that_ends_for_some_chats_only(tokenizer, quick) -> None:
     endless = ENDLESS["loops"][0]
     tokenizer.chat_template = f"{{% if messages | length > 1 %}}{endless}{{% endif %}}fine"
     assert render_template(tokenizer, CHAT[:1]) == "fine"
-    with pytest.raises(TemplateFault, match="CPU time"):
+    with pytest.raises(ModelFault, match="CPU time"):
         render_template(tokenizer, CHAT)
 
 
@@ -151,7 +151,7 @@ def test_an_interrupted_rendering_leaves_no_reply_behind(tokenizer, monkeypatch)
 def test_a_killed_process_is_an_error_and_the_next_starts(tokenizer) -> None:
     tokenizer.chat_template = "{{ messages[1].content }}"
     os.killpg(template._renderer.start().pid, signal.SIGKILL)
-    with pytest.raises(TemplateFault, match="exit code -9"):
+    with pytest.raises(ModelFault, match="exit code -9"):
         render_template(tokenizer, CHAT)
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert render_template(tokenizer, CHAT) == "Be brief."

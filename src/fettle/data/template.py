@@ -24,7 +24,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from fettle.errors import UserError
+from fettle.errors import ModelFault, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,16 +47,12 @@ _LIMITS = {
 }
 
 
-class TemplateFault(UserError):
-    """The template itself is at fault and no chat can be rendered with it: it exceeds a limit, or is not Jinja."""
-
-
 def render_template(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, Any]], *, for_generation: bool = False
 ) -> str:
     """Return what `tokenizer.apply_chat_template(messages, tokenize=False)` returns.
 
-    for_generation: ends where the assistant begins to speak. Raises TemplateFault for a template that exceeds a limit
+    for_generation: ends where the assistant begins to speak. Raises ModelFault for a template that exceeds a limit
     or is not valid Jinja, and UserError with the template's own words where it refuses the chat.
     """
     if tokenizer.chat_template is None:
@@ -64,11 +60,11 @@ def render_template(
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:  # several templates with names, and none of them the default
-        raise TemplateFault(f"{_source(tokenizer)}: {str(error).splitlines()[0]}") from None
+        raise ModelFault(f"{_source(tokenizer)}: {str(error).splitlines()[0]}") from None
     # As apply_chat_template does: an entry that is null counts as absent.
     chat = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
     if not isinstance(template, str):
-        raise TemplateFault(
+        raise ModelFault(
             f"{_source(tokenizer)}: the chat template is {type(template).__name__}, expected text."
         )
     reply = _renderer.render(template, chat, for_generation, tokenizer.special_tokens_map)
@@ -84,11 +80,11 @@ def render_template(
             f"{source}: the chat template fails on this chat ({reply['failed']}); change or remove the row."
         )
     if "syntax" in reply:
-        raise TemplateFault(
+        raise ModelFault(
             f"{source}: the chat template is not valid Jinja ({reply['syntax']}); fix it or fetch the file again."
         )
     reason = _LIMITS.get(reply["limit"], f"it ended the process that renders it ({reply['limit']})")
-    raise TemplateFault(
+    raise ModelFault(
         f"{source}: the chat template was stopped, because for one chat {reason}; fix it or fetch the file again."
     )
 
@@ -103,7 +99,7 @@ def _encodable(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise TemplateFault(
+        raise ModelFault(
             f"{_source(tokenizer)}: the chat template writes half a surrogate pair, which is not text: fix it "
             "or fetch the file again."
         ) from None

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.data import Row, ensure_chat_template, generation_prompt, has_own_chat_template
-from fettle.errors import UserError
+from fettle.errors import ModelFault, UserError
 from fettle.generation import Sampling, complete
 
 LONGEST_ANSWER = 256
@@ -65,6 +65,8 @@ def questions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Q
         is_rendered = bool(row.messages) or has_own_chat_template(tokenizer)
         try:
             text = generation_prompt(tokenizer, before) if is_rendered else before[-1]["content"]
+        except ModelFault:
+            raise
         except UserError:  # a template that cannot end there
             continue
         is_comparable = _tokens(tokenizer, expected) <= LONGEST_ANSWER

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from fettle.data import Example
 from fettle.data.tokenize import NOT_TRAINED
 from fettle.files import require_free_space
+from fettle.generation.decode import not_finite
 
 OnExample: TypeAlias = Callable[[int, torch.Tensor], None]
 """Is given an example's number and log-probabilities at its trained tokens, fp32 (trained tokens, vocabulary)."""
@@ -149,12 +150,18 @@ def score(
     examples: Sequence[Example],
     on_example: OnExample,
 ) -> Scores:
-    """Score every example, and hand each on while its whole distributions are at hand."""
+    """Score every example, and hand each on while its whole distributions are at hand.
+
+    Raises ModelFault if a log-probability is NaN or infinite.
+    """
     scores = Scores()
     for number, example in enumerate(examples):
         log_probs = trained_log_probs(model, example)
         labels = torch.tensor([label for label in example.labels if label != NOT_TRAINED])
-        scores.log_probs.append(log_probs.gather(1, labels[:, None])[:, 0])
+        found = log_probs.gather(1, labels[:, None])[:, 0]
+        if not found.isfinite().all():
+            raise not_finite(model)
+        scores.log_probs.append(found)
         scores.top.append(log_probs.argmax(-1))
         on_example(number, log_probs)
     return scores

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from fettle.data.template import TemplateFault, render_template
-from fettle.errors import UserError
+from fettle.data.template import render_template
+from fettle.errors import ModelFault, UserError
 
 SYSTEM, USER, ANSWER, SECOND = (
     "\u2402SYSTEM\u2403",
@@ -49,12 +49,12 @@ def modelfile(file_name: str, tokenizer: PreTrainedTokenizerBase, stop_ids: list
 
 
 def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
-    """Read the turns off the chat template; None where they do not say all of it. Raises TemplateFault."""
+    """Read the turns off the chat template; None where they do not say all of it. Raises ModelFault."""
     if not tokenizer.chat_template:
         return None
     try:
         return _turns_of(tokenizer)
-    except TemplateFault:
+    except ModelFault:
         raise
     except UserError:  # the template refuses one of the conversations
         return None
@@ -82,7 +82,7 @@ def _turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
 def _system(tokenizer: PreTrainedTokenizerBase, user_opening: str) -> tuple[str, str] | None:
     try:
         text = _render(tokenizer, [("system", SYSTEM), ("user", USER)])
-    except TemplateFault:
+    except ModelFault:
         raise
     except UserError:  # the template refuses a system turn
         return None

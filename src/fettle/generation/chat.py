@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fettle import terminal
 from fettle.data import generation_prompt
-from fettle.errors import UserError
+from fettle.errors import ModelFault, UserError
 from fettle.generation.decode import LONGEST_COMPLETION, Model, Sampling, stream
 
 HELP = "Type a message; /new starts over, /exit or Ctrl-D leaves."
@@ -18,7 +18,8 @@ def chat(
     """Read turns from standard input and answer them on standard output until the user leaves.
 
     The earliest exchanges are forgotten where the conversation outgrows the model's context. A message that
-    alone is too long for it is refused on standard error, and the conversation goes on without it.
+    alone is too long for it is refused on standard error, and the conversation goes on without it. Raises ModelFault
+    if the model has no answer to any message.
     """
     if not tokenizer.chat_template:
         raise UserError(
@@ -36,6 +37,8 @@ def chat(
                 turns = _exchange(
                     model, tokenizer, sampling, first, [*turns, {"role": "user", "content": words}]
                 )
+            except ModelFault:
+                raise
             except UserError as error:
                 terminal.say(str(error))
 
