@@ -1,5 +1,7 @@
 """Products where a CPU has no bf16 arithmetic: fp32 inside, the caller's dtype outside."""
 
+import platform
+
 import pytest
 import torch
 
@@ -109,3 +111,17 @@ def test_a_quantised_layer(has_bf16: bool) -> None:
     nf4 = nf4_quantize(torch.randn(64, 64).bfloat16())
     exact = nf4_dequantize(nf4, torch.float64)
     require_close(Nf4Linear(nf4), lambda x: x @ exact.T, torch.randn(TOKENS, 64))
+
+
+@pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="flags of x86 processors")
+def test_a_cpu_that_emulates_bf16_is_recognised(monkeypatch) -> None:
+    """AVX-512 alone is not enough, and oneDNN may have been kept from the instructions that are there."""
+    probe = dispatch.has_bf16_products.__wrapped__
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    for has_avx512_bf16, has_amx in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_avx512_bf16: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: has)
+        assert probe() == (has_avx512_bf16 or has_amx)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx512_core")
+    assert not probe()

@@ -5,6 +5,7 @@ mode, in which recompute policies, CUDA graphs and dropout are off.
 """
 
 import io
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -47,8 +48,9 @@ def require_right_modes(passes: list[tuple[bool, set[bool]]], *, evaluates: bool
     assert all(modes == {wanted} for wanted, modes in passes)
 
 
-def kill_at_save(monkeypatch, step: int) -> None:
-    """End the run as a kill does, once the checkpoint of `step` is complete."""
+@contextmanager
+def killed_at_save(monkeypatch, step: int):
+    """End the run in the block as a kill does, once the checkpoint of `step` is complete."""
     on_save = MarkComplete.on_save
 
     def mark_then_die(callback, args, state, control, **kwargs):
@@ -56,7 +58,10 @@ def kill_at_save(monkeypatch, step: int) -> None:
         if state.global_step == step:
             raise Killed
 
-    monkeypatch.setattr(MarkComplete, "on_save", mark_then_die)
+    with monkeypatch.context() as patch:
+        patch.setattr(MarkComplete, "on_save", mark_then_die)
+        with pytest.raises(Killed):
+            yield
 
 
 def train_options(small_model, chats, output, **changes) -> TrainOptions:
@@ -78,8 +83,7 @@ def test_in_training(small_model, chats, tmp_path, passes, eval_fraction):
 @pytest.mark.parametrize("eval_fraction", [0.0, 0.2])
 def test_after_a_resume(small_model, chats, tmp_path, passes, monkeypatch, eval_fraction):
     options = train_options(small_model, chats, tmp_path / "out", eval_fraction=eval_fraction)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at_save(patch, step=2)
+    with killed_at_save(monkeypatch, step=2):
         train(options, console=quiet())
     passes.clear()
     resume_training(tmp_path / "out", console=quiet())
@@ -92,8 +96,7 @@ def test_in_pretraining_and_after_its_resume(chats, tmp_path, passes, monkeypatc
     options = PretrainOptions(
         data=str(chats), output=str(tmp_path / "out"), eval_fraction=0.2, **sizes, **loop
     )
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at_save(patch, step=2)
+    with killed_at_save(monkeypatch, step=2):
         pretrain(options, console=quiet())
     require_right_modes(passes, evaluates=True)
     passes.clear()

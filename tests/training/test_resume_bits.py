@@ -68,20 +68,21 @@ def test_it_ends_in_the_same_bits(dropping_model, chats, tmp_path, monkeypatch, 
     assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name), "nothing was learned"
 
     # one run that ends abruptly after every step, and is resumed each time
-    output = tmp_path / "killed"
+    output, step = tmp_path / "killed", 0
     on_save = MarkComplete.on_save
-    for step in range(1, STEPS):
 
-        def mark_then_die(callback, args, state, control, step=step, **kwargs):
-            on_save(callback, args, state, control, **kwargs)
-            if state.global_step == step:
-                raise Killed
+    def mark_then_die(callback, args, state, control, **kwargs):
+        on_save(callback, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise Killed
 
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(MarkComplete, "on_save", mark_then_die)
-            if step == 1:
-                train(dataclasses.replace(options, output=str(output)), console=quiet())
-            else:
+    with monkeypatch.context() as patch:
+        patch.setattr(MarkComplete, "on_save", mark_then_die)
+        step = 1
+        with pytest.raises(Killed):
+            train(dataclasses.replace(options, output=str(output)), console=quiet())
+        for step in range(2, STEPS):  # noqa: B007  # mark_then_die reads it
+            with pytest.raises(Killed):
                 resume_training(output, console=quiet())
     resume_training(output, console=quiet())
     resumed = load_file(output / "adapter_model.safetensors")

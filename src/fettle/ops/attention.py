@@ -32,12 +32,13 @@ SMALLEST_GROUP = 16
 """Documents shorter than this share one group: below it a call costs more than the padding."""
 
 TILED_TOKENS = 512
-"""Up to this length the tiles are faster than PyTorch's fused attention on a CPU, beyond it slower. Phi-3.5's
-heads in bf16, forward and backward of one layer on 2 Zen 4 cores: 8 x 128 tokens 57 against 80 ms, 4 x 256 67
-against 78 ms, 2 x 512 113 against 154 ms, 1 x 1024 213 against 168 ms."""
+"""Up to this length the tiles are faster in bf16 than PyTorch's fused attention on a CPU. Phi-3.5's heads, forward and
+backward of one layer on 2 Zen 4 cores: 8 x 128 tokens 57 against 80 ms, 4 x 256 67 against 78 ms, 2 x 512 113 against
+154 ms, 1 x 1024 213 against 168 ms. In fp32 the fused one is faster at every length (one Zen 3 core: 12 x 85 tokens
+300 against 240 ms, 8 x 128 360 against 230 ms, 2 x 512 550 against 480 ms)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Group:
     """Documents of similar length. index: (documents, longest) positions in the pack, the last token
     repeated as padding; is_real: the same shape, False on padding. is_whole: these are the pack's tokens as they
@@ -59,7 +60,13 @@ class Group:
         if self.is_whole:
             self.gather(target).copy_(found)
         else:
-            target[self.index[self.is_real]] = found.transpose(1, 2)[self.is_real].to(target.dtype)
+            rows = found.transpose(1, 2).flatten(0, 1).index_select(0, self.real)
+            target.index_copy_(0, self.index.flatten().index_select(0, self.real), rows.to(target.dtype))
+
+    @cached_property
+    def real(self) -> torch.Tensor:
+        """Where the flattened `index` is no padding."""
+        return self.is_real.flatten().nonzero().flatten()
 
 
 @dataclass(frozen=True)
@@ -246,7 +253,8 @@ def _backward(
 def _prefers_fused(query: torch.Tensor, group: Group, rules: Rules) -> bool:
     longest = group.index.shape[1]
     is_plain = rules.softcap is None and (rules.window is None or longest <= rules.window)
-    return is_plain and query.device.type == "cpu" and longest > TILED_TOKENS
+    is_quicker = longest > TILED_TOKENS or product_dtype(query) == torch.float32
+    return is_plain and query.device.type == "cpu" and is_quicker
 
 
 def _repeat(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:

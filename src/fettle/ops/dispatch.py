@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import platform
 
 import torch
 
@@ -51,10 +52,22 @@ def best_product_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if device_type == "cpu" and is_emulated else dtype
 
 
+WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI"}
+"""Values of ONEDNN_MAX_CPU_ISA that keep oneDNN, which multiplies for PyTorch, from using bf16 instructions."""
+
+
 @functools.cache
 def has_bf16_products() -> bool:
-    """Whether PyTorch has quick bf16 products on this CPU: through oneDNN, from AVX-512 on."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether this CPU multiplies bf16 matrices in hardware: by AVX512-BF16 or AMX on x86.
+
+    PyTorch's own answer covers every x86 CPU with AVX-512, most of which emulate bf16 and are slower than in fp32.
+    """
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in WITHOUT_BF16:
+        return False
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return not is_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def uses_flash_attention(query: torch.Tensor) -> bool:
