@@ -14,7 +14,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "fettle"
 
 # From the ground up. A top-level file or folder of src/fettle stands on exactly one floor.
 FLOORS = {
-    "ground": {"errors", "files", "options", "terminal"},
+    "ground": {"errors", "files", "options", "terminal", "threads"},
     "ops": {"ops"},
     "parts": {"data", "models", "adapters", "memory", "quantization", "llama_cpp", "tiny"},
     "jobs": {"training", "generation", "evaluation", "export"},

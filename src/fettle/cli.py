@@ -17,6 +17,7 @@ from fettle import terminal
 from fettle.errors import Interrupted, ProofError, UserError, shortage
 from fettle.export.options import ExportOptions, Format
 from fettle.options import Parser, add_options, resolve
+from fettle.threads import settle_threads
 from fettle.training.defaults import require_sensible
 from fettle.training.options import PlanOptions, PretrainOptions, TrainOptions
 
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return 0, 2 for what the user can mend, 1 for the rest, 130 after Ctrl-C."""
     options = vars(_parser().parse_args(arguments))
     quiet_libraries()
+    settle_threads()
     if isinstance(
         sys.stdout, io.TextIOWrapper
     ):  # a character that the terminal's encoding lacks is no reason to fail
