@@ -16,19 +16,23 @@ from fettle.data.chat import (
     has_own_chat_template,
     render,
 )
-from fettle.data.formats import Message, Row
 from fettle.data.pack import collator, pack, unpacked
 from fettle.data.read import fingerprint, read_rows
+from fettle.data.rows import BadRows, Reading, Row, Rows
 from fettle.data.split import split_held_out
 from fettle.data.summary import Summary
 from fettle.data.tokenize import Example, NothingToTrainOn, Tokenized, tokenize_rows
+from fettle.data.turns import Message
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
+    "BadRows",
     "Example",
     "Message",
     "NothingToTrainOn",
+    "Reading",
     "Row",
+    "Rows",
     "Segment",
     "Summary",
     "Tokenized",

@@ -19,15 +19,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from fettle.data.formats import Message
-from fettle.data.template import render_template
+from fettle.data.layout import (
+    Slot,
+    added_tokens,
+    apply_template,
+    ending,
+    layout,
+    pieces_around,
+    require_all_turns,
+)
+from fettle.data.turns import Message
 from fettle.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+TrainOn = Literal["assistant", "all"]
 
 # Zephyr's layout in plain text: it needs no token that the vocabulary lacks.
 DEFAULT_CHAT_TEMPLATE = (
@@ -37,10 +46,8 @@ DEFAULT_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
 
-_SENTINEL = "FETTLExCONTENTx{}x"
-_SENTINELS = re.compile(r"FETTLExCONTENTx(\d+)x")
-_PROBE = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"})
 _OPENING_TAG = re.compile(r"\s*(<[^<>\s]+>)")
+_OPENING_THOUGHT = re.compile(r"(?:<(?:think|reason|thought|scratch)\w*>|\[THINK\])\s*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,30 +84,60 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], completion_turns: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    completion_turns: int | None = None,
+    train_on: TrainOn = "assistant",
 ) -> list[Segment]:
     """Return the chat as the template writes it, cut into trained and other segments.
 
     Joined, the segments are the text.  Trained are the words of the non-empty assistant turns (of the last
-    `completion_turns` messages only, where given) and the token that ends each.  System turns a template has
-    no place for are folded as in `fold_system`.  Raises `UserError` with the template's own words where it
-    refuses the chat, and where it drops a turn silently.
+    `completion_turns` messages only, where given), their reasoning where the template writes it, and the token
+    that ends each; with `train_on="all"`, everything.  Turns whose `train` is False are never trained.  System
+    turns a template has no place for are folded as in `fold_system`.  Raises `UserError` with the template's own
+    words where it refuses the chat, and where it drops a turn silently.
     """
     messages = fold_system(tokenizer, messages)
-    text = _apply(tokenizer, messages)
-    order, pieces = _pieces(tokenizer, messages)
-    _require_all_turns(messages, order)
-    first_trained = 0 if completion_turns is None else len(messages) - completion_turns
+    text = apply_template(tokenizer, messages)
+    order, pieces = pieces_around(tokenizer, messages)
+    require_all_turns(messages, order)
+    spans = _answer_spans(tokenizer, text, messages, order, pieces)
+    first = 0 if completion_turns is None else len(messages) - completion_turns
+    untrained = [span for index, span in spans.items() if not messages[index].get("train", True)]
+    if train_on == "all":
+        return _segments(text, untrained, is_trained=False)
+    trained = [span for index, span in spans.items() if index >= first and span not in untrained]
+    return _segments(text, trained, is_trained=True)
+
+
+def _answer_spans(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    messages: Sequence[Message],
+    order: list[Slot],
+    pieces: list[str],
+) -> dict[int, tuple[int, int]]:
+    """Where each non-empty answer stands in the text, with its reasoning and the token that ends it."""
     tokens = added_tokens(tokenizer).values()
-    lead = _lead(tokenizer, str(tokenizer.chat_template))
-    trained = []
-    for index, piece, (start, end) in zip(
-        order, pieces[1:], _locate(text, messages, order, pieces), strict=True
-    ):
-        if messages[index]["role"] == "assistant" and index >= first_trained:
-            start -= len(lead) if text[:start].endswith(lead) else 0
-            trained.append((start, end + len(_ending(piece, tokens))))
-    return _segments(text, trained)
+    template = layout(tokenizer)
+    spans: dict[int, tuple[int, int]] = {}
+    located = _locate(text, messages, order, pieces)
+    for number, ((index, name), (start, end)) in enumerate(zip(order, located, strict=True)):
+        if messages[index]["role"] != "assistant":
+            continue
+        opening = template.lead if name == "content" else _opening(pieces[number], template.tail)
+        start -= len(opening) if text[:start].endswith(opening) else 0
+        start = min(start, spans.get(index, (start, end))[0])
+        spans[index] = (start, end + len(ending(pieces[number + 1], tokens)))
+    return spans
+
+
+def _opening(before: str, tail: str) -> str:
+    """The end of `before` that the model has to say itself to begin its reasoning: what no generation prompt says."""
+    if before.startswith(tail):
+        return before[len(tail) :]
+    tag = _OPENING_THOUGHT.search(before)
+    return tag[0] if tag else ""
 
 
 def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
@@ -109,14 +146,12 @@ def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mes
     Tokenise it with `add_special_tokens=False`: the template has written those it wants.
     """
     messages = fold_system(tokenizer, messages, for_generation=True)
-    return _apply(tokenizer, messages, for_generation=True)
+    return apply_template(tokenizer, messages, for_generation=True)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the token that ends an answer in this template (`<|end|>`, `</s>`), or None if none does."""
-    order, pieces = _pieces(tokenizer, _PROBE)
-    _require_all_turns(_PROBE, order)
-    return _ending(pieces[order.index(1) + 1], added_tokens(tokenizer).values()).strip() or None
+    return layout(tokenizer).end_of_turn
 
 
 def fold_system(
@@ -131,11 +166,11 @@ def fold_system(
     if not systems:
         return messages
     try:
-        order, _ = _pieces(tokenizer, messages, for_generation)
+        order, _ = pieces_around(tokenizer, messages, for_generation)
     except UserError:
         pass  # refused: perhaps for the system turn; if for another reason, rendering the folded chat says so
     else:
-        if systems <= set(order):
+        if systems <= {index for index, _ in order}:
             return messages
     folded: list[Message] = []
     waiting: list[str] = []
@@ -150,46 +185,15 @@ def fold_system(
     return messages if waiting else folded
 
 
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], for_generation: bool = False
-) -> str:
-    return render_template(tokenizer, messages, for_generation=for_generation)
-
-
-def _pieces(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], for_generation: bool = False
-) -> tuple[list[int], list[str]]:
-    """In which order the contents come (indices of messages), and the template's text around them.
-
-    There is one piece more than contents: they stand before, between and after.  An empty content stays
-    empty: templates branch on it, and both renderings must take the same branch.
-    """
-    marked = [
-        {**message, "content": _SENTINEL.format(index) if message["content"].strip() else message["content"]}
-        for index, message in enumerate(messages)
-    ]
-    parts = _SENTINELS.split(_apply(tokenizer, marked, for_generation))
-    return [int(index) for index in parts[1::2]], parts[0::2]
-
-
-def _require_all_turns(messages: Sequence[Message], order: list[int]) -> None:
-    for index, message in enumerate(messages):
-        if message["content"].strip() and index not in order:
-            raise UserError(
-                f'turn {index + 1} (role "{message["role"]}") is left out by the model\'s chat template, '
-                "which says nothing of it; remove the turn or the row."
-            )
-
-
 def _locate(
-    text: str, messages: Sequence[Message], order: list[int], pieces: list[str]
+    text: str, messages: Sequence[Message], order: list[Slot], pieces: list[str]
 ) -> list[tuple[int, int]]:
-    """Where in the text each content stands, as (start, end) in the order of the pieces."""
+    """Where in the text the words of each slot stand, as (start, end) in the order of the pieces."""
     spans = []
     position = _shared(text, 0, pieces[0])
     is_whole = position == len(pieces[0])
-    for index, piece in zip(order, pieces[1:], strict=True):
-        content = messages[index]["content"]
+    for (index, name), piece in zip(order, pieces[1:], strict=True):
+        content = messages[index][name]
         start = position if is_whole else _before_tag(text, position, content)
         end = _content_end(text, start, content, piece)
         if end < 0:
@@ -234,38 +238,12 @@ def _shared(text: str, start: int, piece: str) -> int:
     return next((count for count, (ours, theirs) in enumerate(pairs) if ours != theirs), len(text) - start)
 
 
-def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Return the tokens that stand outside ordinary text (role tags, end of turn) by their ids."""
-    return _added_tokens(tokenizer, len(tokenizer))
-
-
-@lru_cache(maxsize=2)
-def _added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
-    # Kept, because listing them takes longer than tokenising a chat; `size` notices tokens added since.
-    return {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
-
-
-@lru_cache(maxsize=2)
-def _lead(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """The white space that `template` writes between a generation prompt and the answer, "" where none."""
-    _, prompt = _pieces(tokenizer, _PROBE[:1], for_generation=True)
-    _, pieces = _pieces(tokenizer, _PROBE)
-    space = pieces[1].removeprefix(prompt[-1])
-    return space if space.isspace() else ""
-
-
-def _ending(piece: str, tokens: Iterable[str]) -> str:
-    """The head of a piece up to and with the token it begins with, white space before it included, or ""."""
-    bare = piece.lstrip()
-    token = max((token for token in tokens if bare.startswith(token)), key=len, default="")
-    return piece[: len(piece) - len(bare) + len(token)] if token else ""
-
-
-def _segments(text: str, trained: list[tuple[int, int]]) -> list[Segment]:
+def _segments(text: str, spans: Iterable[tuple[int, int]], *, is_trained: bool) -> list[Segment]:
+    """The text in segments; those of `spans` are trained or not as `is_trained` says, the others the opposite."""
     segments = []
     position = 0
-    for start, end in sorted(trained):
-        segments += [Segment(text[position:start], False), Segment(text[start:end], True)]
+    for start, end in sorted(spans):
+        segments += [Segment(text[position:start], not is_trained), Segment(text[start:end], is_trained)]
         position = end
-    segments.append(Segment(text[position:], False))
+    segments.append(Segment(text[position:], not is_trained))
     return [segment for segment in segments if segment.text]

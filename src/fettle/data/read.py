@@ -1,8 +1,9 @@
 """Read training data from wherever it lies: one file, a folder of files, or a dataset on the hub.
 
 Every reader yields records (a mapping of columns, see `formats.py`) together with the place they came from,
-"chats.jsonl, line 3", so that each later complaint about a row can say where to look.  Files are read as
-UTF-8; anything else is refused with the line at which it stops being text.
+"chats.jsonl, line 3", so that each later complaint about a row can say where to look.  A record that cannot be
+read while those after it can is yielded as the error.  Files are read as UTF-8; anything else is refused with the
+line at which it stops being text.
 """
 
 from __future__ import annotations
@@ -11,31 +12,47 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Callable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fettle.data.formats import Row, to_row
-from fettle.errors import UserError
+from fettle.data.formats import to_row
+from fettle.data.rows import BadRows, Reading, Row, Rows
+from fettle.data.source import SUFFIXES, data_files, path_name, train_split
+from fettle.data.values import NotText, load_json, printable
+from fettle.errors import UserError, reason_of
 
 Records = Iterator[tuple[Any, str]]
 
+_IN_TABLES = "convert the column to text"
+"""How to mend a number in a text column of a typed table."""
 
-def read_rows(source: str | Path) -> list[Row]:
-    """Return the rows of a file, of every data file in a folder, or of a hub dataset's train split.
 
-    Raises `UserError` with the file and the line where something is missing, unreadable or of no known form.
+def read_rows(source: str | Path, *, skip_bad_rows: bool = False) -> Rows:
+    """Return the rows of a file, of every data file in a folder, or of a dataset's train split.
+
+    Raises `UserError` with the file and the line where something is missing or unreadable, and `BadRows` with all
+    rows that are of no known form; with `skip_bad_rows` these are left out and listed in `reading.bad`.
     """
-    if _is_hub_name(source):
-        records = _hub_records(str(source))
-    else:
-        records = chain.from_iterable(_records(*file) for file in _data_files(Path(source)))
-    rows = [to_row(record, where) for record, where in records]
+    reading = Reading()
+    rows: list[Row] = []
+    for record, where, number_hint in _all_records(source, reading):
+        try:
+            if isinstance(record, UserError):
+                raise record
+            rows.append(to_row(record, where))
+        except NotText as error:
+            reading.bad.append(f"{str(error).removesuffix('.')}; {number_hint}.")
+        except UserError as error:
+            reading.bad.append(str(error))
+    if reading.bad and not (skip_bad_rows and rows):
+        raise BadRows(reading.bad, len(reading.bad) + len(rows))
     if not rows:
-        raise UserError(f"{source}: has no rows; expected at least one.")
-    return rows
+        raise UserError(f"{path_name(source)}: has no rows; expected at least one.")
+    return Rows(rows, reading)
 
 
 def fingerprint(source: str | Path) -> str:
@@ -47,44 +64,36 @@ def fingerprint(source: str | Path) -> str:
     if _is_hub_name(source):
         contents = (json.dumps(record, default=str).encode() for record, _ in _hub_records(str(source)))
     else:
-        contents = (_content(*file) for file in _data_files(Path(source)))
+        contents = (_content(*file) for file in data_files(Path(source)).files)
     for content in contents:
         digest.update(len(content).to_bytes(8, "big") + content)  # the length keeps two files apart
     return digest.hexdigest()
 
 
-def _data_files(source: Path) -> list[tuple[Path, str]]:
-    """The files to read, each with the name that messages use for it."""
-    if source.is_dir():
-        names = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
-        usable = [name for name in names if name.suffix.lower() in _READERS]
-        visible = [name for name in usable if not any(part.startswith(".") for part in name.parts)]
-        if not visible:
-            raise UserError(f"{source}: the folder has no data files; expected {_EXTENSIONS}.")
-        return [(source / name, str(name)) for name in visible]
-    if not source.exists():
-        raise UserError(
-            f"{source}: there is no such file or folder; check the path "
-            "(or give a hub dataset as owner/name)."
-        )
-    if source.suffix.lower() not in _READERS:
-        found = f"the ending {source.suffix}" if source.suffix else "no file ending"
-        raise UserError(f"{source.name}: has {found}; expected {_EXTENSIONS}.")
-    return [(source, source.name)]
-
-
-def _records(path: Path, name: str) -> Records:
-    content = _content(path, name)
-    if not content.strip():
-        raise UserError(f"{name}: the file is empty; expected at least one row.")
-    return _READERS[path.suffix.lower()](content, name)
+def _all_records(source: str | Path, reading: Reading) -> Iterator[tuple[Any, str, str]]:
+    """The records of the source, their places, and how to mend a number in place of text there."""
+    if _is_hub_name(source):
+        reading.notes.append(f"read the split train of {source} on the hub")
+        yield from ((*record, _IN_TABLES) for record in _hub_records(str(source)))
+        return
+    found = data_files(Path(source))
+    reading.notes += found.notes
+    for path, name in found.files:
+        reader = _READERS[path.suffix.lower()]
+        content = _content(path, name)
+        if not content.strip():
+            raise UserError(f"{name}: the file is empty; expected at least one row.")
+        yield from ((*record, reader.number_hint) for record in reader.read(content, name, reading))
 
 
 def _content(path: Path, name: str) -> bytes:
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror}); check its permissions.") from None
+    if content.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise UserError(f"{name}: is a git-lfs pointer instead of the data; fetch it with `git lfs pull`.")
+    return content
 
 
 def _decode(content: bytes, name: str) -> str:
@@ -105,27 +114,30 @@ def _decode(content: bytes, name: str) -> str:
         ) from None
 
 
-def _read_json_lines(content: bytes, name: str) -> Records:
+def _read_json_lines(content: bytes, name: str, reading: Reading) -> Records:
     for number, line in enumerate(_decode(content, name).split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{name}, line {number}"
         try:
-            record = json.loads(line)
+            yield load_json(line), where
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{name}, line {number}, column {error.colno}: malformed JSON ({error.msg}); "
-                "expected one complete object on each line (a file that is one JSON list is named .json)."
-            ) from None
-        yield record, f"{name}, line {number}"
+            yield (
+                UserError(
+                    f"{where}, column {error.colno}: malformed JSON ({error.msg}); "
+                    "expected one complete object on each line (a file that is one JSON list is named .json)."
+                ),
+                where,
+            )
 
 
-def _read_json(content: bytes, name: str) -> Records:
+def _read_json(content: bytes, name: str, reading: Reading) -> Records:
     text = _decode(content, name)
     try:
-        data = json.loads(text)
+        data = load_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and "\n" not in text[: error.pos].strip():
-            yield from _read_json_lines(content, name)  # one object per line under the wrong ending is common
+            yield from _read_json_lines(content, name, reading)  # lines under the wrong ending are common
             return
         raise UserError(
             f"{name}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}); "
@@ -134,29 +146,46 @@ def _read_json(content: bytes, name: str) -> Records:
     if isinstance(data, dict) and isinstance(data.get("data"), list):
         data = data["data"]
     elif isinstance(data, dict):
-        data = [data]
+        data = _split_in(data, name, reading) or [data]
     if not isinstance(data, list):
         raise UserError(f'{name}: expected a list of rows or {{"data": [...]}}; found neither.')
     yield from ((record, f"{name}, row {number}") for number, record in enumerate(data, start=1))
 
 
-def _read_csv(content: bytes, name: str) -> Records:
+def _split_in(data: dict[str, Any], name: str, reading: Reading) -> list[Any] | None:
+    """The rows of the train split, if the object holds one list of rows for each split."""
+    is_splits = "train" in data and all(
+        isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows) for rows in data.values()
+    )
+    if not is_splits:
+        return None
+    split = train_split(data, name)
+    others = ", ".join(printable(other) for other in data if other != split)
+    reading.notes.append(f"read the split {split} of {name}" + (f"; left out: {others}" if others else ""))
+    rows: list[Any] = data[split]
+    return rows
+
+
+def _read_csv(content: bytes, name: str, reading: Reading) -> Records:
     text = _decode(content, name)
     header = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=header.count)
     limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))  # a long chat is one long cell
+    line = 1
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         columns = reader.fieldnames or []
+        if twice := next((column for column in columns if columns.count(column) > 1), None):
+            raise UserError(f"{name}, line 1: names the column {printable(twice)} twice; rename one of them.")
         line = reader.line_num + 1
         for record in reader:
+            where = f"{name}, line {line}"
             if None in record:
                 cells = len(columns) + len(record[None])
-                raise UserError(
-                    f"{name}, line {line}: has {cells} cells but the header names {len(columns)}; "
-                    "put cells that hold a separator in double quotes."
-                )
-            yield record, f"{name}, line {line}"
+                message = f"{where}: has {cells} cells but the header names {len(columns)}; "
+                yield UserError(message + "put cells that hold a separator in double quotes."), where
+            else:
+                yield record, where
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{name}, line {line}: malformed CSV ({error}); check the quotes there.") from None
@@ -164,49 +193,70 @@ def _read_csv(content: bytes, name: str) -> Records:
         csv.field_size_limit(limit)
 
 
-def _read_parquet(content: bytes, name: str) -> Records:
-    import pyarrow
+def _read_parquet(content: bytes, name: str, reading: Reading) -> Records:
     import pyarrow.parquet
 
+    yield from _table(lambda: pyarrow.parquet.read_table(io.BytesIO(content)), name, "parquet")
+
+
+def _read_arrow(content: bytes, name: str, reading: Reading) -> Records:
+    import pyarrow.ipc
+
+    def load() -> Any:
+        if content.startswith(b"ARROW1"):
+            return pyarrow.ipc.open_file(io.BytesIO(content)).read_all()
+        return pyarrow.ipc.open_stream(io.BytesIO(content)).read_all()
+
+    yield from _table(load, name, "arrow")
+
+
+def _table(load: Callable[[], Any], name: str, kind: str) -> Records:
     try:
-        records = pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+        records: Iterable[Any] = load().to_pylist()
+    except Exception as error:  # damaged files make pyarrow raise a dozen kinds
         raise UserError(
-            f"{name}: is not a readable parquet file ({reason}); download or write it anew."
+            f"{name}: is not a readable {kind} file ({reason_of(error)}); download or write it anew."
         ) from None
     yield from ((record, f"{name}, row {number}") for number, record in enumerate(records, start=1))
 
 
-def _read_text(content: bytes, name: str) -> Records:
+def _read_text(content: bytes, name: str, reading: Reading) -> Records:
     yield {"text": _decode(content, name)}, name
 
 
-_READERS: dict[str, Callable[[bytes, str], Records]] = {
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".txt": _read_text,
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """How a kind of file is read, and how its user mends a number in a text column."""
+
+    read: Callable[[bytes, str, Reading], Records]
+    number_hint: str = "put it in quotes"
+
+
+_READERS = {
+    ".jsonl": _Reader(_read_json_lines),
+    ".json": _Reader(_read_json),
+    ".csv": _Reader(_read_csv),
+    ".parquet": _Reader(_read_parquet, _IN_TABLES),
+    ".txt": _Reader(_read_text),
+    ".arrow": _Reader(_read_arrow, _IN_TABLES),
 }
-_EXTENSIONS = ", ".join(_READERS)
 
 
 def _is_hub_name(source: str | Path) -> bool:
     """Whether the source reads as owner/name and nothing on this disk answers to it."""
     is_name = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None
-    return is_name and not Path(source).exists() and Path(source).suffix.lower() not in _READERS
+    return is_name and not os.path.exists(source) and Path(source).suffix.lower() not in SUFFIXES
 
 
 def _hub_records(name: str) -> Records:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(name, split="train")
+        for number, record in enumerate(load_dataset(name, split="train"), start=1):
+            yield record, f"{name}, row {number}"
     except Exception as error:  # the hub client raises a dozen kinds; the user needs one sentence
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
             f"{name}: is no file or folder here, and its train split cannot be had from the hub ({reason}); "
             "check the name and the network, or give a local file."
         ) from None
-    yield from ((record, f"{name}, row {number}") for number, record in enumerate(dataset, start=1))

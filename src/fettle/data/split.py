@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 
-from fettle.data.formats import Row
+from fettle.data.rows import Row
 
 _MIN_ROWS = 10  # fewer rows are all needed for training
 _ROWS_FOR_ONE = 20  # from here on at least one row is held out

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from fettle.data.chat import Segment
+from fettle.data.rows import Reading
 
 TRAINED_MARKS = ("⟦", "⟧")
 _SHOWN_CHARACTERS = 600  # of each segment of the example
@@ -24,6 +25,9 @@ class Summary:
     tokens / trained_tokens: in all examples / of them with a loss. cut: rows shortened to `max_length`.
     split: texts divided into windows. folded_system: chats whose system text moved into the user turn.
     dropped: (where, reason) of rows with nothing to train on. example: the first example's segments.
+    bad: "where: reason" of rows left out because they cannot be trained on. untrained: answers with a weight of 0.
+    unused: columns and fields that had no effect, and of how many rows or messages. noted: what was special about
+    how rows were read, and of how many rows. read: the files and splits taken.
     end_of_turn: the token that ends an answer; None without chats, or where the template has no such token.
     """
 
@@ -39,7 +43,17 @@ class Summary:
     has_chats: bool = False
     forms: Counter[str] = field(default_factory=Counter)
     dropped: list[tuple[str, str]] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    untrained: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
+    read: list[str] = field(default_factory=list)
     example: list[Segment] = field(default_factory=list)
+
+    def add_reading(self, reading: Reading) -> None:
+        """Add what reading the rows had to say: the files and splits taken, and rows left out."""
+        self.read += reading.notes
+        self.bad = reading.bad + self.bad
 
     def lines(self) -> list[str]:
         """Return the whole summary as plain lines: the counts, then the example."""
@@ -53,7 +67,7 @@ class Summary:
             f"{_count(self.rows, 'row')} ({forms}) became {_count(self.examples, 'example')}",
             f"{_count(self.tokens, 'token')}, {self.trained_tokens:,} of them trained on ({share:.0%})",
         ]
-        return lines + self._changes()
+        return lines + self.read + self._changes()
 
     def example_lines(self) -> list[str]:
         """Return the first example under a heading, its trained part between ⟦ and ⟧; [] where there is none."""
@@ -77,12 +91,32 @@ class Summary:
             lines.append(
                 f"{chats}: system text moved into the user turn, for the template has no place for it"
             )
+        if self.untrained:
+            lines.append(f"{_count(self.untrained, 'answer')} not trained on: their weight is 0")
+        lines += [f"{_count(count, 'row')}: {what}" for what, count in self.noted.most_common()]
+        if self.unused:
+            names = (f"{name} ({count:,})" for name, count in self.unused.most_common())
+            lines.append(f"without effect: {', '.join(names)}")
+        return lines + self.losses()
+
+    def losses(self) -> list[str]:
+        """Return how many rows were dropped or left out, and why."""
+        lines = []
         if self.dropped:
             lines.append(f"{_count(len(self.dropped), 'row')} dropped: {self.reasons()}")
             lines += [f"  {where}: {reason}" for where, reason in self.dropped[:_SHOWN_DROPPED]]
         if len(self.dropped) > _SHOWN_DROPPED:
             lines.append(f"  and {len(self.dropped) - _SHOWN_DROPPED:,} more")
+        if self.bad:
+            lines.append(f"{self.bad_rows()}:")
+            lines += [f"  {problem}" for problem in self.bad[:_SHOWN_DROPPED]]
+        if len(self.bad) > _SHOWN_DROPPED:
+            lines.append(f"  and {len(self.bad) - _SHOWN_DROPPED:,} more")
         return lines
+
+    def bad_rows(self) -> str:
+        """Return how many rows were left out because they cannot be trained on, "" where none."""
+        return f"{_count(len(self.bad), 'row')} left out that cannot be trained on" if self.bad else ""
 
     def reasons(self) -> str:
         """Return the reasons for which rows were dropped, with how often each, the commonest first."""

@@ -11,31 +11,36 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from fettle.data.chat import (
     Segment,
-    added_tokens,
+    TrainOn,
     end_of_turn,
     ensure_chat_template,
     fold_system,
     has_own_chat_template,
     render,
 )
-from fettle.data.formats import Message, Row
+from fettle.data.fit import fit, without_ends
+from fettle.data.layout import added_tokens, unwritten
+from fettle.data.rows import BadRows, Row, Rows
 from fettle.data.summary import Summary
-from fettle.errors import UserError
+from fettle.errors import ModelFault, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NOT_TRAINED = -100
-TrainOn = Literal["assistant", "all"]
 Span = tuple[int, int]
 
 
 class NothingToTrainOn(UserError):
-    """Every row was dropped; no row was at fault alone."""
+    """No row is left. bad: rows that cannot be trained on, as in the summary; the others had nothing to learn from."""
+
+    def __init__(self, message: str, bad: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.bad = list(bad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +70,15 @@ def tokenize_rows(
     *,
     max_length: int,
     train_on: TrainOn = "assistant",
+    skip_bad_rows: bool = False,
 ) -> Tokenized:
     """Return the rows as examples of at most `max_length` tokens.
 
     Chats are cut at the end, texts are split into consecutive windows; a row of which nothing trained
     remains is dropped and named in the summary.  A tokenizer without a chat template gets the default one if
-    there are chats (it is set on the tokenizer, and so saved with it).  Raises `UserError` naming the row a
-    template refuses, and `NothingToTrainOn` when no row at all remains.
+    there are chats (it is set on the tokenizer, and so saved with it).  Raises `BadRows` with all rows that the
+    template refuses or would write wrongly (with `skip_bad_rows` they are left out and named in the summary),
+    and `NothingToTrainOn` when no row at all remains.
     """
     if max_length < 2:
         raise UserError(
@@ -83,64 +90,81 @@ def tokenize_rows(
         )
     summary = Summary(max_length, rows=len(rows), forms=Counter(row.form for row in rows))
     uses_turns = has_own_chat_template(tokenizer)
-    chats = [_messages(row, uses_turns) for row in rows]
-    if any(chats):
+    if any(row.messages or (uses_turns and row.prompt is not None) for row in rows):
         ensure_chat_template(tokenizer)
         summary.has_chats, summary.end_of_turn = True, end_of_turn(tokenizer)
     examples: list[Example] = []
-    for row, messages in zip(rows, chats, strict=True):
+    for row in rows:
         try:
-            if messages:
-                examples += _chat_examples(row, messages, tokenizer, train_on, summary)
-            else:
-                examples += _plain_examples(row, tokenizer, train_on, summary)
+            examples += _examples(row, tokenizer, uses_turns, train_on, summary)
+        except ModelFault:
+            raise
         except UserError as error:
-            raise UserError(f"{row.where}: {error}") from None
+            summary.bad.append(f"{row.where}: {error}")
+    if summary.bad and not skip_bad_rows:
+        raise BadRows(summary.bad, len(rows))
+    if isinstance(rows, Rows):
+        summary.add_reading(rows.reading)
     _count(examples, summary)
     return Tokenized(examples, summary)
 
 
 def _count(examples: list[Example], summary: Summary) -> None:
     if not examples:
-        reasons = summary.reasons() or "there are no rows"
+        reasons = [reason for reason in (summary.reasons(), summary.bad_rows()) if reason]
         raise NothingToTrainOn(
             f"Nothing is left to train on: {len(summary.dropped):,} of {summary.rows:,} rows dropped, "
-            f"{reasons}; mend the data or raise max_length."
+            f"{'; '.join(reasons) or 'there are no rows'}; mend the data or raise max_length.",
+            summary.bad,
         )
     summary.examples = len(examples)
     summary.tokens = sum(len(example.input_ids) for example in examples)
     summary.trained_tokens = sum(example.trained_tokens for example in examples)
 
 
-def _messages(row: Row, uses_turns: bool) -> tuple[Message, ...]:
-    """The row as a chat, or () if it is to be read as plain text."""
-    if row.messages or not uses_turns or row.prompt is None or row.completion is None:
-        return row.messages
-    return ({"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion})
+def _examples(
+    row: Row, tokenizer: PreTrainedTokenizerBase, uses_turns: bool, train_on: TrainOn, summary: Summary
+) -> list[Example]:
+    if not row.is_trained:
+        summary.dropped.append((row.where, "its weight is 0"))
+        return []
+    noted: Counter[str] = Counter()
+    fitted = fit(row, tokenizer, uses_turns, noted)
+    if fitted.messages:
+        examples = _chat_examples(fitted, tokenizer, train_on, summary)
+    else:
+        examples = _plain_examples(fitted, tokenizer, train_on, summary)
+    if examples:
+        summary.noted.update(dict.fromkeys(noted, 1))
+        summary.unused.update(f"column `{name}`" for name in row.unused)
+    return examples
 
 
 def _chat_examples(
-    row: Row,
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    train_on: TrainOn,
-    summary: Summary,
+    row: Row, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, summary: Summary
 ) -> list[Example]:
+    messages = row.messages
     answers = messages if row.completion_turns is None else messages[len(messages) - row.completion_turns :]
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in answers):
+    answers = tuple(turn for turn in answers if turn["role"] == "assistant")
+    if not any(turn["content"].strip() for turn in answers):
         summary.dropped.append((row.where, "the assistant's turn is empty"))
         return []
-    fitted = fold_system(tokenizer, messages)
-    segments = render(tokenizer, fitted, row.completion_turns)
-    if train_on == "all":
-        segments = [Segment(segment.text, True) for segment in segments]
+    if not any(turn["content"].strip() and turn.get("train", True) for turn in answers):
+        summary.dropped.append((row.where, "the weight of every answer is 0"))
+        return []
+    folded = fold_system(tokenizer, messages)
+    segments = render(tokenizer, folded, row.completion_turns, train_on)
     ids, labels, ends = _encode(tokenizer, segments, adds_special_tokens=False)
     limit = summary.max_length
     if not _has_loss(labels[:limit]):
         summary.dropped.append((row.where, f"its answer begins after the first {limit:,} tokens"))
         return []
-    summary.folded_system += fitted is not messages
+    summary.folded_system += folded is not messages
     summary.cut += len(ids) > limit
+    summary.untrained += sum(turn["role"] == "assistant" and not turn.get("train", True) for turn in messages)
+    summary.unused.update(f"`{name}` of messages" for name in unwritten(tokenizer, folded))
+    if any(turn["role"] != "assistant" and turn.get("train") for turn in messages):
+        summary.unused["`weight` or `train` of turns other than the assistant's"] += 1
     if not summary.example:
         summary.example = _clipped(segments, ends[min(limit, len(ends)) - 1])
     return [Example(ids[:limit], labels[:limit], row.where)]
@@ -149,18 +173,20 @@ def _chat_examples(
 def _plain_examples(
     row: Row, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, summary: Summary
 ) -> list[Example]:
-    """A text, or a prompt and completion for a model without turns: as it is, and the end-of-text token."""
+    """A text, or a prompt and completion: as it is, with the end-of-text token unless it has an end itself."""
     if row.text is not None:
-        segments = [Segment(row.text, True)]
+        segments = [Segment(_from_bos(row.text, tokenizer), True)]
     else:
-        segments = [Segment(row.prompt or "", train_on == "all"), Segment(row.completion or "", True)]
+        prompt = _from_bos(row.prompt or "", tokenizer)
+        segments = [Segment(prompt, train_on == "all"), Segment(row.completion or "", True)]
     if not segments[-1].text.strip():
         summary.dropped.append(
             (row.where, "its text is empty" if row.text is not None else "the completion is empty")
         )
         return []
-    ids, labels, ends = _encode(tokenizer, segments, adds_special_tokens=True)
-    _close(tokenizer, ids, labels)
+    ids, labels, ends = _encode(tokenizer, segments, adds_special_tokens=not row.is_rendered)
+    if not row.is_rendered and without_ends(segments[-1].text, tokenizer) == segments[-1].text:
+        _close(tokenizer, ids, labels)
     limit = summary.max_length
     windows = _windows(len(ids), limit) if row.text is not None else [(0, min(limit, len(ids)))]
     examples = [Example(ids[a:b], [NOT_TRAINED, *labels[a + 1 : b]], row.where) for a, b in windows]
@@ -177,6 +203,12 @@ def _plain_examples(
     if not summary.example:
         summary.example = _clipped(segments, ends[min(windows[0][1], len(ends)) - 1])
     return examples
+
+
+def _from_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text without white space before a beginning-of-text token that it has itself."""
+    bare = text.lstrip()
+    return bare if tokenizer.bos_token and bare.startswith(tokenizer.bos_token) else text
 
 
 def _close(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int]) -> None:
@@ -205,6 +237,9 @@ def _encode(
     )
     ids: list[int] = encoded["input_ids"]
     offsets: list[Span] = encoded["offset_mapping"]
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos] and offsets[0][0] == offsets[0][1]:
+        ids, offsets = ids[1:], offsets[1:]  # the text has the token itself, and the tokenizer added another
     is_trained = _trained(ids, offsets, _spans(segments), tokenizer)
     labels = [token if trained else NOT_TRAINED for token, trained in zip(ids, is_trained, strict=True)]
     if labels:

@@ -12,6 +12,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.data import Row, ensure_chat_template, generation_prompt, has_own_chat_template
+from fettle.data.fit import fit, without_ends
+from fettle.data.turns import reasoning_of
 from fettle.errors import ModelFault, UserError
 from fettle.generation import Sampling, complete
 
@@ -48,30 +50,47 @@ class Answer:
 def questions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Question]:
     """Return the rows that end in an answer as questions; others are left out.
 
-    As in training, chats for a tokenizer without a template are written in the default one (it is set on it).
+    So are answers that are not trained on, for they are not the right ones. As in training, chats for a tokenizer
+    without a template are written in the default one (it is set on it).
     """
     if any(row.messages for row in rows):
         ensure_chat_template(tokenizer)
+    uses_turns = has_own_chat_template(tokenizer)
     found = []
     for row in rows:
-        if row.messages and row.messages[-1]["role"] == "assistant":
-            before, expected = list(row.messages[:-1]), row.messages[-1]["content"]
-        elif row.prompt is not None and row.completion is not None:
-            before, expected = [{"role": "user", "content": row.prompt}], row.completion
-        else:
-            continue
-        if not before or not expected.strip():
-            continue
-        is_rendered = bool(row.messages) or has_own_chat_template(tokenizer)
         try:
-            text = generation_prompt(tokenizer, before) if is_rendered else before[-1]["content"]
+            question = _question(fit(row, tokenizer, uses_turns), tokenizer)
         except ModelFault:
             raise
-        except UserError:  # a template that cannot end there
+        except UserError:  # a template that cannot end there, or a row that is left out of training too
             continue
-        is_comparable = _tokens(tokenizer, expected) <= LONGEST_ANSWER
-        found.append(Question(text, before[-1]["content"], expected, is_rendered, is_comparable))
+        if question is not None:
+            found.append(question)
     return found
+
+
+def _question(row: Row, tokenizer: PreTrainedTokenizerBase) -> Question | None:
+    """The question that a row asks; None where it has none, or no words that answer it rightly."""
+    has_reasoning = False
+    if row.messages:
+        *before, last = row.messages
+        if not before or last["role"] != "assistant" or not last.get("train", True):
+            return None
+        text, prompt, expected = "", before[-1]["content"], last["content"]
+        has_reasoning = reasoning_of(last) is not None
+    elif row.prompt is not None and row.completion is not None:
+        text = prompt = row.prompt
+        expected = without_ends(row.completion, tokenizer)
+    else:
+        return None
+    if not row.is_trained or not expected.strip():
+        return None
+    is_rendered = bool(row.messages) or row.is_rendered
+    # An answer with its reasoning is more than the words that are expected.
+    is_comparable = not has_reasoning and _tokens(tokenizer, expected) <= LONGEST_ANSWER
+    if row.messages:
+        text = generation_prompt(tokenizer, before)
+    return Question(text, prompt, expected, is_rendered, is_comparable)
 
 
 def answer(

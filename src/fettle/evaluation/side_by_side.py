@@ -64,8 +64,8 @@ def compare(
     ]  # what is wrong with either is found before the first is run
     for name in (a, b):
         _require_sound(name)
-    rows = read_rows(data)
-    rows = rows if len(rows) <= samples else Random(seed).sample(rows, samples)
+    read = read_rows(data)
+    rows = read if len(read) <= samples else Random(seed).sample(read, samples)
     with _progress(console or terminal.console(stderr=True)) as stage:
         opened = _open(a, rows, max_length, dtype, device)
         distributions = Distributions(opened.examples, opened.model.config.vocab_size)
@@ -88,7 +88,7 @@ def compare(
         answers=shared,
         equal_answers=equal,
         tokens_before_difference=before_difference,
-        notes=_notes(gap, len(opened.examples), shared),
+        notes=(*read.reading.notes, *_notes(gap, len(opened.examples), shared)),
     )
 
 

@@ -1,0 +1,153 @@
+"""Rows in the words of one tokenizer: what training, scoring and asking make of a row before it is rendered.
+
+Data is often half-way written in a chat template already: the answer ends in `<|end|>`, or the prompt is the whole
+rendered question.  A template that is applied to it writes those tokens a second time, and the model learns a layout
+that it never meets in use.  So end tokens at the end of words are removed, for the template writes its own; a
+prompt that is rendered already is taken as it is; and words with the template's role tags inside them are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from fettle.data.layout import layout
+from fettle.data.rows import Row
+from fettle.data.turns import Message, reasoning_of
+from fettle.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Tokens that end a turn or a text somewhere; those a tokenizer has are ends in it.
+_ENDS = (
+    *(
+        "</s>",
+        "<eos>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|im_end|>",
+        "<|end|>",
+    ),
+    *("<end_of_turn>", "<|eos|>", "<|return|>"),
+)
+_HTML = ("<s>", "</s>")  # also the tags of struck-out text
+_FOREIGN = re.compile(
+    r"<\|im_start\|>|<start_of_turn>|\[/INST\]|<\|start_header_id\|>|<\|(?:user|assistant)\|>|<｜(?:User|Assistant)｜>"
+)
+
+
+def fit(
+    row: Row, tokenizer: PreTrainedTokenizerBase, uses_turns: bool, noted: Counter[str] | None = None
+) -> Row:
+    """Return the row as the tokenizer's template is to have it; what was changed is counted in `noted`.
+
+    uses_turns: a prompt and its completion become a chat, or are marked `is_rendered` where they are one already.
+    The tokenizer must have a chat template if they do, or if the row is a chat.  Raises `UserError` for words that
+    the template would write twice or not at all.
+    """
+    noted = Counter() if noted is None else noted
+    if row.prompt is not None and row.completion is not None and uses_turns:
+        if _is_rendered(row.prompt, row.completion, tokenizer):
+            noted["written in the chat template already, and taken as they are"] += 1
+            return _as_rendered(row, row.prompt, row.completion, tokenizer)
+        turns = ({"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion})
+        row = replace(row, messages=turns, prompt=None, completion=None)
+    if not row.messages:
+        return row
+    messages = tuple(
+        _fit_turn(turn, number, tokenizer, noted) for number, turn in enumerate(row.messages, start=1)
+    )
+    return replace(row, messages=_fit_reasoning(messages, tokenizer, noted))
+
+
+def without_ends(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text without the end tokens, of a turn or of a text, that it ends in."""
+    bare = text
+    while token := _end_token(bare, tokenizer):
+        bare = bare.rstrip().removesuffix(token)
+    return bare
+
+
+def _end_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    bare = text.rstrip()
+    for token in _end_tokens(tokenizer, str(tokenizer.chat_template)):
+        if bare.endswith(token) and not (token == "</s>" and "<s>" in bare):
+            return token
+    return None
+
+
+@lru_cache(maxsize=2)
+def _end_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
+    known = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} & set(_ENDS)
+    of_turn = layout(tokenizer).end_of_turn if tokenizer.chat_template else None
+    return tuple(known | {token for token in (tokenizer.eos_token, of_turn) if token})
+
+
+def _fit_turn(turn: Message, number: int, tokenizer: PreTrainedTokenizerBase, noted: Counter[str]) -> Message:
+    words = without_ends(turn["content"], tokenizer)
+    if words != turn["content"]:
+        noted["words that end in an end token, which is not written a second time"] += 1
+    bos = tokenizer.bos_token
+    if bos and words.lstrip().startswith(bos) and not (bos == "<s>" and "</s>" in words):
+        words = words.lstrip().removeprefix(bos)
+        noted["words that begin with the beginning-of-text token, which is not written a second time"] += 1
+    template = layout(tokenizer)
+    tags = {*template.tags, bos, tokenizer.eos_token, template.end_of_turn} - {None, *_HTML}
+    if found := sorted(tag for tag in tags if tag and tag in words):
+        raise UserError(
+            f"turn {number} contains {' and '.join(f'`{tag}`' for tag in found)}, which the model's chat template "
+            "writes itself; give the words alone, or a whole rendered chat as `prompt` and `completion` or as `text`."
+        )
+    if foreign := _FOREIGN.search(words):
+        noted[f"words with `{foreign[0]}` of another model's chat template, which is read as plain text"] += 1
+    return turn if words == turn["content"] else {**turn, "content": words}
+
+
+def _fit_reasoning(
+    messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase, noted: Counter[str]
+) -> tuple[Message, ...]:
+    """The messages with reasoning under the name that the template knows."""
+    fitted = []
+    for number, turn in enumerate(messages, start=1):
+        name = reasoning_of(turn)
+        if name is not None:
+            known = layout(tokenizer).reasoning
+            if known is None:
+                raise UserError(
+                    f"turn {number} has `{name}`, which the model's chat template does not write, so it would be lost; "
+                    "put it into the content (as <think>...</think>), or remove it."
+                )
+            if known != name:
+                noted[f"reasoning in `{name}`, which the chat template writes as its `{known}`"] += 1
+                turn = {known if field == name else field: value for field, value in turn.items()}
+        fitted.append(turn)
+    return tuple(fitted)
+
+
+def _is_rendered(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    template = layout(tokenizer)
+    return any(tag in words for tag in template.tags for words in (prompt, completion)) or (
+        len(template.header) > 3 and prompt.rstrip().endswith(template.header)
+    )
+
+
+def _as_rendered(row: Row, prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """The row with the template's beginning and end, where it lacks them."""
+    template = layout(tokenizer)
+    if template.header not in prompt + completion:
+        found = next(tag for tag in sorted(template.tags) if tag in prompt + completion)
+        raise UserError(
+            f"contains `{found}` of the model's chat template, but not `{template.header}`, with which an "
+            "answer begins; give the words alone, or the whole rendered prompt."
+        )
+    if template.bos and not prompt.lstrip().startswith(template.bos):
+        prompt = template.bos + prompt
+    if completion.strip() and _end_token(completion, tokenizer) is None:
+        completion += template.end_of_turn or tokenizer.eos_token or ""
+    return replace(row, prompt=prompt, completion=completion, is_rendered=True)

@@ -1,0 +1,162 @@
+"""What a chat template writes around the words of a chat: its pieces, and the marks by which it tells turns apart.
+
+A template is rendered with a unique word (a sentinel) in place of each content; split at the sentinels, the
+rendering gives the template's own pieces.  `layout` does so with a small chat and keeps what it finds, by template.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from fettle.data.template import render_template
+from fettle.data.turns import OWN, REASONING, Message
+from fettle.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Slot = tuple[int, str]
+"""Words of a chat: the number of the message, and the name of its field that holds them."""
+
+_SENTINEL = "FETTLExCONTENTx{}x{}x"
+_SENTINELS = re.compile(r"FETTLExCONTENTx(\d+)x(\w+?)x")
+_PROBE = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"})
+_TAG = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+_THOUGHT_TAG = re.compile(r"</?(?:think|reason|thought|scratch)\w*>|\[/?THINK\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How one template lays out a chat.
+
+    bos: the beginning-of-text token if the text begins with it, or "". end_of_turn: the token that ends an answer.
+    tail: what follows a question, to the end of a generation prompt. header: the part of it that announces the answer.
+    lead: white space between that and the answer. tags: the marks of whose turn it is, ends of turns not among them.
+    reasoning: the field of a message that the template writes as the reasoning of an answer.
+    """
+
+    bos: str
+    end_of_turn: str | None
+    tail: str
+    header: str
+    lead: str
+    tags: frozenset[str]
+    reasoning: str | None
+
+
+def layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
+    """Return the layout of the tokenizer's chat template. Raises `UserError` where it refuses or drops a turn."""
+    return _layout(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=4)
+def _layout(tokenizer: PreTrainedTokenizerBase, template: str) -> Layout:
+    tokens = added_tokens(tokenizer).values()
+    order, pieces = pieces_around(tokenizer, _PROBE)
+    require_all_turns(_PROBE, order)
+    end = ending(pieces[order.index((1, "content")) + 1], tokens).strip() or None
+    _, asked = pieces_around(tokenizer, _PROBE[:1], for_generation=True)
+    tail = asked[-1]
+    space = pieces[1].removeprefix(tail)
+    end_of_question = ending(tail, tokens)
+    written = "".join(asked)
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tags = {*_TAG.findall(written), *(token for token in special if token.strip() and token in written)}
+    bos = tokenizer.bos_token
+    return Layout(
+        bos=bos if bos and pieces[0].startswith(bos) else "",
+        end_of_turn=end,
+        tail=tail,
+        header=_THOUGHT_TAG.sub("", tail[len(end_of_question) :]).strip() or end_of_question.strip(),
+        lead=space if space.isspace() else "",
+        tags=frozenset(
+            tag for tag in tags - {bos, tokenizer.eos_token, end} if not _THOUGHT_TAG.fullmatch(tag)
+        ),
+        reasoning=_reasoning_field(tokenizer),
+    )
+
+
+def _reasoning_field(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    for name in REASONING:
+        order, _ = pieces_around(tokenizer, (_PROBE[0], {**_PROBE[1], name: "Hello"}))
+        if (1, name) in order:
+            return name
+    return None
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], for_generation: bool = False
+) -> str:
+    """Return the chat as the template writes it."""
+    given = [{name: value for name, value in turn.items() if name not in OWN} for turn in messages]
+    return render_template(tokenizer, given, for_generation=for_generation)
+
+
+def pieces_around(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], for_generation: bool = False
+) -> tuple[list[Slot], list[str]]:
+    """Return in which order the words of the messages come, and the template's text around them.
+
+    There is one piece more than words: they stand before, between and after.  An empty content stays
+    empty: templates branch on it, and both renderings must take the same branch.
+    """
+    marked = [_marked(index, message) for index, message in enumerate(messages)]
+    parts = _SENTINELS.split(apply_template(tokenizer, marked, for_generation))
+    return list(zip(map(int, parts[1::3]), parts[2::3], strict=True)), parts[0::3]
+
+
+def _marked(index: int, message: Message) -> Message:
+    """The message with sentinels for its words: the content and, of an answer, the reasoning."""
+    names = ["content", *(REASONING if message["role"] == "assistant" else ())]
+    words = {name: message[name] for name in names if isinstance(message.get(name), str)}
+    return {
+        **message,
+        **{name: _SENTINEL.format(index, name) for name, text in words.items() if text.strip()},
+    }
+
+
+def require_all_turns(messages: Sequence[Message], order: Sequence[Slot]) -> None:
+    """Raise `UserError` for a turn whose words the template leaves out."""
+    for index, message in enumerate(messages):
+        if message["content"].strip() and (index, "content") not in order:
+            raise UserError(
+                f'turn {index + 1} (role "{message["role"]}") is left out by the model\'s chat template, '
+                "which says nothing of it; remove the turn or the row."
+            )
+
+
+def unwritten(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[str]:
+    """Return the names of the fields of messages that the template does not write, once for each message."""
+    extras = {name for message in messages for name in message} - {"role", "content", *OWN}
+    if not extras:
+        return []
+    whole = apply_template(tokenizer, messages)
+
+    def is_same_without(names: set[str]) -> bool:
+        fewer = [{name: value for name, value in turn.items() if name not in names} for turn in messages]
+        return apply_template(tokenizer, fewer) == whole
+
+    lost = extras if is_same_without(extras) else {name for name in extras if is_same_without({name})}
+    return [name for message in messages for name in message if name in lost]
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return the tokens that stand outside ordinary text (role tags, end of turn) by their ids."""
+    return _added_tokens(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=2)
+def _added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+    # Kept, because listing them takes longer than tokenising a chat; `size` notices tokens added since.
+    return {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
+
+
+def ending(piece: str, tokens: Iterable[str]) -> str:
+    """The head of a piece up to and with the token it begins with, white space before it included, or ""."""
+    bare = piece.lstrip()
+    token = max((token for token in tokens if bare.startswith(token)), key=len, default="")
+    return piece[: len(piece) - len(bare) + len(token)] if token else ""

@@ -1,0 +1,241 @@
+"""Which files of a folder are training data.
+
+A folder may be a plain one, a data set of the hub as `git clone` leaves it, or one as `save_to_disk` of the
+`datasets` library leaves it.  Where it says which rows are for testing, in its card, its state files or the names of
+its files, only the train split is taken, and a note says what was left out: rows that a model is measured on must
+not be trained on by accident.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fettle.data.values import load_json, printable
+from fettle.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow")
+EXTENSIONS = ", ".join(SUFFIXES)
+TRAIN = "train"
+
+_NOT_ROWS = re.compile(
+    r"(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|(readme|licen[cs]e|notice|requirements).*\.txt",
+    re.I,
+)
+# As the `datasets` library names splits: a word of the path, or what comes before the number of a part.
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+}
+_PART = re.compile(r"(\w+)-\d{5}-of-\d{5}")
+_CARD_HEAD = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.S | re.M)
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Files to read, each with the name that messages use for it, and what is worth saying about the choice."""
+
+    files: list[tuple[Path, str]]
+    notes: list[str]
+
+
+def data_files(source: Path) -> Files:
+    """Return the files to read. Raises `UserError` where there are none, or no train split among several."""
+    try:
+        if source.is_dir():
+            return _folder(source)
+        is_there = source.exists()
+    except OSError as error:
+        raise UserError(f"{path_name(source)}: cannot be read ({error.strerror}).") from None
+    if not is_there:
+        raise UserError(
+            f"{path_name(source)}: there is no such file or folder; check the path "
+            "(or give a hub dataset as owner/name)."
+        )
+    if source.suffix.lower() not in SUFFIXES:
+        found = f"the ending {printable(source.suffix)}" if source.suffix else "no file ending"
+        raise UserError(f"{path_name(source.name)}: has {found}; expected {EXTENSIONS}.")
+    return Files([(source, path_name(source.name))], [])
+
+
+def path_name(path: str | Path) -> str:
+    """The path for a message; bytes that are no UTF-8 are written as escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def train_split(splits: Iterable[str], place: str) -> str:
+    """The split to train on: `train`, or the only one, or the only one whose name begins so."""
+    names = sorted(splits)
+    begun = [name for name in names if name.lower().startswith(TRAIN)]
+    for choice in ([name for name in names if name.lower() == TRAIN], begun, names):
+        if len(choice) == 1:
+            return choice[0]
+    raise UserError(
+        f"{place}: has the splits {', '.join(printable(name) for name in names)}, and none of them is `train` alone; "
+        "give the files of the split to train on."
+    )
+
+
+def _folder(source: Path) -> Files:
+    if (source / "dataset_dict.json").is_file():
+        return _saved_splits(source)
+    if (source / "state.json").is_file() and any(source.glob("*.arrow")):
+        return _named(source, _saved_files(source), [])
+    files = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    usable = [
+        file
+        for file in files
+        if file.suffix.lower() in SUFFIXES
+        and not _NOT_ROWS.fullmatch(file.name)
+        and not any(part.startswith(".") for part in file.parts)
+    ]
+    if not usable:
+        raise UserError(f"{path_name(source)}: the folder has no data files; expected {EXTENSIONS}.")
+    by_card = _card_splits(source, usable)
+    splits = by_card or _splits_by_name(usable)
+    if not splits:
+        return _named(source, usable, [])
+    name = train_split(splits, path_name(source))
+    taken = splits[name]
+    return _named(source, taken, _notes(name, taken, [file for file in usable if file not in taken]))
+
+
+def _named(source: Path, files: Sequence[Path], notes: list[str]) -> Files:
+    return Files([(source / file, path_name(file)) for file in files], notes)
+
+
+def _notes(split: str, taken: Sequence[Path], left_out: Sequence[Path]) -> list[str]:
+    notes = [f"read the split {printable(split)}: {_listed(taken)}"]
+    return notes + ([f"left out: {_listed(left_out)}"] if left_out else [])
+
+
+def _listed(files: Sequence[Path]) -> str:
+    shown = ", ".join(path_name(file) for file in files[:5])
+    return shown + (f" and {len(files) - 5} more files" if len(files) > 5 else "")
+
+
+def _splits_by_name(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files by split; {} where none of them is for testing, and so all are data.
+
+    Files that name no split are for training, unless others say that they are.
+    """
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        splits.setdefault(_split_of(file), []).append(file)
+    if splits.keys() <= {"", TRAIN}:
+        return {}
+    unnamed = splits.pop("", [])
+    if unnamed and not any(split.lower().startswith(TRAIN) for split in splits):
+        splits[TRAIN] = unnamed
+    return splits
+
+
+def _split_of(file: Path) -> str:
+    """The split that a file's own name or else that of a folder says, "" where none does."""
+    if part := _PART.match(file.stem):
+        return _SPLIT_WORDS.get(part[1].lower(), part[1])
+    for name in (file.stem, *reversed(file.parent.parts)):
+        for word in re.split(r"[\W_\d]+", name.lower()):
+            if word in _SPLIT_WORDS:
+                return _SPLIT_WORDS[word]
+    return ""
+
+
+def _card_splits(source: Path, usable: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files by split as the data set's card (README.md) says, {} where it says nothing of them."""
+    try:
+        head = _CARD_HEAD.match((source / "README.md").read_text("utf-8"))
+        card = yaml.safe_load(head[1]) if head else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # a card is for people: it may be anything
+        return {}
+    configs = card.get("configs") if isinstance(card, Mapping) else None
+    configs = [each for each in configs if isinstance(each, Mapping)] if isinstance(configs, list) else []
+    configs = [each for each in configs if each.get("data_files")]
+    if not configs:
+        return {}
+    default = [
+        each for each in configs if each.get("default") is True or each.get("config_name") == "default"
+    ]
+    if len(configs) > 1 and len(default) != 1:
+        names = ", ".join(printable(str(each.get("config_name"))) for each in configs)
+        raise UserError(
+            f"{path_name(source)}: its README.md names several data sets ({names}) and no default; give the files "
+            "of one of them."
+        )
+    chosen = (default or configs)[0]
+    folder = str(chosen.get("data_dir") or "")
+    splits: dict[str, list[Path]] = {}
+    for split, patterns in _patterns(chosen["data_files"]):
+        matching = [re.compile(_as_regex(f"{folder}/{each}".lstrip("/"))) for each in patterns]
+        files = [file for file in usable if any(each.fullmatch(file.as_posix()) for each in matching)]
+        if files:
+            splits.setdefault(split, []).extend(files)
+    return splits
+
+
+def _patterns(value: Any) -> Iterable[tuple[str, list[str]]]:
+    """`data_files` of a card as (split, patterns): text, a list of texts, a list of {split, path}, or a mapping."""
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+        items = [(each.get("split", TRAIN), each.get("path")) for each in value]
+    else:
+        items = [(TRAIN, value)]
+    for split, paths in items:
+        yield str(split), [str(path) for path in (paths if isinstance(paths, list) else [paths]) if path]
+
+
+def _as_regex(pattern: str) -> str:
+    """A pattern of files as a regular expression: `**` for any folders, `*` and `?` within a name."""
+    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
+    return "".join(parts.get(piece, re.escape(piece)) for piece in pieces)
+
+
+def _saved_splits(source: Path) -> Files:
+    """The train split of a `DatasetDict`, each of whose splits is a folder of its own."""
+    names = _json(source / "dataset_dict.json").get("splits")
+    splits = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    found = [name for name in splits if Path(name).name == name and (source / name / "state.json").is_file()]
+    if not found:
+        raise UserError(
+            f"{path_name(source)}: dataset_dict.json names no split that is there; save it again."
+        )
+    split = train_split(found, path_name(source))
+    files = [Path(split) / file for file in _saved_files(source / split)]
+    return _named(source, files, _notes(split, files, [Path(name) for name in found if name != split]))
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """The arrow files of a saved data set, in the order of its rows."""
+    entries = _json(folder / "state.json").get("_data_files")
+    names = (
+        [each.get("filename") for each in entries if isinstance(each, Mapping)]
+        if isinstance(entries, list)
+        else []
+    )
+    files = [Path(name) for name in names if isinstance(name, str) and Path(name).name == name]
+    missing = [file.name for file in files if not (folder / file).is_file()]
+    if missing or not files:
+        reason = f"{printable(missing[0])} is missing" if missing else "its state.json names no files"
+        raise UserError(
+            f"{path_name(folder)}: is not a whole saved data set: {reason}; copy or save it again."
+        )
+    return files
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = load_json(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path_name(path)}: is not readable JSON ({error}); save the data set again."
+        ) from None
+    return content if isinstance(content, Mapping) else {}

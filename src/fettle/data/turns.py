@@ -1,0 +1,175 @@
+"""One turn of a chat, in the names that chat templates use.
+
+A message is a dictionary as `apply_chat_template` takes it: `role`, `content`, and whatever other fields the turn
+had, since a template may write them (`name`, `reasoning_content`).  Fields that would change the meaning and that
+fettle cannot follow are refused here; the others are passed on, and the summary names those that the template
+did not write.
+
+One key is fettle's own and does not reach the template: `train`, only where it differs from the rule that the
+assistant's turns are trained on and the others are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fettle.data.values import (
+    is_absent,
+    is_absent_list,
+    is_null,
+    kind,
+    listed,
+    listing,
+    require_shallow,
+    text,
+)
+from fettle.errors import UserError
+
+Message = dict[str, Any]
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
+TOOL_ROLES = {
+    *("tool", "tools", "function", "function_call", "function_response", "observation", "tool_call"),
+    *("tool_calls", "tool_response", "tool_result", "tool_results", "ipython"),
+}
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The names under which a turn holds what the model thinks before it answers."""
+WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale")
+"""The names under which a turn says whether it is trained on: true or false, 1 or 0."""
+MASKS = ("mask", "loss_mask", "train_detail", "training_detail")
+TOOL_FIELDS = ("tool_calls", "function_call")
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+OWN = ("train",)
+"""Keys of a message that are not for the template."""
+
+
+def message(turn: Any, where: str) -> Message:
+    """One {role, content} or {from, value} as a message with the role in its common name."""
+    if not isinstance(turn, Mapping):
+        raise UserError(f'{where}: found {kind(turn)}; expected {{"role": ..., "content": ...}}.')
+    present = {str(name): value for name, value in turn.items() if not is_null(value)}
+    role_key = "from" if "from" in present and "role" not in present else "role"
+    content_key = _content_key(present, "value" if role_key == "from" else "content")
+    for key in (role_key, content_key):
+        if key not in present and key not in turn:
+            raise UserError(
+                f"{where}: found {listed('field', turn)} but no `{key}`; "
+                "expected `role` and `content` (or `from` and `value`)."
+            )
+    role = present.get(role_key)
+    _refuse_tools(present, role, where)
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        raise UserError(f"{where}: unknown role {kind(role)}; known roles are {', '.join(ROLES)}.")
+    made: Message = {"role": ROLES[role.lower()], "content": _content(turn[content_key], where, content_key)}
+    is_trained = trained(present, where)
+    if is_trained is not None and is_trained != (made["role"] == "assistant"):
+        made["train"] = is_trained
+    for name, value in present.items():
+        if name not in (role_key, content_key, *WEIGHTS) and name not in made and not is_absent(value):
+            require_shallow(value, where, name)
+            made[name] = value
+    return _with_one_reasoning(made, where)
+
+
+def trained(fields: Mapping[str, Any], where: str) -> bool | None:
+    """What `weight`, `train` and the like say: True, False, or None where there is none of them."""
+    said: dict[str, bool] = {}
+    for name in WEIGHTS:
+        value = fields.get(name)
+        if is_absent(value):
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise UserError(
+                f"{where}: `{name}` is {kind(value)}; expected 0 or 1 (false or true), as words are trained on or not."
+            )
+        said[name] = bool(value)
+    if len(set(said.values())) > 1:
+        raise UserError(f"{where}: {' and '.join(f'`{name}`' for name in said)} contradict each other.")
+    return next(iter(said.values()), None)
+
+
+def reasoning_of(turn: Message) -> str | None:
+    """The name of the field that holds the reasoning of an answer, if any."""
+    if turn["role"] != "assistant":
+        return None
+    return next((name for name in REASONING if name in turn), None)
+
+
+def _content_key(present: Mapping[str, Any], usual: str) -> str:
+    """`content` or `value`: the one with words, or else the usual one."""
+    other = "content" if usual == "value" else "value"
+    if is_absent(present.get(usual)) and not is_absent(present.get(other)):
+        return other
+    return usual if usual in present or other not in present else other
+
+
+def _refuse_tools(present: Mapping[str, Any], role: Any, where: str) -> None:
+    """Refuse what the loss or the words of a turn depend on and fettle cannot follow."""
+    field = next((name for name in TOOL_FIELDS if not is_absent_list(present.get(name))), None)
+    if field or (isinstance(role, str) and role.lower() in TOOL_ROLES):
+        found = f"`{field}`" if field else f'role "{role}"'
+        raise UserError(
+            f"{where}: has {found}, and training on tool calls is not supported; leave this row out."
+        )
+    for name in (*MEDIA, *MASKS):
+        if not is_absent_list(present.get(name)):
+            reason = (
+                "and only text is trained on; leave this row out"
+                if name in MEDIA
+                else "which says what to train on within a turn and is not supported; "
+                "use `weight` 0 or 1 for whole turns, or remove it"
+            )
+            raise UserError(f"{where}: has `{name}`, {reason}.")
+
+
+def _content(value: Any, where: str, name: str) -> str:
+    """Text, or a list of {"type": "text", "text": ...} parts joined to one text."""
+    if not isinstance(value, list | tuple):
+        return text(value, where, name)
+    words = []
+    for part in value:
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            found = f"a part of type {kind(part.get('type'))}" if isinstance(part, Mapping) else kind(part)
+            raise UserError(
+                f"{where}: `{name}` holds {found}; expected text parts only, or leave this row out."
+            )
+        others = [name for name, each in part.items() if name not in ("type", "text") and not is_absent(each)]
+        if others:
+            raise UserError(
+                f"{where}: a text part of `{name}` also has {listed('field', others)}, which would be lost; "
+                "remove it, or leave this row out."
+            )
+        words.append(text(part.get("text"), where, name))
+    return "".join(words)
+
+
+def _with_one_reasoning(made: Message, where: str) -> Message:
+    names = [name for name in REASONING if name in made] if made["role"] == "assistant" else []
+    for name in names:
+        text(made[name], where, name)
+    if len({made[name] for name in names}) > 1:
+        found = " and ".join(f"`{name}`" for name in names)
+        raise UserError(f"{where}: has {found} with different words; keep one of them.")
+    return {name: value for name, value in made.items() if name not in names[1:]}
+
+
+def turns(value: Any, where: str, column: str, role_of_text: str = "") -> tuple[Message, ...]:
+    """The messages in a cell; a plain text is one message of `role_of_text` where that is given."""
+    if role_of_text and isinstance(value, str):
+        return ({"role": role_of_text, "content": text(value, where, column)},)
+    found = listing(value, where, column)
+    if not found:
+        raise UserError(f"{where}: `{column}` is empty; expected at least one user and one assistant turn.")
+    messages = (message(turn, f"{where}, turn {number}") for number, turn in enumerate(found, start=1))
+    # An empty system turn says nothing; templates differ in how they write it, so it is left out.
+    return tuple(m for m in messages if m["role"] != "system" or m["content"].strip())
