@@ -41,6 +41,9 @@ class LoopOptions:
     eval_steps: int | None = _option("steps between evaluations (default: a fifth of the run)")
     save_steps: int | None = _option("steps between checkpoints to resume from (default: a tenth of the run)")
     keep_data: str | None = _option("rows of what the model can do already, answered before and after too")
+    skip_bad_rows: bool = _option(
+        "leave out and count rows that cannot be trained on, instead of stopping at them", False
+    )
     samples: int = _option(
         "rows of each kind answered before and after; a share of them goes in the report", 16
     )
@@ -54,7 +57,9 @@ class TrainOptions(LoopOptions):
 
     model: str = field(metadata={"help": "checkpoint folder, hub name, or fettle-tiny, the embedded model"})
     data: str = field(
-        metadata={"help": ".jsonl, .json, .csv, .parquet or .txt file, a folder of them, or a hub name"}
+        metadata={
+            "help": ".jsonl, .json, .csv, .parquet, .arrow or .txt file, a folder of them, or a hub name"
+        }
     )
     train_on: TrainOn = _option("take the loss on the assistant's turns only, or on all tokens", "assistant")
     dtype: TrainDtype = _option("type of the frozen weights (auto: as stored; never fp16)", "auto")
@@ -73,7 +78,9 @@ class PretrainOptions(LoopOptions):
     """Options of `fettle pretrain`: a new model from nothing."""
 
     data: str = field(
-        metadata={"help": ".jsonl, .json, .csv, .parquet or .txt file, a folder of them, or a hub name"}
+        metadata={
+            "help": ".jsonl, .json, .csv, .parquet, .arrow or .txt file, a folder of them, or a hub name"
+        }
     )
     train_on: TrainOn = _option("take the loss on the assistant's turns only, or on all tokens", "all")
     family: Literal["phi3", "llama", "mistral", "qwen2", "qwen3", "gemma2"] = _option("architecture", "phi3")

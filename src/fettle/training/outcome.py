@@ -65,7 +65,7 @@ def describe(
         loss_curve=[(p.step, p.loss) for p in history if p.loss is not None],
         eval_curve=eval_curve,
         learning_rate_curve=[(p.step, p.learning_rate) for p in history if p.learning_rate is not None],
-        data_summary=material.summary.counts(),
+        data_summary=material.summary.counts() + material.notes,
         example=[(segment.text, segment.is_trained) for segment in material.summary.example],
         files=[
             ("model", str(output)),

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
 from fettle import terminal
 from fettle.adapters.load import device_of
-from fettle.data import Row, end_of_turn, read_rows
+from fettle.data import Row, end_of_turn
 from fettle.errors import UserError
 from fettle.files import require_new_folder
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
@@ -24,7 +24,7 @@ from fettle.training.defaults import complete, length_limit, require_sensible
 from fettle.training.job import Job, is_finished, run
 from fettle.training.options import Device, PretrainOptions
 from fettle.training.outcome import Outcome
-from fettle.training.rows import fingerprints, prepare, show_data
+from fettle.training.rows import fingerprints, prepare, read_data, show_data
 
 
 def pretrain(options: PretrainOptions, *, console: Console | None = None) -> Outcome:
@@ -49,7 +49,7 @@ def resume_pretraining(output: str | Path, *, console: Console | None = None) ->
 
 def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) -> Job:
     asked_steps = options.max_steps
-    rows = read_rows(options.data)
+    rows = read_data(options.data)
     seen = fingerprints(options)
     resume.require_unchanged(facts, seen, options)
     longest = length_limit(options, options.context)

@@ -8,9 +8,11 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from fettle.data import (
+    BadRows,
     Example,
     NothingToTrainOn,
     Row,
+    Rows,
     Summary,
     Tokenized,
     fingerprint,
@@ -25,6 +27,8 @@ from fettle.evaluation import Question, questions
 from fettle.training.defaults import pack_length
 from fettle.training.options import LoopOptions, PretrainOptions, TrainOptions
 
+WAY_OUT = "To leave out and count such rows, give --skip-bad-rows."
+
 FEWEST_WINDOWS = 20
 """A text of fewer windows is needed whole for training."""
 
@@ -34,6 +38,7 @@ class Material:
     """Everything a run learns from and is measured on.
 
     held_out_examples: examples in `held_out`. shared_rows: held-out rows that are in the training data too.
+    notes: what there is to say about the rows held out and those of `--keep-data`.
     """
 
     train: Dataset
@@ -43,6 +48,7 @@ class Material:
     asked: list[Question]
     kept: list[Question]
     summary: Summary
+    notes: list[str]
 
     @property
     def train_lengths(self) -> list[list[int]]:
@@ -52,26 +58,45 @@ class Material:
         return [[len(ids)] for ids in self.train["input_ids"]]
 
 
-def split(options: LoopOptions, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+def read_data(source: str) -> Rows:
+    """The rows of an option. Those that cannot be trained on are listed, for `prepare` to refuse with all others."""
+    return read_rows(source, skip_bad_rows=True)
+
+
+def split(options: LoopOptions, rows: Rows) -> tuple[Rows, Rows]:
     """Training rows and held-out rows: those of `--eval-data`, or a share of the data itself."""
     if options.eval_data is not None:
-        return rows, read_rows(options.eval_data)
+        return rows, read_data(options.eval_data)
     train, held_out = split_held_out(rows, options.eval_fraction, options.seed)
     if not train:
         raise UserError(
             f"--eval-fraction {options.eval_fraction} holds out all {len(rows)} rows and leaves none to train on; "
             "ask for less."
         )
-    return train, held_out
+    return Rows(train, rows.reading), Rows(held_out)
 
 
 def prepare(
-    options: TrainOptions | PretrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int, rows: list[Row]
+    options: TrainOptions | PretrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int, rows: Rows
 ) -> Material:
-    """Tokenise, pack and choose what to ask. longest: tokens of the longest row that is not cut."""
+    """Tokenise, pack and choose what to ask. longest: tokens of the longest row that is not cut.
+
+    Raises `BadRows` with all rows that cannot be trained on, unless `--skip-bad-rows` leaves them out.
+    """
     train_rows, held_out_rows = split(options, rows)
-    train = tokenize_rows(train_rows, tokenizer, max_length=longest, train_on=options.train_on)
-    held_out = _tokenize_held_out(options, held_out_rows, tokenizer, longest)
+    kept_rows = read_data(options.keep_data) if options.keep_data is not None else Rows()
+    held_out, bad = _tokenize_held_out(options, held_out_rows, tokenizer, longest)
+    bad += kept_rows.reading.bad
+    total = sum(len(each) + len(each.reading.bad) for each in (train_rows, held_out_rows, kept_rows))
+    try:
+        train = _tokenize(options, train_rows, tokenizer, longest)
+    except NothingToTrainOn as error:
+        if error.bad and not options.skip_bad_rows:
+            raise BadRows(error.bad + bad, total, WAY_OUT) from None
+        raise
+    bad = train.summary.bad + bad
+    if bad and not options.skip_bad_rows:
+        raise BadRows(bad, total, WAY_OUT)
     examples = train.examples
     held_out_examples = held_out.examples if held_out else []
     if not held_out_rows and options.eval_data is None:
@@ -83,8 +108,9 @@ def prepare(
         held_out_examples=len(held_out_examples),
         shared_rows=_shared(train_rows, held_out_rows),
         asked=_sample(questions(held_out_rows, tokenizer), options),
-        kept=_sample(_kept(options, tokenizer), options),
+        kept=_sample(_kept(options, kept_rows, tokenizer), options),
         summary=train.summary,
+        notes=_notes(held_out, kept_rows),
     )
 
 
@@ -109,7 +135,7 @@ def show_data(material: Material, options: LoopOptions, console: Console) -> Non
             f"{material.shared_rows:,} held-out rows are in the training data too: their scores say nothing "
             "about what was not seen"
         )
-    for line in lines:
+    for line in lines + material.notes:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -129,28 +155,46 @@ def _sample(asked: list[Question], options: LoopOptions) -> list[Question]:
     return Random(options.seed).sample(asked, options.samples)
 
 
-def _kept(options: LoopOptions, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
-    if options.keep_data is None:
-        return []
-    kept = questions(read_rows(options.keep_data), tokenizer)
-    if not kept:
+def _kept(options: LoopOptions, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+    kept = questions(rows, tokenizer)
+    if not kept and options.keep_data is not None:
         raise UserError(
             f"--keep-data {options.keep_data} holds no row with an answer; expected chats or prompts."
         )
     return kept
 
 
+def _notes(held_out: Tokenized | None, kept: Rows) -> list[str]:
+    """What is to be said about rows that are not trained on: files taken, rows left out."""
+    notes = (
+        [f"held out: {line}" for line in (*held_out.summary.read, *held_out.summary.losses())]
+        if held_out
+        else []
+    )
+    left_out = [f"{len(kept.reading.bad):,} rows left out that cannot be used"] if kept.reading.bad else []
+    return notes + [f"--keep-data: {line}" for line in (*kept.reading.notes, *left_out)]
+
+
+def _tokenize(
+    options: TrainOptions | PretrainOptions, rows: Rows, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> Tokenized:
+    return tokenize_rows(rows, tokenizer, max_length=longest, train_on=options.train_on, skip_bad_rows=True)
+
+
 def _tokenize_held_out(
-    options: TrainOptions | PretrainOptions, rows: list[Row], tokenizer: PreTrainedTokenizerBase, longest: int
-) -> Tokenized | None:
+    options: TrainOptions | PretrainOptions, rows: Rows, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> tuple[Tokenized | None, list[str]]:
+    """The held-out rows, None where nothing is left of them, and those that cannot be scored."""
     if not rows:
-        return None
+        return None, []
     try:
-        return tokenize_rows(rows, tokenizer, max_length=longest, train_on=options.train_on)
+        tokenized = _tokenize(options, rows, tokenizer, longest)
     except NothingToTrainOn as error:
-        if options.eval_data is None:  # a few rows of the user's own data, all too long: go without
-            return None
+        # A few rows of the user's own data, all too long: go without.
+        if options.eval_data is None or (error.bad and not options.skip_bad_rows):
+            return None, error.bad
         raise UserError(f"--eval-data {options.eval_data}: {error}") from error
+    return tokenized, list(tokenized.summary.bad)
 
 
 def _hold_out_windows(examples: list[Example], options: LoopOptions) -> tuple[list[Example], list[Example]]:

@@ -13,7 +13,6 @@ from fettle import terminal
 from fettle.adapters.facts import AdapterFacts, write_facts
 from fettle.adapters.load import device_of, remembered_name
 from fettle.adapters.lora import adapt
-from fettle.data import read_rows
 from fettle.errors import UserError
 from fettle.files import require_new_folder
 from fettle.memory.allocator import restored_heap
@@ -30,7 +29,7 @@ from fettle.training.job import Job, is_finished, run
 from fettle.training.options import Device, Quantization, TrainOptions
 from fettle.training.outcome import Outcome
 from fettle.training.planning import follow
-from fettle.training.rows import fingerprints, prepare, show_data
+from fettle.training.rows import fingerprints, prepare, read_data, show_data
 
 
 def train(options: TrainOptions, *, console: Console | None = None) -> Outcome:
@@ -67,7 +66,7 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
     # first: what is wrong with the model is found before a row is read
     stored = stored_model(inspect(folder))
     device = device_of(options.device)
-    rows = read_rows(options.data)
+    rows = read_data(options.data)
     seen = fingerprints(options) | {"model": fingerprint(folder), "tokenizer": tokenizer_fingerprint(folder)}
     resume.require_unchanged(facts, seen, options)
     tokenizer = load_tokenizer(folder)
