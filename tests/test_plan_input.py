@@ -1,5 +1,6 @@
 """What `fettle plan` makes of the folders it may be given: configs that are wrong, quantised, or not there."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ from fettle.errors import UserError
 from fettle.models.config import config_of
 from fettle.models.save import save_model
 from fettle.training import planning, sft
+from fettle.training.options import PlanOptions, TrainOptions
 from fettle.training.planning import _adapted_matrices
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -85,20 +87,16 @@ def test_a_stopped_run_is_to_be_finished(cli, tmp_path, command):
 
 
 def test_the_plan_says_what_it_is_for(cli, small_model):
-    ended = cli(
-        "plan",
-        "--model",
-        small_model,
-        "--rank",
-        4,
-        "--dtype",
-        "bfloat16",
-        "--method",
-        "dpo",
-        "--device",
-        "cpu",
+    ended = cli("plan", "--model", small_model, "--rank", 4, "--dtype", "bfloat16", "--device", "cpu")
+    assert ended.out.splitlines()[0].strip() == "memory on cpu: rank 4, bfloat16"
+
+
+def test_every_option_of_plan_is_one_of_train():
+    """What can be planned can be run; only a plan has a row length of its own and an output as JSON."""
+    planned, trained = (
+        {field.name for field in dataclasses.fields(kind)} for kind in (PlanOptions, TrainOptions)
     )
-    assert ended.out.splitlines()[0].strip() == "memory on cpu: dpo, rank 4, bfloat16"
+    assert planned - trained == {"context", "json"}
 
 
 @pytest.mark.parametrize("target", ["layers.1.mlp.down_proj", "mlp.down_proj"])
@@ -149,7 +147,7 @@ def test_what_is_adapted_and_redone_changes_the_plan_as_it_does_the_run(cli, sma
 def test_weights_are_planned_in_the_type_that_train_holds_them_in(cli, model_with, stored, asked, held):
     folder = model_with(dtype=stored, torch_dtype=None)
     plain = cli("plan", "--model", folder, "--dtype", asked, "--device", "cpu")
-    assert plain.out.splitlines()[0].strip() == f"memory on cpu: sft, rank 16, {held}"
+    assert plain.out.splitlines()[0].strip() == f"memory on cpu: rank 16, {held}"
     nf4 = planned(cli, folder, "--dtype", asked, "--quantization", "nf4")
     assert nf4["has_outer_embedding"] is ((stored or held) == held), (
         "in its file only where it is stored as it is held"

@@ -21,8 +21,8 @@ def test_attention_within_a_window_is_taken_from_a_layers_time_as_such(
     pair = PairSeconds(1e-6, 2e-6)
     bare = 1e-4  # seconds a token without attention
 
-    def time_layer(model, policy, tokens, work, device, *, is_trained) -> float:  # type: ignore[no-untyped-def]
-        return bare * tokens + visible_pairs(tokens, window) * pair.of(policy, is_trained=is_trained)
+    def time_layer(model, policy, tokens, work, device) -> float:  # type: ignore[no-untyped-def]
+        return bare * tokens + visible_pairs(tokens, window) * pair.of(policy)
 
     monkeypatch.setattr(probe, "_time_layer", time_layer)
     monkeypatch.setattr(probe, "_time_attention", lambda *_: pair)

@@ -180,15 +180,6 @@ def test_nothing_cannot_be_planned(small_model, name, cli):
     assert ended.code == 2 and f"--{name} is 0; expected 1 or more" in ended.err
 
 
-def test_pairs_take_more_than_rows(small_model):
-    quiet = Console(file=io.StringIO())
-    rows, pairs = (
-        plan(PlanOptions(model=str(small_model), method=method, device="cpu"), quiet)
-        for method in ("sft", "dpo")
-    )
-    assert pairs.peak > rows.peak and pairs.tokens == 2 * rows.tokens
-
-
 def test_rows_are_found_by_their_tokens():
     from datasets import Dataset
 

@@ -48,11 +48,10 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256
 class Workload:
     """What is trained on what.
 
-    tokens: of all rows side by side; documents: how many of equal length they hold; batch_size: the rows, or
-    pairs of rows where there is a reference model. rank: 1 or more. targets: adapted matrix -> in how many
-    layers, None for all. references: forward passes without gradient a step, as preference methods make for
-    their reference model. has_outer_embedding: the token table is in the host's memory, or its file. returns_memory:
-    on a CPU, freed tensors go back to the system at once instead of into the heap.
+    tokens: of all rows side by side; documents: how many of equal length they hold; batch_size: the rows. rank: 1 or
+    more. targets: adapted matrix -> in how many layers, None for all. has_outer_embedding: the token table is in the
+    host's memory, or its file. returns_memory: on a CPU, freed tensors go back to the system at once instead of into
+    the heap.
     """
 
     tokens: int
@@ -63,7 +62,6 @@ class Workload:
     dtype: torch.dtype = torch.bfloat16
     is_nf4: bool = False
     has_dropout: bool = False
-    references: int = 0
     device_type: str = "cpu"
     has_outer_embedding: bool = False
     returns_memory: bool = False
@@ -85,14 +83,14 @@ class Workload:
     @property
     def row_tokens(self) -> int:
         """Tokens of one row."""
-        return self.tokens // (self.batch_size * (1 + self.references))
+        return self.tokens // self.batch_size
 
     def with_tokens(self, tokens: int) -> "Workload":
         """The same with rows of another total length."""
         return replace(self, tokens=tokens)
 
     def with_batch_size(self, batch_size: int) -> "Workload":
-        """The same with fewer rows, or pairs, side by side."""
+        """The same with fewer rows side by side."""
         tokens, documents = (n * batch_size // self.batch_size for n in (self.tokens, self.documents))
         return replace(self, tokens=tokens, documents=max(1, documents), batch_size=batch_size)
 

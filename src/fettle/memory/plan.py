@@ -123,13 +123,11 @@ class Planner:
         pair = rates.attention_of(length)
         for policy, window in zip(policies, self.shapes.windows, strict=True):
             pairs = work.documents * visible_pairs(length, window)
-            total += rates.layers[policy].at(work.tokens) + pairs * pair.of(policy, is_trained=True)
-            reference = rates.forward.at(work.tokens) + pairs * pair.of(policy, is_trained=False)
-            total += work.references * reference
-        total += (1 + work.references) * rates.head * work.tokens
+            total += rates.layers[policy].at(work.tokens) + pairs * pair.of(policy)
+        total += rates.head * work.tokens
         is_eager = work.has_dropout or Policy.PARK in policies  # as LayerGraphs refuses
         if work.device_type == "cuda" and is_eager:
-            total = max(total, EAGER_SECONDS * len(policies) * (1 + work.references))
+            total = max(total, EAGER_SECONDS * len(policies))
         if work.returns_memory:
             total *= RETURN_FACTOR
         if work.has_outer_embedding and work.device_type == "cuda":
@@ -139,13 +137,12 @@ class Planner:
         return self.accumulation * total + update + STEP_SECONDS[work.device_type]
 
     def _floor_seconds(self, work: Workload) -> float:
-        """Products that cannot be avoided, at the speed of bare products: forward, input gradients, references."""
+        """Products that cannot be avoided, at the speed of bare products: forward and input gradients."""
         s = self.shapes
         weights = s.layers * s.layer_weights + s.head
-        passes = 2 + work.references
         pairs = sum(work.documents * visible_pairs(work.tokens // work.documents, w) for w in s.windows)
-        attention = pairs * 4 * s.query * (3.5 + work.references)
-        return float(2 * weights * work.tokens * passes + attention) / self.rates.products
+        attention = pairs * 4 * s.query * 3.5
+        return float(2 * weights * work.tokens * 2 + attention) / self.rates.products
 
 
 def variants(shapes: Shapes, work: Workload) -> list[Workload]:

@@ -54,13 +54,12 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What the probe measured. layers: forward and backward of one layer without its attention, by policy;
-    forward: without gradient. attention: of one pair of tokens that see each other, all heads, by the length of
-    their document. head: seconds a labelled token. products: multiply-adds a second of bare matrix
-    products, times two. update: seconds of the optimiser by trained element."""
+    """What the probe measured. layers: forward and backward of one layer without its attention, by policy.
+    attention: of one pair of tokens that see each other, all heads, by the length of their document. head: seconds a
+    labelled token. products: multiply-adds a second of bare matrix products, times two. update: seconds of the
+    optimiser by trained element."""
 
     layers: dict[Policy, Line]
-    forward: Line
     attention: dict[int, "PairSeconds"]
     head: float
     products: float
@@ -78,10 +77,10 @@ class PairSeconds:
     forward: float
     backward: float
 
-    def of(self, policy: Policy, *, is_trained: bool) -> float:
+    def of(self, policy: Policy) -> float:
         """What a layer with this policy spends: attention's forward pass is redone with the whole layer."""
-        passes = 2 if is_trained and policy >= Policy.REDO else 1
-        return passes * self.forward + (self.backward if is_trained else 0)
+        passes = 2 if policy >= Policy.REDO else 1
+        return passes * self.forward + self.backward
 
 
 def probe(
@@ -97,30 +96,29 @@ def probe(
     lengths = (*LENGTHS[device.type], ATTENTION_LENGTH[device.type])
     attention = {tokens: _time_attention(tokens, shapes, work, device) for tokens in lengths}
 
-    def line(policy: Policy, *, is_trained: bool) -> Line:
+    def line(policy: Policy) -> Line:
         points = []
         for tokens in LENGTHS[device.type]:
-            seconds = _time_layer(model, policy, tokens, work, device, is_trained=is_trained)
+            seconds = _time_layer(model, policy, tokens, work, device)
             pairs = visible_pairs(tokens, shapes.windows[0])
-            share = pairs * attention[tokens].of(policy, is_trained=is_trained)
+            share = pairs * attention[tokens].of(policy)
             points.append((tokens, max(0.1 * seconds, seconds - share)))
         return Line.through(*points)
 
-    _time_layer(model, Policy.KEEP, LENGTHS[device.type][0], work, device, is_trained=True)  # warm-up
+    _time_layer(model, Policy.KEEP, LENGTHS[device.type][0], work, device)  # warm-up
     layers: dict[Policy, Line] = {}
     for policy in Policy:
         if policy == Policy.PARK:  # its copies run beside the products
             layers[policy] = layers[Policy.REDO]
             continue
         note(policy.name.lower().replace("_", " "))
-        measured = line(policy, is_trained=True)
+        measured = line(policy)
         # A leaner policy does the same and more: where it looks faster, that is noise.
         slower = max([measured, *layers.values()], key=lambda each: each.at(LENGTHS[device.type][1]))
         layers[policy] = slower
     note("the rest")
     return Rates(
         layers=layers,
-        forward=line(Policy.KEEP, is_trained=False),
         attention=attention,
         head=_time_head(shapes, work, device),
         products=_time_products(shapes, work, device),
@@ -192,19 +190,14 @@ def _time_layer(
     tokens: int,
     work: Workload,
     device: torch.device,
-    *,
-    is_trained: bool,
 ) -> float:
     x = torch.randn(1, tokens, model.config.hidden_size, device=device).to(work.dtype)
     grad = torch.randn_like(x)
     model.set_policies([policy])
-    run = layer_call(model, x.requires_grad_(is_trained))
+    run = layer_call(model, x.requires_grad_())
 
     def step() -> None:
-        with torch.set_grad_enabled(is_trained):
-            output = run()
-        if is_trained:
-            output.backward(grad)
+        run().backward(grad)
 
     if device.type == "cuda":
         return seconds_of(_recorded(step), device)

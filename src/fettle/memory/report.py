@@ -64,9 +64,8 @@ def show_plan(
 
 
 def _title(work: Workload) -> str:
-    method = "dpo" if work.references else "sft"
     dtype = str(work.dtype).removeprefix("torch.") + (" with NF4 weights" if work.is_nf4 else "")
-    return f"memory on {work.device_type}: {method}, rank {work.rank}, {dtype}"
+    return f"memory on {work.device_type}: rank {work.rank}, {dtype}"
 
 
 def _notes(work: Workload) -> list[str]:

@@ -101,9 +101,6 @@ class PlanOptions:
     model: str = field(metadata={"help": "folder with a config.json, hub name, or fettle-tiny"})
     context: int | None = _option("tokens of a row (default: the model's context, at most 2048)")
     memory: str | None = _option("memory the run may use, as 16GB (default: what the device has free)")
-    method: Literal["sft", "dpo"] = _option(
-        "sft: a row a batch; dpo: a pair of rows, and a pass of the reference model", "sft"
-    )
     rank: int = _option("width of the LoRA adapters", 16)
     dropout: float = _option("dropout on the adapters' input", 0.0)
     target_modules: list[str] | None = _option("layers to adapt (default: every linear layer but the head)")
@@ -112,7 +109,7 @@ class PlanOptions:
     )
     quantization: Quantization | None = _option("hold the frozen weights in 4 bits")
     dtype: TrainDtype = _option("type of the frozen weights (auto: as stored; never fp16)", "auto")
-    batch_size: int = _option("rows, or pairs, side by side", 1)
+    batch_size: int = _option("rows side by side", 1)
     gradient_accumulation_steps: int = _option("batches a step", 1)
     device: Device | None = _option("where to compute (default: cuda where there is one)")
     json: bool = _option("print the plan as JSON", False)

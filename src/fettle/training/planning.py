@@ -50,9 +50,8 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     context = options.context or min(LONGEST_BY_DEFAULT, limit)
     if context > limit:
         raise UserError(f"--context is {context}, and the model's is {limit} tokens; ask for at most that.")
-    rows = options.batch_size * (2 if options.method == "dpo" else 1)
-    references = 1 if options.method == "dpo" else 0
-    work = _workload(options, stored, device, tokens=rows * context, documents=rows, references=references)
+    rows = options.batch_size
+    work = _workload(options, stored, device, tokens=rows * context, documents=rows)
     with restored_heap():
         chosen = _choose(options, stored.config, work, console)
     longest = chosen.planner.longest(work, chosen.budget, chosen.allowed)
@@ -70,7 +69,6 @@ def _workload(
     *,
     tokens: int,
     documents: int,
-    references: int = 0,
 ) -> Workload:
     """What these options make of the model: how its weights will be held, and what is adapted."""
     assert options.batch_size
@@ -85,7 +83,6 @@ def _workload(
         dtype=dtype,
         is_nf4=is_nf4,
         has_dropout=options.dropout > 0,
-        references=references,
         device_type=device.type,
         has_outer_embedding=is_nf4 and maps_embedding(stored.config, stored.dtype, dtype, device),
     )
