@@ -21,6 +21,7 @@ from fettle.data import Example
 from fettle.data.tokenize import NOT_TRAINED
 from fettle.files import require_free_space
 from fettle.generation.decode import not_finite
+from fettle.ops.kl_divergence import kl_divergence
 
 OnExample: TypeAlias = Callable[[int, torch.Tensor], None]
 """Is given an example's number and log-probabilities at its trained tokens, fp32 (trained tokens, vocabulary)."""
@@ -84,8 +85,8 @@ class Distributions:
         found = []
         for start in range(0, len(kept), CHUNK_TOKENS):
             rows = kept[start : start + CHUNK_TOKENS]
-            ours = torch.from_numpy(self._rows[first + start : first + start + len(rows)].copy()).double()
-            found.append((ours.exp() * (ours - log_probs[rows].double())).sum(-1))
+            ours = torch.from_numpy(self._rows[first + start : first + start + len(rows)].copy())
+            found.append(kl_divergence(ours, log_probs[rows]))
         return torch.cat(found) if found else torch.empty(0, dtype=torch.double)
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fettle.export.gguf.battery import battery
 from fettle.export.merge import PROBES
 from fettle.llama_cpp.gguf_file import GGUFFile
+from fettle.ops.kl_divergence import kl_divergence
 
 NEW_TOKENS = 16
 
@@ -73,7 +74,7 @@ def _compare(model: PreTrainedModel, file: GGUFFile, ids: list[int]) -> tuple[to
     output = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
     source = output.logits[0].double().cpu().log_softmax(-1)
     found = file_logits(file, ids).double().log_softmax(-1)
-    return (source.exp() * (source - found)).sum(-1), source.argmax(-1) == found.argmax(-1)
+    return kl_divergence(source, found), source.argmax(-1) == found.argmax(-1)
 
 
 @torch.inference_mode()

@@ -1,0 +1,16 @@
+"""KL divergence of two distributions that are given as log-probabilities."""
+
+import torch
+
+
+def kl_divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return KL(first || second) in nats, fp64 (...), of log-probabilities (..., vocabulary); it is never negative.
+
+    Probabilities rounded to fp32 sum to 1 only within about 1e-7, so the textbook sum of p * log(p / q) can come out
+    below zero for distributions that are almost equal. Every term of the generalised divergence,
+    p * log(p / q) - p + q, is positive or zero whatever the sums are, and for exact distributions the result is the
+    same.
+    """
+    first, second = first.double(), second.double()
+    p, q = first.exp(), second.exp()
+    return (p * (first - second) - p + q).sum(-1).clamp_min(0)
