@@ -32,10 +32,12 @@ os.environ.update(
     OMP_NUM_THREADS="1",  # torch's threads: the tests run on as many workers as there are cores
 )
 
-# A hub cache of our own, so that no test finds a model that only this machine has. Workers share the first's.
+# Caches of our own, so that no test finds a model, or the speed of a device, that only this machine has. Workers share
+# the first's.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="fettle-tests-")
-    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+    for cache in ("HF_HOME", "XDG_CACHE_HOME"):
+        os.environ[cache] = tempfile.mkdtemp(prefix="fettle-tests-")
+        atexit.register(shutil.rmtree, os.environ[cache], ignore_errors=True)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

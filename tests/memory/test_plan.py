@@ -17,7 +17,7 @@ from fettle.memory.plan import (
     least_peak,
 )
 from fettle.memory.policies import Policy
-from fettle.memory.probe import Line, PairSeconds, Rates
+from fettle.memory.rates import Line, PairSeconds, Rates
 from fettle.memory.report import refusal, rounded_seconds
 from fettle.memory.shapes import Shapes
 

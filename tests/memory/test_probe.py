@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import MistralConfig
 
-from fettle.memory import probe
+from fettle.memory import probe, timing
 from fettle.memory.costs import Workload
 from fettle.memory.policies import Policy
-from fettle.memory.probe import PairSeconds, seconds_of, visible_pairs
+from fettle.memory.rates import PairSeconds, visible_pairs
 from fettle.memory.shapes import Shapes
+from fettle.memory.timing import seconds_of
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -25,7 +26,7 @@ def test_attention_within_a_window_is_taken_from_a_layers_time_as_such(
         return bare * tokens + visible_pairs(tokens, window) * pair.of(policy)
 
     monkeypatch.setattr(probe, "_time_layer", time_layer)
-    monkeypatch.setattr(probe, "_time_attention", lambda *_: pair)
+    monkeypatch.setattr(probe, "_attention", lambda *_: pair)
     rates = probe.probe(config, Shapes.of(config), Workload(tokens=64), torch.device("cpu"))
     assert rates.layers[Policy.KEEP].per_token == pytest.approx(bare)
     assert rates.layers[Policy.KEEP].fixed == pytest.approx(0, abs=1e-9)
@@ -43,6 +44,6 @@ def test_one_run_counts_only_where_it_is_long(
         nonlocal now
         now += next(left)
 
-    monkeypatch.setattr(probe.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
     assert seconds_of(run, torch.device("cpu")) == pytest.approx(found)
     assert len(durations) - len(list(left)) == runs

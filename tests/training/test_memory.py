@@ -104,7 +104,7 @@ def test_a_model_that_is_no_numbers_is_blamed_itself(small_model, chats, tmp_pat
     tensors["model.norm.weight"][0] = math.nan
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"'model.norm.weight' holds numbers that are none"):
-        run(broken, chats, tmp_path / "out")
+        run(broken, chats, tmp_path / "out", samples=0, eval_fraction=0.0)
 
 
 def test_a_run_that_diverged_keeps_no_ruined_checkpoint(small_model, chats, tmp_path):
@@ -147,9 +147,11 @@ def test_a_run_leaves_the_heap_as_it_was(small_model, chats, tmp_path):
     assert allocator._current == "default"
 
 
-def test_plan_says_what_it_is_doing_beside_its_result(small_model, cli):
-    ended = cli("plan", "--model", small_model, "--device", "cpu", "--json")
-    assert json.loads(ended.out) and "timing one layer of the model on the cpu" in ended.err
+def test_plan_says_that_it_measures_the_device_next_to_its_result(small_model, cli):
+    words = ("plan", "--model", small_model, "--device", "cpu", "--json")
+    ended = cli(*words, "--remeasure")
+    assert json.loads(ended.out) and "measuring the speed of this cpu" in ended.err
+    assert "measuring" not in cli(*words).err or "other programs used" in ended.err
 
 
 @pytest.mark.parametrize("size", ["lots", "16", "0GB", "-3GB", "1e3MB"])

@@ -16,7 +16,7 @@ from fettle.memory.costs import (
     weight_bytes,
 )
 from fettle.memory.policies import Policy
-from fettle.memory.probe import Rates, visible_pairs
+from fettle.memory.rates import Rates, visible_pairs
 from fettle.memory.shapes import Shapes
 
 STEP_SECONDS = {"cpu": 0.0, "cuda": 0.01}

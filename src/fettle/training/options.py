@@ -67,6 +67,7 @@ class TrainOptions(LoopOptions):
         "hold the frozen weights in 4 bits (default: as --dtype says)"
     )
     memory: str | None = _option("memory the run may use, as 8GB (default: what the device has free)")
+    remeasure: bool = _option("measure the device's speed again instead of using the cached figures", False)
     rank: int = _option("width of the LoRA adapters", 16)
     alpha: float | None = _option("the adapters' update is scaled by alpha / rank (default: rank)")
     dropout: float = _option("dropout on the adapters' input", 0.0)
@@ -112,4 +113,5 @@ class PlanOptions:
     batch_size: int = _option("rows side by side", 1)
     gradient_accumulation_steps: int = _option("batches a step", 1)
     device: Device | None = _option("where to compute (default: cuda where there is one)")
+    remeasure: bool = _option("measure the device's speed again instead of using the cached figures", False)
     json: bool = _option("print the plan as JSON", False)

@@ -16,14 +16,14 @@ from fettle.adapters.load import device_of
 from fettle.adapters.lora import require_targets
 from fettle.errors import UserError
 from fettle.files import human_bytes
-from fettle.memory.allocator import release_unused, restored_heap, set_heap
+from fettle.memory.allocator import restored_heap, set_heap
 from fettle.memory.budget import free_bytes, parse_bytes
 from fettle.memory.costs import Workload
 from fettle.memory.plan import Plan, Planner, allowed_policies, least_peak
 from fettle.memory.policies import Policy
-from fettle.memory.probe import Rates, probe
 from fettle.memory.report import as_dict, refusal, rounded_seconds, show_plan
 from fettle.memory.shapes import Shapes
+from fettle.memory.speed import device_rates
 from fettle.models.config import StoredModel, config_of
 from fettle.models.decoder import DecoderForCausalLM
 from fettle.models.load import empty_model, training_dtype
@@ -120,24 +120,12 @@ def _choose(
         return base
 
     require_room()
-    with restored_heap():
-        if device.type == "cpu":
-            set_heap("reuse")  # the probe is to see what the run will
-        rates = _timed(config, shapes, work, device)
-    release_unused()  # what the probe's layer took
+    to_stderr = Console(stderr=True)
+    rates = device_rates(config, shapes, work, device, remeasure=options.remeasure, console=to_stderr)
     planner = Planner(shapes, rates, options.gradient_accumulation_steps or 1, require_room())
     best = planner.best(work, budget, allowed)
     assert best is not None
     return Followed(planner, work, best, budget, allowed, console)
-
-
-def _timed(config: PreTrainedConfig, shapes: Shapes, work: Workload, device: torch.device) -> Rates:
-    """The probe's timings; standard error shows meanwhile what is being timed."""
-    console, text = terminal.console(stderr=True), f"timing one layer of the model on the {device.type}"
-    if not console.is_terminal:
-        console.print(text, highlight=False)
-    with console.status(text) as status:
-        return probe(config, shapes, work, device, lambda part: status.update(f"{text}: {part}"))
 
 
 def _process_bytes(work: Workload, *, is_running: bool) -> int:
