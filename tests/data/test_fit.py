@@ -183,8 +183,7 @@ def test_a_rendered_prompt_is_taken_as_it_is(family):
     tokenizer = family.tokenizer
     prompt = tokenizer.apply_chat_template([QUESTION], tokenize=False, add_generation_prompt=True)
     plain = one(tokenizer, chat(QUESTION, ANSWER))
-    space = " " if family.name in ("mistral", "llama2") else ""
-    for completion in (f"{space}It is Paris.", f"{space}It is Paris.{family.end}"):
+    for completion in ("It is Paris.", f"It is Paris.{family.end}", f"It is Paris.{family.end}\n"):
         row = pair(prompt, completion)
         example = one(tokenizer, row)
         assert example.input_ids[:2].count(tokenizer.bos_token_id) == plain.input_ids[:2].count(

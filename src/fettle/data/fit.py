@@ -148,6 +148,10 @@ def _as_rendered(row: Row, prompt: str, completion: str, tokenizer: PreTrainedTo
         )
     if template.bos and not prompt.lstrip().startswith(template.bos):
         prompt = template.bos + prompt
-    if completion.strip() and _end_token(completion, tokenizer) is None:
+    if prompt.endswith(template.tail) and not completion[:1].isspace():
+        completion = template.lead + completion
+    if _end_token(completion, tokenizer):
+        completion = completion.rstrip()  # the model stops at the token: nothing after it is for it to say
+    elif completion.strip():
         completion += template.end_of_turn or tokenizer.eos_token or ""
     return replace(row, prompt=prompt, completion=completion, is_rendered=True)
