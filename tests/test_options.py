@@ -179,6 +179,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         (b"model: \xff\xfe\n", ["not a text file"]),
         (b"model: \x00\x01\n", ["not a text file"]),
         ("[" * 100_000, ["not a text file"]),
+        ("rank: 4\n" * 200_000, ["too long"]),
     ],
 )
 def test_mistakes_in_the_file_are_named(tmp_path, text, words):

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 
+# PyYAML's time grows with the square of the depth; options need a depth of one.
+_LONGEST_FILE, _DEEPEST = 2**20, 50
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _METAVARS = {str: "TEXT", int: "N", float: "X"}
 
@@ -210,7 +212,13 @@ def _mapping(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
     """Return the (key, value) nodes of the YAML mapping in the file at `path`."""
     expected = "expected lines such as `rank: 16`"
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read(_LONGEST_FILE + 1)
+        if len(text) > _LONGEST_FILE or _depth(text) > _DEEPEST:
+            raise UserError(
+                f"{path} is too long, or nested too deeply, and not a text file of options in YAML; {expected}."
+            )
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"--config: cannot read {path}: {error.strerror}.") from None
     except yaml.MarkedYAMLError as error:
@@ -223,6 +231,15 @@ def _mapping(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}, line {root.start_mark.line + 1}: found {_name(root)}; {expected}.")
     return root.value
+
+
+def _depth(text: str) -> int:
+    """How deep brackets are nested, those in quotes counted too."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", text):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _convert_node(node: yaml.Node, hint: Any) -> Any:

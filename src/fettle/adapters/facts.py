@@ -37,12 +37,24 @@ def read_facts(folder: Path) -> AdapterFacts | None:
     if not file.exists():
         return None
     try:
-        return AdapterFacts(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        facts = AdapterFacts(**json.loads(file.read_text(encoding="utf-8")))
+        if not _is_as_written(facts):
+            raise TypeError
+        return facts
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{file} is not as fettle wrote it, so whether the base's weights are the right ones is unknown; "
             "fetch it again, or delete it to do without that check."
         ) from error
+
+
+def _is_as_written(facts: AdapterFacts) -> bool:
+    context = facts.context_tokens
+    return (
+        isinstance(facts.base_fingerprint, str)
+        and (context is None or (type(context) is int and 0 < context < 2**31))
+        and facts.quantization in (None, "nf4")
+    )
 
 
 def facts_for(folder: Path, base_folder: Path) -> AdapterFacts | None:

@@ -7,17 +7,14 @@ LongRoPE model before the text does: llama.cpp takes the long factors for every 
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFReader
 
 from fettle.errors import UserError
+from fettle.llama_cpp.gguf_header import MAGIC, read_header
 from fettle.llama_cpp.library import Batch, last_fault, library, log
-
-MAGIC = b"GGUF"
 
 CHUNK_TOKENS = 512
 """Tokens run together, llama.cpp's own n_ubatch: logits of as many are held at once."""
@@ -36,6 +33,12 @@ class GGUFFile:
     def __init__(self, path: Path) -> None:
         """Open it. Raises UserError for a file that is no GGUF, is damaged, or of an architecture that cannot run."""
         require_gguf(path)
+        header = read_header(path)
+        if header.entries.get("general.type") == "adapter":
+            raise UserError(
+                f"{path} is a LoRA adapter alone: give the folder it was made from, or run it beside a GGUF file of "
+                f"its base, llama-server -m BASE.gguf --lora {path.name}."
+            )
         self.path = path
         self._llama = library()
         log.clear()
@@ -44,7 +47,7 @@ class GGUFFile:
             str(path).encode(), self._llama.llama_model_default_params()
         )
         if not self._model:
-            raise UserError(_why_unopened(path))
+            raise UserError(f"{path} cannot be opened in llama.cpp: {last_fault()}.")
         if self._llama.llama_model_has_encoder(self._model) or not self._llama.llama_model_has_decoder(
             self._model
         ):
@@ -80,7 +83,7 @@ class GGUFFile:
     def chat_template(self) -> str | None:
         """The Jinja template as the file has it."""
         template: bytes | None = self._llama.llama_model_chat_template(self._model, None)
-        return template.decode() if template else None
+        return template.decode("utf-8", "replace") if template else None
 
     # --- vocabulary ----------------------------------------------------------------------------------------
 
@@ -240,18 +243,6 @@ def require_gguf(path: Path) -> None:
         raise UserError(
             f"{path} is no GGUF file: it begins with {head!r}, expected {MAGIC!r}; fetch or export it again."
         )
-
-
-def _why_unopened(path: Path) -> str:
-    """llama.cpp's own reason; of an adapter it names only a figure that is missing."""
-    with suppress(Exception):  # a damaged head: whatever the reader's parsing raises
-        kind = GGUFReader(path).get_field("general.type")
-        if kind is not None and kind.contents() == "adapter":
-            return (
-                f"{path} is a LoRA adapter alone: give the folder it was made from, or run it beside a GGUF file of "
-                f"its base, llama-server -m BASE.gguf --lora {path.name}."
-            )
-    return f"{path} cannot be opened in llama.cpp: {last_fault()}."
 
 
 def _head(path: Path) -> bytes:

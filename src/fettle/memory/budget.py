@@ -29,7 +29,9 @@ _CGROUP_FILES = (  # limit, use, and the page cache within it that the system ta
 
 def parse_bytes(text: str, option: str = "--memory") -> int:
     """Return the bytes that "16GB", "7.5 GiB" or "8g" mean. Raises UserError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*((?:[kmgt]i?)?b?)\s*", text.lower())
+    found = re.fullmatch(
+        r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?|\.[0-9]{1,30})\s*((?:[kmgt]i?)?b?)\s*", text.lower()
+    )
     if found and not found[2] and 0 < float(found[1]) < LEAST:
         raise UserError(f"{option} {found[1]} means {found[1]} bytes; for gigabytes write {found[1]}GB.")
     amount = int(float(found[1]) * _UNITS[found[2].removesuffix("b")]) if found else 0

@@ -38,8 +38,15 @@ class Measurement:
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> "Measurement":
-        """Rebuild one from `as_facts`."""
-        return cls(**{**facts, "answers": [Answered(**a) for a in facts["answers"]]})
+        """Rebuild one from `as_facts`. Raises TypeError or KeyError for anything else."""
+        found = cls(**{**facts, "answers": [Answered(**a) for a in facts["answers"]]})
+        figures = [*found.held_out.values(), found.exact or 0.0, found.kept_exact or 0.0]
+        texts = [text for each in found.answers for text in (each.prompt, each.expected, each.answer)]
+        if not all(isinstance(figure, int | float) for figure in figures):
+            raise TypeError("a score is not a number")
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("an answer is not a text")
+        return found
 
     def as_facts(self) -> dict[str, Any]:
         """A form that JSON holds."""

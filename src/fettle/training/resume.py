@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from fettle.errors import UserError
 from fettle.files import describe_folder, write_aside
+from fettle.training.measure import Measurement
 from fettle.training.options import LoopOptions
 
 RUN_FILE, FACTS_FILE, CHECKPOINTS, MARK = "run.yaml", "facts.json", "checkpoints", "complete"
@@ -56,8 +57,13 @@ def read_facts(output: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        facts = dict(json.loads(file.read_text(encoding="utf-8")))
+        if not isinstance(facts.get("fingerprints", {}), dict):
+            raise TypeError("no fingerprints by name")
+        if "before" in facts:
+            Measurement.from_facts(facts["before"])
+        return facts
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{file} is not as fettle wrote it, so the run cannot be resumed to the same result; "
             "start anew with another --output."
