@@ -25,20 +25,19 @@ def place_of(content: bytes, name: str) -> int:
 
 def test_a_sound_file_is_read(gguf_pair) -> None:
     header = read_header(gguf_pair.file)
-    assert header.entries["general.architecture"] == "phi3"
+    assert header.entries["general.architecture"] == "qwen2"
     assert header.arrays["tokenizer.ggml.tokens"] == header.tensors["token_embd.weight"][-1]
 
 
 @pytest.mark.parametrize(
     ("name", "form", "value"),
     [
-        ("phi3.block_count", U32, 0),
-        ("phi3.block_count", U32, 2**32 - 1),
-        ("phi3.attention.head_count", U32, 0),
-        ("phi3.attention.head_count", U32, 2**31),
-        ("phi3.attention.head_count_kv", U32, 3),
-        ("phi3.rope.dimension_count", U32, 2**31),
-        ("phi3.attention.layer_norm_rms_epsilon", F32, float("nan")),
+        ("qwen2.block_count", U32, 0),
+        ("qwen2.block_count", U32, 2**32 - 1),
+        ("qwen2.attention.head_count", U32, 0),
+        ("qwen2.attention.head_count", U32, 2**31),
+        ("qwen2.attention.head_count_kv", U32, 3),
+        ("qwen2.attention.layer_norm_rms_epsilon", F32, float("nan")),
     ],
 )
 def test_a_figure_that_makes_no_model(file, name, form, value) -> None:

@@ -156,7 +156,7 @@ def _values_of(folder: Path) -> Iterator[None]:
     """Name adapter_config.json where PEFT raises for values that make no adapter."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder / 'adapter_config.json'}: {reason_of(error)}") from error
 
 
@@ -165,7 +165,7 @@ def adapter_config_of(folder: Path) -> LoraConfig:
     file = folder / "adapter_config.json"
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not a valid PEFT config: {reason_of(error)}") from error
     if not isinstance(config, LoraConfig):
         raise UserError(

@@ -251,7 +251,9 @@ def _seed(sampling: Sampling) -> None:
 
 def stop_ids(named: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens at which a model has finished: those its generation config names, and the template's end of turn."""
-    stops = [] if named is None else [named] if isinstance(named, int) else list(named)
+    stops = [] if named is None else list(named) if isinstance(named, list) else [named]
+    if wrong := [stop for stop in stops if type(stop) is not int or not 0 <= stop < 2**31]:
+        raise UserError(f"generation_config.json: eos_token_id has {wrong[0]!r}; expected ids of tokens.")
     ends = [tokenizer.eos_token, end_of_turn(tokenizer) if tokenizer.chat_template else None]
     stops += [tokenizer.convert_tokens_to_ids(token) for token in ends if token is not None]
     return list(dict.fromkeys(stops))

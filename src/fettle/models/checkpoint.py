@@ -361,7 +361,7 @@ def _read_json(file: Path) -> dict[str, Any]:
             f"{file} is malformed JSON at line {error.lineno}, column {error.colno} ({error.msg}): "
             f"mend it or fetch it again."
         ) from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, numbers of thousands of digits, nested too deep
         raise UserError(f"{file} is not JSON text: fetch it again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a JSON {type(content).__name__} where an object was expected.")

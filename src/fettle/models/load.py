@@ -54,14 +54,22 @@ def load_model(
 
 def _load_plain(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> DecoderForCausalLM:
     """Through transformers' own loader."""
-    with without_progress_bars():
-        model: DecoderForCausalLM = causal_lm_class(config.model_type).from_pretrained(
-            str(checkpoint.folder),
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+    try:
+        with without_progress_bars():
+            model: DecoderForCausalLM = causal_lm_class(config.model_type).from_pretrained(
+                str(checkpoint.folder),
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        file = checkpoint.folder / "generation_config.json"  # the one file here that has not been checked
+        if not file.exists():
+            raise
+        raise UserError(
+            f"{file}: transformers cannot use it ({reason_of(error)}): fix it or fetch it again."
+        ) from error
     return model
 
 
