@@ -120,7 +120,7 @@ def _choose(
         return base
 
     require_room()
-    to_stderr = Console(stderr=True)
+    to_stderr = terminal.console(stderr=True)
     rates = device_rates(config, shapes, work, device, remeasure=options.remeasure, console=to_stderr)
     planner = Planner(shapes, rates, options.gradient_accumulation_steps or 1, require_room())
     best = planner.best(work, budget, allowed)
