@@ -181,7 +181,7 @@ def test_plan_and_run_agree_on_the_weights(cli, small_model, chats, tmp_path, dt
 def test_what_cannot_be_is_refused_before_anything_is_timed_or_loaded(
     cli, small_model, chats, tmp_path, monkeypatch, command, option, says
 ):
-    monkeypatch.setattr(planning, "probe", None)
+    monkeypatch.setattr(planning, "device_rates", None)
     monkeypatch.setattr(sft, "load_model", None)
     data = ("--data", chats, "--output", tmp_path / "out") if command == "train" else ()
     ended = cli(command, "--model", small_model, "--device", "cpu", *data, *option)

@@ -12,7 +12,9 @@ from fettle.errors import UserError
 from fettle.llama_cpp.gguf_file import is_gguf
 from fettle.llama_cpp.model import open_gguf
 from fettle.models.checkpoint import inspect, is_adapter, locate, read_adapter_config
-from fettle.models.load import Dtype, load_model, load_tokenizer
+from fettle.models.config import Dtype
+from fettle.models.device import device_of
+from fettle.models.load import load_model, load_tokenizer
 
 
 def load(
@@ -40,24 +42,6 @@ def load(
         base.set_context(facts.context_tokens)
     has_tokenizer = (folder / "tokenizer.json").exists()
     return attach(base, folder).eval(), load_tokenizer(folder if has_tokenizer else base_folder)
-
-
-def device_of(name: str | torch.device | None) -> torch.device:
-    """Return the device of that name; None means CUDA where there is one, else the CPU.
-
-    Raises UserError for a name that is none, and for a device that this machine does not have.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device is {name!r}; expected cpu or cuda.") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device is '{device}'; expected cpu or cuda.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device is '{device}', and PyTorch finds no such device here; use cpu.")
-    return device
 
 
 def base_of(adapter_folder: Path) -> tuple[str, Path]:

@@ -31,8 +31,8 @@ from fettle.generation.decode import Model
 from fettle.llama_cpp.gguf_file import GGUFFile, is_gguf, require_gguf
 from fettle.llama_cpp.model import LlamaCppForCausalLM
 from fettle.models.checkpoint import inspect, is_adapter, locate, weight_files
-from fettle.models.config import read_config
-from fettle.models.load import Dtype, empty_model, load_tokenizer, require_complete
+from fettle.models.config import Dtype, read_config
+from fettle.models.load import empty_model, load_tokenizer, require_complete
 
 QUESTIONS_AT_ONCE = 16
 

@@ -13,7 +13,8 @@ from fettle.export.shards import ShardWriter
 from fettle.export.source import Source, open_source
 from fettle.files import replace_folder, require_free_space, require_new_folder, write_aside
 from fettle.models.checkpoint import is_adapter, locate
-from fettle.models.load import Dtype, empty_model
+from fettle.models.config import Dtype
+from fettle.models.load import empty_model
 from fettle.models.quantized import nf4_config
 from fettle.models.save import save_around_weights
 from fettle.ops.nf4 import nf4_quantize

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fettle.adapters.load import load
 from fettle.adapters.lora import LoraLinear
 from fettle.errors import UserError, reason_of
-from fettle.models.load import Dtype
+from fettle.models.config import Dtype
 from fettle.models.modes import evaluating
 from fettle.quantization.layers import dequantize_linears
 

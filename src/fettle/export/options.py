@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from fettle.models.load import Dtype
+    from fettle.models.config import Dtype
 
 Format = Literal["safetensors", "nf4", "fp8", "w4a16", "gguf", "adapter-gguf"]
 

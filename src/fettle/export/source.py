@@ -23,10 +23,10 @@ from fettle.adapters.lora import adapter_config_of as read_adapter
 from fettle.errors import UserError, reason_of
 from fettle.export.merge import load_merged, write_down_context
 from fettle.generation.decode import stop_ids
-from fettle.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, inspect, is_adapter, locate
+from fettle.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, inspect, is_adapter, is_nf4, locate
 from fettle.models.config import read_config
 from fettle.models.load import empty_model, load_tokenizer, require_complete, stored_dtype
-from fettle.models.quantized import StoredTensors, is_nf4
+from fettle.models.quantized import StoredTensors
 from fettle.ops.nf4 import nf4_dequantize, nf4_quantize
 from fettle.quantization.layers import HEAD, plain_linears
 

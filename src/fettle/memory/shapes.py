@@ -5,12 +5,12 @@ Letters: E hidden size, I intermediate size, H heads, K key-value heads, D chann
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
+from fettle.models.families import FAMILIES, FUSED_ACTIVATIONS, Family, head_dim_of, option, sliding_window_of
 
-from fettle.models.families import FAMILIES, Family, head_dim_of, option, sliding_window_of
-from fettle.ops.gated_activation import activation_name_of
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Shapes:
     caps_logits: bool
 
     @classmethod
-    def of(cls, config: PreTrainedConfig) -> "Shapes":
+    def of(cls, config: "PreTrainedConfig") -> "Shapes":
         """Read them off a family's config."""
         family = FAMILIES[config.model_type]
         hidden, intermediate = config.hidden_size, config.intermediate_size
@@ -52,7 +52,7 @@ class Shapes:
         vectors += hidden if has_bias else 0
         has_mlp_bias = bool(option(config, "mlp_bias", False))
         vectors += 2 * intermediate + hidden if has_mlp_bias else 0
-        activation = ACT2FN[option(config, "hidden_activation") or config.hidden_act]
+        activation = option(config, "hidden_activation") or config.hidden_act
         table = config.vocab_size * hidden
         return cls(
             layers=config.num_hidden_layers,
@@ -71,7 +71,7 @@ class Shapes:
             head=table,
             has_sandwich_norms=family.has_sandwich_norms,
             has_qk_norm=family.has_qk_norm,
-            has_whole_mlp=not has_mlp_bias and activation_name_of(activation) is not None,
+            has_whole_mlp=not has_mlp_bias and activation in FUSED_ACTIVATIONS,
             caps_logits=option(config, "final_logit_softcapping") is not None,
         )
 

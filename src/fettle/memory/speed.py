@@ -7,11 +7,10 @@ timed (memory/probe.py), once for each kind of layer.
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedConfig
 
 from fettle.memory.allocator import release_unused, restored_heap, set_heap
 from fettle.memory.costs import Workload
@@ -20,13 +19,16 @@ from fettle.memory.rates import Rates
 from fettle.memory.shapes import Shapes
 from fettle.memory.speed_cache import QUIET_CORES, Entry, OthersLoad, cache_file, device_key, keep, recall
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 Speed = TypeVar("Speed", CpuSpeed, Rates)
 GLANCE_SECONDS = 0.2
 """How long to look whether a machine that was busy when it was measured is quiet now."""
 
 
 def device_rates(
-    config: PreTrainedConfig,
+    config: "PreTrainedConfig",
     shapes: Shapes,
     work: Workload,
     device: torch.device,

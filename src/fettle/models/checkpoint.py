@@ -370,3 +370,9 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _list(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def is_nf4(checkpoint: Checkpoint) -> bool:
+    """Whether the stored weights are in bitsandbytes' NF4."""
+    config = checkpoint.quantization_config or {}
+    return bool(config.get("load_in_4bit")) and config.get("bnb_4bit_quant_type") == "nf4"

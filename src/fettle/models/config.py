@@ -2,11 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
 from fettle.errors import UserError, reason_of
 from fettle.models.checkpoint import (
@@ -14,13 +12,18 @@ from fettle.models.checkpoint import (
     Checkpoint,
     embedded_model,
     is_adapter,
+    is_nf4,
     read_adapter_config,
 )
-from fettle.models.families import family_of
-from fettle.models.quantized import is_nf4
+from fettle.models.families import FUSED_ACTIVATIONS, Family, family_of
+from fettle.models.plain_config import plain_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 """Sizes that a config must state itself: in its stead a family's default would make another model."""
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 
@@ -28,15 +31,16 @@ OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings", "slidi
 class StoredModel(NamedTuple):
     """What a checkpoint stores. dtype: of what is not in NF4; is_nf4: whether the layers' matrices are."""
 
-    config: PreTrainedConfig
+    config: "PreTrainedConfig"
     dtype: torch.dtype
     is_nf4: bool
 
 
-def config_of(name: str) -> StoredModel:
+def config_of(name: str, *, is_plain: bool = False) -> StoredModel:
     """Return what `name` stores, as far as its config says it: one that names no type is taken for the widest.
 
-    name: a folder, a config.json, fettle-tiny, or a hub name; an adapter's folder stands for its base.
+    name: a folder, a config.json, fettle-tiny, or a hub name; an adapter's folder stands for its base. is_plain: the
+    config is one of models/plain_config.py, which is there at once.
     Raises UserError where there is none, or none that fettle can train.
     """
     file = _config_file(name)
@@ -50,7 +54,12 @@ def config_of(name: str) -> StoredModel:
         folder=file.parent, config=content, weight_files=[], tensors={}, tensor_files={}, weight_bytes=0
     )
     dtype = DTYPES.get(str(content.get("dtype", content.get("torch_dtype"))), torch.float32)
-    return StoredModel(read_config(unseen), dtype, is_nf4(unseen))
+    config = _plain(unseen) if is_plain else read_config(unseen)
+    return StoredModel(config, dtype, is_nf4(unseen))
+
+
+def _plain(checkpoint: Checkpoint) -> Any:
+    return plain_config(_checked_family(checkpoint), checkpoint.config)
 
 
 def read_config(checkpoint: Checkpoint) -> Any:
@@ -58,14 +67,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
 
     Its weights are not looked at. Raises UserError for a config that makes no model fettle can train.
     """
-    where = f"{checkpoint.folder}/config.json"
-    family = family_of(checkpoint.config["model_type"], where)
-    if checkpoint.quantization_config and not is_nf4(checkpoint):
-        raise UserError(
-            f"{where}: the checkpoint is already quantised, in another way than bitsandbytes' NF4; "
-            "fettle needs the original one in bf16, fp16 or fp32."
-        )
-    _require_sizes(checkpoint.config, where)
+    where, family = f"{checkpoint.folder}/config.json", _checked_family(checkpoint)
     try:
         ignored = ("auto_map", "quantization_config")
         config = family.config.from_dict({k: v for k, v in checkpoint.config.items() if k not in ignored})
@@ -75,6 +77,19 @@ def read_config(checkpoint: Checkpoint) -> Any:
         ) from error
     config.architectures = [family.architecture]
     return config
+
+
+def _checked_family(checkpoint: Checkpoint) -> Family:
+    """Return the checkpoint's family. Raises UserError for another one, a foreign quantization and impossible sizes."""
+    where = f"{checkpoint.folder}/config.json"
+    family = family_of(checkpoint.config["model_type"], where)
+    if checkpoint.quantization_config and not is_nf4(checkpoint):
+        raise UserError(
+            f"{where}: the checkpoint is already quantised, in another way than bitsandbytes' NF4; "
+            "fettle needs the original one in bf16, fp16 or fp32."
+        )
+    _require_sizes(checkpoint.config, where)
+    return family
 
 
 def _require_sizes(content: dict[str, Any], where: str) -> None:
@@ -90,8 +105,16 @@ def _require_sizes(content: dict[str, Any], where: str) -> None:
         if type(value) is not int or value < 1:
             raise UserError(f"{where}: {name} is {value!r}; expected a whole number, 1 or more.")
     for name in ("hidden_act", "hidden_activation"):
-        if content.get(name) is not None and content[name] not in ACT2FN:
+        if content.get(name) is not None and not _is_activation(content[name]):
             raise UserError(f"{where}: {name} is {content[name]!r}, which transformers does not know.")
+
+
+def _is_activation(name: Any) -> bool:
+    if isinstance(name, str) and name in FUSED_ACTIVATIONS:
+        return True
+    from transformers.activations import ACT2FN  # which takes seconds to import
+
+    return isinstance(name, str) and name in ACT2FN
 
 
 def _config_file(name: str) -> Path:

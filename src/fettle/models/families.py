@@ -4,28 +4,27 @@ What distinguishes one family from another beyond its config.json is named by th
 To add a family: one row here, and its parity test (tests/models/test_parity.py) finds it by itself.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
-from transformers import (
-    Gemma2Config,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from fettle.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """How one family departs from the plain Llama decoder. Parameter names are Hugging Face's."""
 
-    config: type[PreTrainedConfig]
     architecture: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers takes for options that config.json leaves out, where it is not what USUAL says. Only those that
+    a plan needs: it is made without transformers, which takes seconds to import."""
+    layer_types: str = "full"
+    """Which layers see a window: "full", as `sliding_window` says; "alternating", every other one; "late", those from
+    `max_window_layers` on if `use_sliding_window` is set."""
     has_fused_projections: bool = False
     """One `qkv_proj` and one `gate_up_proj` where others have five matrices."""
     has_qkv_bias: bool = False
@@ -41,16 +40,68 @@ class Family:
     has_softcap: bool = False
     """Attention scores and logits are bounded by a tanh."""
 
+    @property
+    def config(self) -> "type[PreTrainedConfig]":
+        """The family's config class in transformers."""
+        import transformers  # when it is asked for: see `defaults`
+
+        found: type[PreTrainedConfig] = getattr(
+            transformers, self.architecture.replace("ForCausalLM", "Config")
+        )
+        return found
+
+
+FUSED_ACTIVATIONS = {"silu", "swish", "gelu_pytorch_tanh", "gelu_python_tanh"}
+"""Transformers' names of the activations that `ops/gated_activation.py` computes; it leaves others to stock modules."""
+
+USUAL: dict[str, Any] = {
+    "num_key_value_heads": None,  # as many as there are heads
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+NO_WINDOW = {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 28}
+QWEN = NO_WINDOW | {"num_key_value_heads": 32, "max_position_embeddings": 32768}
 
 FAMILIES: dict[str, Family] = {
-    "phi3": Family(config=Phi3Config, architecture="Phi3ForCausalLM", has_fused_projections=True),
-    "llama": Family(config=LlamaConfig, architecture="LlamaForCausalLM"),
-    "mistral": Family(config=MistralConfig, architecture="MistralForCausalLM"),
-    "qwen2": Family(config=Qwen2Config, architecture="Qwen2ForCausalLM", has_qkv_bias=True),
-    "qwen3": Family(config=Qwen3Config, architecture="Qwen3ForCausalLM", has_qk_norm=True),
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        defaults={"max_position_embeddings": 4096, "sliding_window": None},
+        has_fused_projections=True,
+    ),
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        defaults={"head_dim": None, "attention_bias": False, "mlp_bias": False},
+    ),
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        defaults={
+            "head_dim": None,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+    ),
+    "qwen2": Family(architecture="Qwen2ForCausalLM", defaults=QWEN, layer_types="late", has_qkv_bias=True),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        defaults=QWEN | {"head_dim": 128, "attention_bias": False},
+        layer_types="late",
+        has_qk_norm=True,
+    ),
     "gemma2": Family(
-        config=Gemma2Config,
         architecture="Gemma2ForCausalLM",
+        defaults={
+            "head_dim": 256,
+            "num_key_value_heads": 4,
+            "attention_bias": False,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "final_logit_softcapping": 30.0,
+            "sliding_window": 4096,
+        },
+        layer_types="alternating",
         has_norm_offset=True,
         has_sandwich_norms=True,
         has_scaled_embedding=True,
@@ -59,7 +110,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def option(config: PreTrainedConfig, name: str, default: Any = None) -> Any:
+def option(config: "PreTrainedConfig", name: str, default: Any = None) -> Any:
     """Return the config's value of an option that its own class declares, else `default`.
 
     A config.json may hold others, left over from a conversion (a Llama with `sliding_window`); stock models
@@ -76,12 +127,12 @@ def family_of(model_type: str, where: str) -> Family:
     return FAMILIES[model_type]
 
 
-def head_dim_of(config: PreTrainedConfig) -> int:
+def head_dim_of(config: "PreTrainedConfig") -> int:
     """Channels of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def sliding_window_of(config: PreTrainedConfig, layer_idx: int) -> int | None:
+def sliding_window_of(config: "PreTrainedConfig", layer_idx: int) -> int | None:
     """How many tokens back layer `layer_idx` sees; None: all of them."""
     layer_types = option(config, "layer_types")
     if layer_types is not None and layer_types[layer_idx] != "sliding_attention":

@@ -14,14 +14,13 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from fettle.data.template import start_renderer
 from fettle.errors import UserError, reason_of
-from fettle.models.checkpoint import Checkpoint, inspect, require_tokenizer
-from fettle.models.config import DTYPES, StoredModel, read_config
+from fettle.models.checkpoint import Checkpoint, inspect, is_nf4, require_tokenizer
+from fettle.models.config import DTYPES, Dtype, StoredModel, read_config
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
-from fettle.models.quantized import is_nf4, load_nf4
+from fettle.models.quantized import load_nf4
 from fettle.models.quiet import without_progress_bars
 from fettle.quantization.nf4 import STATE_KEY
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """The type to hold weights in; `auto` is the checkpoint's own."""
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -147,17 +146,6 @@ def stored_model(checkpoint: Checkpoint) -> StoredModel:
     config = read_config(checkpoint)
     require_complete(checkpoint, config)
     return StoredModel(config, stored_dtype(checkpoint), is_nf4(checkpoint))
-
-
-def training_dtype(asked: Dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type to hold frozen weights in. fp16 loses small gradients: in its stead "auto" takes fp32, in which its
-    weights are exact, or bf16, which is near enough, where memory counts."""
-    if asked != "auto":
-        return DTYPES[asked]
-    if stored != torch.float16:
-        return stored
-    is_narrow = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if is_narrow else torch.float32
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fettle.errors import UserError
 from fettle.memory.allocator import restored_heap, set_heap
-from fettle.models.checkpoint import Checkpoint
+from fettle.models.checkpoint import Checkpoint, is_nf4
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
+from fettle.models.device import maps_embedding
 from fettle.models.outer_embedding import OuterEmbedding
 from fettle.models.rope import DecoderRotaryEmbedding
 from fettle.models.safetensors_header import Place, read_places
@@ -32,12 +33,6 @@ _DTYPES = {
     "F16": torch.float16,
     "U8": torch.uint8,
 }
-
-
-def is_nf4(checkpoint: Checkpoint) -> bool:
-    """Whether the stored weights are in bitsandbytes' NF4."""
-    config = checkpoint.quantization_config or {}
-    return bool(config.get("load_in_4bit")) and config.get("bnb_4bit_quant_type") == "nf4"
 
 
 def load_nf4(
@@ -123,14 +118,6 @@ class StoredTensors:
         names = [each for each in self.places if each.startswith(f"{layer}.weight")]
         where = f"{self.files[names[0]]}: '{layer}.weight'"
         return from_tensors({each.removeprefix(f"{layer}."): self.read(each) for each in names}, where), where
-
-
-def maps_embedding(
-    config: PreTrainedConfig, stored: torch.dtype, dtype: torch.dtype, device: torch.device
-) -> bool:
-    """Whether a model in NF4 leaves its token table in its file: on a CPU, which can use it as it is stored, where it
-    is not the head as well."""
-    return device.type == "cpu" and stored == dtype and not config.tie_word_embeddings
 
 
 def _map_embedding(model: DecoderForCausalLM, stored: StoredTensors, dtype: torch.dtype) -> None:

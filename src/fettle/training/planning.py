@@ -4,16 +4,14 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedConfig
 
 from fettle import terminal
-from fettle.adapters.load import device_of
-from fettle.adapters.lora import require_targets
 from fettle.errors import UserError
 from fettle.files import human_bytes
 from fettle.memory.allocator import restored_heap, set_heap
@@ -25,12 +23,16 @@ from fettle.memory.report import as_dict, refusal, rounded_seconds, show_plan
 from fettle.memory.shapes import Shapes
 from fettle.memory.speed import device_rates
 from fettle.models.config import StoredModel, config_of
-from fettle.models.decoder import DecoderForCausalLM
-from fettle.models.load import empty_model, training_dtype
-from fettle.models.quantized import maps_embedding
+from fettle.models.device import device_of, maps_embedding, training_dtype
 from fettle.training.alone import is_alone
 from fettle.training.defaults import LONGEST_BY_DEFAULT, require_sensible
 from fettle.training.options import PlanOptions, TrainOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from fettle.models.decoder import DecoderForCausalLM
+
 
 PROGRAM_BYTES = {"cpu": 650_000_000, "cuda": 100_000_000}
 """What `fettle train` takes beside its model, where it is not running yet: Python, the libraries and what they keep for
@@ -45,7 +47,9 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     """Print what a run would cost, from the model's config alone. Raises UserError where it cannot fit."""
     console = console or terminal.console()
     require_sensible(options)
-    stored, device = config_of(options.model), device_of(options.device)
+    device = device_of(options.device)
+    # only what follows from sizes alone can do without model code, which takes seconds to import
+    stored = config_of(options.model, is_plain=device.type == "cpu" and options.target_modules is None)
     limit: int = stored.config.max_position_embeddings
     context = options.context or min(LONGEST_BY_DEFAULT, limit)
     if context > limit:
@@ -88,13 +92,16 @@ def _workload(
     )
 
 
-def _adapted_matrices(config: PreTrainedConfig, targets: list[str] | None) -> dict[str, int] | None:
+def _adapted_matrices(config: "PreTrainedConfig", targets: list[str] | None) -> dict[str, int] | None:
     """In how many layers each matrix is adapted, by PEFT's rule: a target is a module's name, or how one ends.
 
     Raises UserError for a target that fits none, or the output head.
     """
     if targets is None:
         return None
+    from fettle.adapters.lora import require_targets  # with PEFT and all model code, which few plans need
+    from fettle.models.load import empty_model
+
     model = empty_model(config)
     require_targets(model, targets)
     linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
@@ -103,7 +110,7 @@ def _adapted_matrices(config: PreTrainedConfig, targets: list[str] | None) -> di
 
 
 def _choose(
-    options: PlanOptions | TrainOptions, config: PreTrainedConfig, work: Workload, console: Console
+    options: PlanOptions | TrainOptions, config: "PreTrainedConfig", work: Workload, console: Console
 ) -> "Followed":
     """Time the model on the device and plan. Raises UserError where nothing fits the budget: before that and, should
     the libraries have taken what was left, after it."""
@@ -147,9 +154,9 @@ class Followed:
     budget: int
     allowed: tuple[Policy, ...]
     console: Console
-    model: DecoderForCausalLM | None = None
+    model: "DecoderForCausalLM | None" = None
 
-    def apply_to(self, model: DecoderForCausalLM) -> None:
+    def apply_to(self, model: "DecoderForCausalLM") -> None:
         """Give every layer of the model, which has its adapters already, its policy."""
         self.model = model
         model.set_policies(self.plan.policies)
@@ -190,7 +197,7 @@ class Followed:
         return lines
 
 
-def can_replay(model: DecoderForCausalLM) -> bool:
+def can_replay(model: "DecoderForCausalLM") -> bool:
     """Whether steps may run as CUDA graphs: on one GPU, and with nothing random in them. (Several processes sum their
     gradients as autograd hands them out, which a graph does not.)"""
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())

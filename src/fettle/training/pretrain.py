@@ -10,11 +10,11 @@ from rich.console import Console
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
 from fettle import terminal
-from fettle.adapters.load import device_of
 from fettle.data import Row, end_of_turn
 from fettle.errors import UserError
 from fettle.files import require_new_folder
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
+from fettle.models.device import device_of
 from fettle.models.families import FAMILIES
 from fettle.models.save import save_model
 from fettle.options import read

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from fettle import terminal
 from fettle.adapters.facts import AdapterFacts, write_facts
-from fettle.adapters.load import device_of, remembered_name
+from fettle.adapters.load import remembered_name
 from fettle.adapters.lora import adapt
 from fettle.errors import UserError
 from fettle.files import require_new_folder
@@ -19,6 +19,7 @@ from fettle.memory.allocator import restored_heap
 from fettle.memory.shapes import Shapes
 from fettle.models.checkpoint import fingerprint, inspect, is_adapter, locate, tokenizer_fingerprint
 from fettle.models.decoder import DecoderForCausalLM
+from fettle.models.device import device_of
 from fettle.models.load import load_model, load_tokenizer, stored_model
 from fettle.models.save import save_tokenizer
 from fettle.options import read

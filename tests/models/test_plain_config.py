@@ -1,0 +1,73 @@
+"""The config that a plan reads without transformers says what transformers' class says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fettle.memory.shapes import Shapes
+from fettle.models.families import FAMILIES, FUSED_ACTIVATIONS
+from fettle.models.plain_config import plain_config
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "vocab_size": 80,
+}
+CHANGES = (
+    {},
+    {"num_key_value_heads": 2},
+    {"head_dim": 32},
+    {"max_position_embeddings": 512},
+    {"sliding_window": 128},
+    {"sliding_window": None},
+    {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 2},
+    {"tie_word_embeddings": True},
+    {"tie_word_embeddings": False},
+    {"attention_bias": True, "mlp_bias": True},
+    {"hidden_act": "gelu", "hidden_activation": "gelu"},
+    {"final_logit_softcapping": None},
+)
+
+
+CASES = [(family, changes) for family in FAMILIES for changes in CHANGES]
+CASES += [(family, {"num_key_value_heads": None}) for family in ("phi3", "llama")]  # the others' classes refuse it
+
+
+@pytest.mark.parametrize(("family", "changes"), CASES, ids=str)
+def test_shapes_are_those_of_transformers_own_config(family, changes):
+    content = {"model_type": family, **SIZES, **changes}
+    stock = FAMILIES[family].config.from_dict(dict(content))
+    assert Shapes.of(plain_config(FAMILIES[family], content)) == Shapes.of(stock)
+
+
+def test_so_are_those_of_real_checkpoints(shared_data: Path):
+    files = list((shared_data / "checkpoints").glob("*/config.json"))
+    assert files
+    for file in files:
+        content = json.loads(file.read_text())
+        family = FAMILIES[content["model_type"]]
+        assert Shapes.of(plain_config(family, content)) == Shapes.of(family.config.from_dict(content)), file
+
+
+def test_activations_known_by_name_are_those_computed_here():
+    from transformers.activations import ACT2FN
+
+    from fettle.ops.gated_activation import activation_name_of
+
+    assert {name for name in ACT2FN if activation_name_of(ACT2FN[name]) is not None} == FUSED_ACTIVATIONS
+
+
+def test_a_plan_imports_no_model_code():
+    program = (
+        "import sys, fettle.cli\n"
+        "code = fettle.cli.main(['plan', '--model', 'fettle-tiny', '--device', 'cpu'])\n"
+        "heavy = {'transformers', 'peft', 'trl', 'datasets', 'bitsandbytes', 'gguf', 'xllamacpp'} & set(sys.modules)\n"
+        "sys.exit(f'{code}: {heavy}' if code or heavy else 0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
