@@ -36,6 +36,10 @@ _MODEL_FILES = (
 )
 
 
+_NAMED_TEMPLATES = "additional_chat_templates"
+"""Where transformers keeps a model's chat templates other than the default one, as .jinja files."""
+
+
 @contextmanager
 def write_aside(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; rename it onto `path` when the block succeeds.
@@ -126,14 +130,16 @@ def _is_occupied(path: Path) -> bool:
 
 def _require_model(path: Path) -> None:
     """Raise UserError unless the folder holds a full model and nothing that is no part of one."""
-    foreign = sorted(
-        entry.name
-        for entry in path.iterdir()
-        if not entry.is_file() or not any(fnmatch(entry.name, each) for each in _MODEL_FILES)
-    )
+    foreign = sorted(entry.name for entry in path.iterdir() if not _is_part_of_model(entry))
     if foreign or not (path / "config.json").exists() or not any(path.glob("*.safetensors")):
         found = f"{foreign[0]!r} in it is none of a model's files" if foreign else "it holds no whole model"
         raise UserError(f"{path} is not replaced, as {found}: name another folder, or move this one away.")
+
+
+def _is_part_of_model(entry: Path) -> bool:
+    if entry.name == _NAMED_TEMPLATES and entry.is_dir():
+        return all(each.is_file() and each.suffix == ".jinja" for each in entry.iterdir())
+    return entry.is_file() and any(fnmatch(entry.name, each) for each in _MODEL_FILES)
 
 
 def _put_back(path: Path) -> None:

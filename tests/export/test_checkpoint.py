@@ -257,6 +257,17 @@ def test_overwrite_replaces_a_model(cli, small_model, trained, chats, tmp_path, 
     assert sorted(each.name for each in tmp_path.iterdir()) == ["fresh", "out"]
 
 
+def test_named_chat_templates_are_part_of_a_model(cli, small_model, tmp_path):
+    tokenizer = load_tokenizer(small_model)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    save_model(load_model(small_model), tokenizer, tmp_path / "base")
+    words = ("export", "--model", tmp_path / "base", "--to", tmp_path / "out")
+    assert cli(*words).code == 0
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").exists()
+    ended = cli(*words, "--overwrite")
+    assert ended.code == 0, ended.err
+
+
 def test_what_is_exported_is_not_overwritten(small_model, trained, tmp_path):
     folder = shutil.copytree(small_model, tmp_path / "model")
     with pytest.raises(UserError, match="from which the model is read"):

@@ -1,6 +1,8 @@
 """A GGUF file in llama.cpp says what stock transformers says of the checkpoint it was made from."""
 
 import gc
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -151,6 +153,16 @@ def test_a_file_that_is_left_is_closed(gguf_pair):
     del model, tokenizer
     gc.collect()
     assert gone() is None
+
+
+def test_a_script_that_holds_a_file_at_its_end_ends_well(gguf_pair):
+    script = (
+        "import fettle, torch\n"
+        f"model, tokenizer = fettle.load({str(gguf_pair.file)!r})\n"
+        "print(model(torch.tensor([[1, 2, 3]])).logits.shape)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout[:17]) == (0, "torch.Size([1, 3,"), ended.stderr
 
 
 @pytest.mark.parametrize(

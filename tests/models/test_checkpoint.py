@@ -311,7 +311,8 @@ def test_a_tokenizer_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no tokenizer: put .*tokenizer\.json"):
         require_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e")
-    require_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"only as tokenizer\.model, and fettle reads tokenizer\.json alone"):
+        require_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0",')
     with pytest.raises(UserError, match=r"tokenizer\.json is malformed JSON at line 1"):
         require_tokenizer(tmp_path)

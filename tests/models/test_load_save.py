@@ -345,8 +345,8 @@ def test_a_config_of_another_size(folder: Path) -> None:
 
 
 def test_a_tensor_with_no_place(folder: Path) -> None:
-    edit_tensors(folder, lambda t: t | {"model.layers.7.mlp.down_proj.weight": torch.zeros(32, 48)})
-    assert_refused(folder, "model.layers.7.mlp.down_proj.weight", "phi3")
+    edit_tensors(folder, lambda t: t | {"model.layers.0.mlp.side_proj.weight": torch.zeros(32, 48)})
+    assert_refused(folder, "model.layers.0.mlp.side_proj.weight", "phi3")
 
 
 def test_an_unknown_family(folder: Path) -> None:
@@ -375,7 +375,7 @@ def test_a_quantised_checkpoint(folder: Path) -> None:
             {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
             "must have length 4, got 1",
         ),
-        ({"pad_token_id": 97}, "Padding_idx"),
+        ({"pad_token_id": 97}, "pad_token_id is 97"),
     ],
     ids=str,
 )

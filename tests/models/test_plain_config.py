@@ -35,7 +35,9 @@ CHANGES = (
 
 
 CASES = [(family, changes) for family in FAMILIES for changes in CHANGES]
-CASES += [(family, {"num_key_value_heads": None}) for family in ("phi3", "llama")]  # the others' classes refuse it
+CASES += [
+    (family, {"num_key_value_heads": None}) for family in ("phi3", "llama")
+]  # the others' classes refuse it
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=str)

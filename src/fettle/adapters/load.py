@@ -1,20 +1,22 @@
 """Whatever `--model` names, ready to use: a full checkpoint, an adapter on the base it finds by itself, a GGUF file."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fettle.adapters.facts import facts_for
-from fettle.adapters.lora import attach
+from fettle.adapters.facts import AdapterFacts, facts_for
+from fettle.adapters.lora import Shapes, adapter_config_of, attach, require_fit, shapes_in
+from fettle.adapters.vocabulary import fit_vocabulary, rows_with
 from fettle.errors import UserError
 from fettle.llama_cpp.gguf_file import is_gguf
 from fettle.llama_cpp.model import open_gguf
-from fettle.models.checkpoint import inspect, is_adapter, locate, read_adapter_config
-from fettle.models.config import Dtype
+from fettle.models.checkpoint import Checkpoint, inspect, is_adapter, locate, read_adapter_config
+from fettle.models.config import Dtype, StoredModel
 from fettle.models.device import device_of
-from fettle.models.load import load_model, load_tokenizer
+from fettle.models.load import empty_model, load_model, load_tokenizer, stored_model
 
 
 def load(
@@ -28,20 +30,61 @@ def load(
     """
     if is_gguf(name):
         return open_gguf(Path(name).expanduser(), dtype=dtype, device=device)
-    folder = locate(str(name))
     where = device_of(device)
+    found = find(name)
+    quantization = None if found.facts is None else found.facts.quantization
+    model = load_model(found.base, name=found.base_name, dtype=dtype, device=where, quantization=quantization)
+    if found.adapter is None:
+        return model, found.tokenizer
+    if found.facts is not None:
+        model.set_context(found.facts.context_tokens)
+    fit_vocabulary(model, found.stored.config.vocab_size, found.shapes)
+    return attach(model, found.folder).eval(), found.tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a name stands for, checked as far as it can be without reading weights.
+
+    folder: the checkpoint's, or the adapter's; base: the checkpoint's. stored: with the vocabulary that the adapter
+    gives it. shapes: of the adapter's tensors.
+    """
+
+    folder: Path
+    base: Path
+    base_name: str
+    checkpoint: Checkpoint
+    stored: StoredModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: LoraConfig | None = None
+    facts: AdapterFacts | None = None
+    shapes: Shapes = field(default_factory=dict)
+
+
+def find(name: str | Path) -> Found:
+    """Return what `name` stands for: a checkpoint, or an adapter with its base. Raises UserError for every fault.
+
+    config.json is checked against the weights first: a fault of it would show up as one of the tokenizer.
+    """
+    folder = locate(str(name))
     if not is_adapter(folder):
-        inspect(folder)
-        tokenizer = load_tokenizer(folder)  # first: a folder without one is found before a long load
-        return load_model(folder, name=remembered_name(str(name)), dtype=dtype, device=where), tokenizer
-    base_name, base_folder = base_of(folder)
-    facts = facts_for(folder, base_folder)
-    quantization = None if facts is None else facts.quantization
-    base = load_model(base_folder, name=base_name, dtype=dtype, device=where, quantization=quantization)
-    if facts is not None:
-        base.set_context(facts.context_tokens)
+        stored = stored_model(checkpoint := inspect(folder))
+        return Found(
+            folder=folder, base=folder, base_name=remembered_name(str(name)), checkpoint=checkpoint, stored=stored,
+            tokenizer=load_tokenizer(folder, stored.config),
+        )  # fmt: skip
+    base_name, base = base_of(folder)
+    facts = facts_for(folder, base)
+    stored = stored_model(checkpoint := inspect(base))
+    adapter, shapes = adapter_config_of(folder), shapes_in(folder)
+    config = stored.config
+    config.vocab_size = rows_with(config, adapter, shapes, folder)
+    require_fit(empty_model(config), shapes, folder)
     has_tokenizer = (folder / "tokenizer.json").exists()
-    return attach(base, folder).eval(), load_tokenizer(folder if has_tokenizer else base_folder)
+    return Found(
+        folder=folder, base=base, base_name=base_name, checkpoint=checkpoint, stored=stored, adapter=adapter,
+        facts=facts, shapes=shapes, tokenizer=load_tokenizer(folder if has_tokenizer else base, config),
+    )  # fmt: skip
 
 
 def base_of(adapter_folder: Path) -> tuple[str, Path]:

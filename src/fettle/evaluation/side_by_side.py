@@ -18,9 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from fettle import terminal
-from fettle.adapters.facts import facts_for
-from fettle.adapters.load import base_of, load
-from fettle.adapters.lora import require_fit, shapes_in
+from fettle.adapters.load import base_of, find, load
 from fettle.data import Example, Row, read_rows, tokenize_rows
 from fettle.errors import UserError
 from fettle.evaluation.answers import Answer, Question, answer, exact_share, questions
@@ -30,9 +28,8 @@ from fettle.evaluation.speed import measure_speed
 from fettle.generation.decode import Model
 from fettle.llama_cpp.gguf_file import GGUFFile, is_gguf, require_gguf
 from fettle.llama_cpp.model import LlamaCppForCausalLM
-from fettle.models.checkpoint import inspect, is_adapter, locate, weight_files
-from fettle.models.config import Dtype, read_config
-from fettle.models.load import empty_model, load_tokenizer, require_complete
+from fettle.models.checkpoint import is_adapter, locate, weight_files
+from fettle.models.config import Dtype
 
 QUESTIONS_AT_ONCE = 16
 
@@ -107,15 +104,7 @@ def _require_sound(name: str | Path) -> None:
     if is_gguf(name):
         GGUFFile(Path(name).expanduser())  # llama.cpp alone knows; it is closed at once
         return
-    folder = base = locate(str(name))
-    if is_adapter(folder):
-        base = base_of(folder)[1]
-        facts_for(folder, base)
-    config = read_config(checkpoint := inspect(base))
-    require_complete(checkpoint, config)
-    if is_adapter(folder):
-        require_fit(empty_model(config), shapes_in(folder), folder)
-    load_tokenizer(folder if (folder / "tokenizer.json").exists() else base)
+    find(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,16 +16,14 @@ from peft import LoraConfig
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from fettle.adapters.facts import facts_for
-from fettle.adapters.load import base_of
-from fettle.adapters.lora import Shapes, is_plain_lora, require_whole, shapes_in
+from fettle.adapters.load import Found, find
+from fettle.adapters.lora import Shapes, is_plain_lora, require_whole
 from fettle.adapters.lora import adapter_config_of as read_adapter
-from fettle.errors import UserError, reason_of
+from fettle.errors import UserError
 from fettle.export.merge import load_merged, write_down_context
 from fettle.generation.decode import stop_ids
-from fettle.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, inspect, is_adapter, is_nf4, locate
-from fettle.models.config import read_config
-from fettle.models.load import empty_model, load_tokenizer, require_complete, stored_dtype
+from fettle.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, is_nf4
+from fettle.models.load import empty_model, read_generation
 from fettle.models.quantized import StoredTensors
 from fettle.ops.nf4 import nf4_dequantize, nf4_quantize
 from fettle.quantization.layers import HEAD, plain_linears
@@ -53,25 +51,20 @@ class Source:
 
 def open_source(name: str | Path) -> Source:
     """Find what `name` stands for (as `fettle.load` does) without reading its weights; UserError for every fault."""
-    folder, path = locate(str(name)), Path(name).expanduser()
-    base = base_of(folder)[1] if is_adapter(folder) else folder
-    checkpoint = inspect(base)
-    config = read_config(checkpoint)
-    require_complete(checkpoint, config)
-    has_tokenizer = (folder / "tokenizer.json").exists()
-    tokenizer = load_tokenizer(folder if has_tokenizer else base)
+    found, path = find(name), Path(name).expanduser()
+    config = found.stored.config
     source = Source(
         name=(path.resolve() if path.is_dir() else path).name,  # a hub's snapshot is a folder named by a hash
         config=config,
-        tokenizer=tokenizer,
-        dtype=stored_dtype(checkpoint),
-        tensors=lambda: _from_checkpoint(checkpoint),
-        generation=_generation(base, config, tokenizer),
+        tokenizer=found.tokenizer,
+        dtype=found.stored.dtype,
+        tensors=lambda: _from_checkpoint(found.checkpoint),
+        generation=_generation(found.base, config, found.tokenizer),
     )
-    if folder is not base:
-        _adapted(source, folder, base, checkpoint)
+    if found.adapter is not None:
+        _adapted(source, found, found.adapter)
     given = source.tensors
-    source.tensors = lambda: _finite(given(), folder)
+    source.tensors = lambda: _finite(given(), found.folder)
     return source
 
 
@@ -87,13 +80,12 @@ def _finite(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> Iterat
         yield name, tensor
 
 
-def _adapted(source: Source, folder: Path, base: Path, checkpoint: Checkpoint) -> None:
+def _adapted(source: Source, found: Found, adapter: LoraConfig) -> None:
     """Let the source's tensors be those of the merged model."""
-    facts = facts_for(folder, base)
+    folder, checkpoint, facts, shapes = found.folder, found.checkpoint, found.facts, found.shapes
     if facts is not None:
         write_down_context(source.config, facts.context_tokens)
-    shapes = shapes_in(folder)
-    if not is_plain_lora(adapter := read_adapter(folder), shapes):
+    if not is_plain_lora(adapter, shapes):
         if {HEAD, "embed_tokens"} & set(adapter.modules_to_save or ()) and not adapter.ensure_weight_tying:
             source.config.tie_word_embeddings = False  # trained apart from each other
         source.tensors = lambda: _whole(folder)
@@ -175,13 +167,7 @@ def _whole(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _generation(base: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """The base's, ending answers where fettle ends them: others stop at what it names, and at nothing else."""
     file = base / "generation_config.json"
-    try:
-        if file.exists():
-            generation = GenerationConfig.from_pretrained(str(base))
-        else:
-            generation = GenerationConfig.from_model_config(config)
-    except Exception as error:  # whatever its parsing raises
-        raise UserError(f"{file} cannot be read ({reason_of(error)}): mend it, or fetch it again.") from error
+    generation = read_generation(base) or GenerationConfig.from_model_config(config)
     ends = generation.eos_token_id or []
     if not all(type(each) is int for each in (ends if isinstance(ends, list) else [ends])):
         raise UserError(f"{file}: eos_token_id is {ends!r}; expected a token's number, or a list of such.")

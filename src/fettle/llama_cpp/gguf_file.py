@@ -6,6 +6,7 @@ LongRoPE model before the text does: llama.cpp takes the long factors for every 
 """
 
 import ctypes
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,12 +20,34 @@ from fettle.llama_cpp.library import Batch, last_fault, library, log
 CHUNK_TOKENS = 512
 """Tokens run together, llama.cpp's own n_ubatch: logits of as many are held at once."""
 
+CONTEXT_STEP = 256
+"""Tokens; llama.cpp rounds its memory up to a multiple of it."""
+
 SMALLEST_CONTEXT = 1024
 LONGEST_METADATA = 4096
 USUAL_PIECE_BYTES = 512
 
 CONTROL, USER_DEFINED, UNKNOWN = 8, 16, 1
 """llama_token_attr: tokens that stand outside ordinary text."""
+
+
+class _HeldOpen:
+    """llama.cpp's own model and context, by their addresses; a context must be freed before its model."""
+
+    def __init__(self) -> None:
+        self.model: int | None = None
+        self.context: int | None = None
+
+    def close_context(self, llama: ctypes.CDLL) -> None:
+        if self.context:
+            llama.llama_free(self.context)
+        self.context = None
+
+    def close(self, llama: ctypes.CDLL) -> None:
+        self.close_context(llama)
+        if self.model:
+            llama.llama_model_free(self.model)
+        self.model = None
 
 
 class GGUFFile:
@@ -42,8 +65,10 @@ class GGUFFile:
         self.path = path
         self._llama = library()
         log.clear()
-        self._context: int | None = None
-        self._model: int | None = self._llama.llama_model_load_from_file(
+        self._held_open = _HeldOpen()
+        # also at the interpreter's end, while it can still be called back: `__del__` would come too late there
+        weakref.finalize(self, self._held_open.close, self._llama)
+        self._model = self._held_open.model = self._llama.llama_model_load_from_file(
             str(path).encode(), self._llama.llama_model_default_params()
         )
         if not self._model:
@@ -61,11 +86,9 @@ class GGUFFile:
         self._room = 0
         self._pieces: dict[int, bytes] = {}
 
-    def __del__(self) -> None:
-        if getattr(self, "_context", None):
-            self._llama.llama_free(self._context)
-        if getattr(self, "_model", None):
-            self._llama.llama_model_free(self._model)
+    @property
+    def _context(self) -> int | None:
+        return self._held_open.context
 
     # --- metadata ------------------------------------------------------------------------------------------
 
@@ -206,16 +229,17 @@ class GGUFFile:
         while room < tokens:
             room *= 2
         if self._original_context is not None and tokens <= self._original_context:
-            return min(room, self._original_context)
+            # llama.cpp rounds its memory up, and beyond the original context takes the long factors
+            within = self._original_context // CONTEXT_STEP * CONTEXT_STEP
+            return min(room, within) if tokens <= within else self._original_context
         return room
 
     def _new_context(self, room: int) -> None:
-        if self._context:
-            self._llama.llama_free(self._context)
+        self._held_open.close_context(self._llama)
         parameters = self._llama.llama_context_default_params()
         parameters.sizes[0], parameters.sizes[1], parameters.sizes[2] = room, CHUNK_TOKENS, CHUNK_TOKENS
         log.clear()
-        self._context, self._held = self._llama.llama_init_from_model(self._model, parameters), []
+        self._held_open.context, self._held = self._llama.llama_init_from_model(self._model, parameters), []
         if not self._context:
             self._room = 0
             raise UserError(f"{self.path} cannot be run in llama.cpp with {room:,} tokens: {last_fault()}.")

@@ -28,6 +28,9 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Pickles that a trainer leaves beside the weights: not the weights themselves.
 _TRAINER_PICKLES = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state")
 
+# Tokenizers in other forms than tokenizer.json.
+_OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model", "tiktoken.model")
+
 # What is fetched from a hub: the top folder's data, nothing that can be run, no second copy of the weights.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 _HUB_LEFT = ["*/*", "consolidated*"]
@@ -192,13 +195,16 @@ def require_tokenizer(folder: Path) -> None:
     folder = Path(folder)
     if (folder / "tokenizer.json").exists():
         _read_json(folder / "tokenizer.json")
-    elif (folder / "tokenizer.model").exists():
-        require_content(folder / "tokenizer.model")
-    else:
+        return
+    others = [name for name in _OTHER_TOKENIZERS if (folder / name).exists()]
+    if others:  # what transformers makes of them depends on further libraries, and may give other ids
         raise UserError(
-            f"{folder} has no tokenizer: put the model's tokenizer.json (or tokenizer.model) and "
-            f"tokenizer_config.json there."
+            f"{folder} has its tokenizer only as {_list(others)}, and fettle reads tokenizer.json alone: fetch the "
+            "tokenizer.json of the same model, or of another one with the same tokenizer."
         )
+    raise UserError(
+        f"{folder} has no tokenizer: put the model's tokenizer.json and tokenizer_config.json there."
+    )
 
 
 def is_adapter(folder: Path) -> bool:
@@ -345,6 +351,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"--resume --output {folder}."
             )
         raise UserError(f"{folder} is not a model folder: it has no config.json.")
+    return read_config_file(file)
+
+
+def read_config_file(file: Path) -> dict[str, Any]:
+    """Return the content of a model's config.json; raises UserError for what is none."""
     config = _read_json(file)
     if not isinstance(config.get("model_type"), str):
         raise UserError(f'{file} has no "model_type" (such as "phi3"): fetch the model\'s own config.json.')

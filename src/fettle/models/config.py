@@ -1,6 +1,5 @@
 """A model's config by itself: its shapes can be known where its weights are not."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -14,18 +13,31 @@ from fettle.models.checkpoint import (
     is_adapter,
     is_nf4,
     read_adapter_config,
+    read_config_file,
 )
-from fettle.models.families import FUSED_ACTIVATIONS, Family, family_of
+from fettle.models.families import FUSED_ACTIVATIONS, Family, family_of, option
 from fettle.models.plain_config import plain_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-"""Sizes that a config must state itself: in its stead a family's default would make another model."""
+REQUIRED = {
+    "num_hidden_layers": 1_000,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**7,
+    "num_attention_heads": 10**4,
+    "vocab_size": 10**7,
+}
+"""Sizes that a config must state itself, as a family's default would make another model, and the largest accepted:
+ten times that of any published model. Beyond it even a model without memory takes minutes to describe."""
+OPTIONAL = {
+    "num_key_value_heads": 10**4,
+    "head_dim": 10**5,
+    "max_position_embeddings": 2**31,
+    "sliding_window": 2**31,
+}
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 
 
 class StoredModel(NamedTuple):
@@ -44,12 +56,7 @@ def config_of(name: str, *, is_plain: bool = False) -> StoredModel:
     Raises UserError where there is none, or none that fettle can train.
     """
     file = _config_file(name)
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a readable config ({reason_of(error)}).") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
-        raise UserError(f"{file}: no model_type in it; expected the config.json of a model.")
+    content = read_config_file(file)
     unseen = Checkpoint(
         folder=file.parent, config=content, weight_files=[], tensors={}, tensor_files={}, weight_bytes=0
     )
@@ -69,13 +76,16 @@ def read_config(checkpoint: Checkpoint) -> Any:
     """
     where, family = f"{checkpoint.folder}/config.json", _checked_family(checkpoint)
     try:
-        ignored = ("auto_map", "quantization_config")
-        config = family.config.from_dict({k: v for k, v in checkpoint.config.items() if k not in ignored})
+        config = family.config.from_dict(_current(checkpoint.config))
     except Exception as error:  # the library raises whatever its checks do
+        cause = (
+            error.__cause__ if isinstance(error.__cause__, Exception) else error
+        )  # it only names the check
         raise UserError(
-            f"{where}: not a valid {checkpoint.config['model_type']} config: {reason_of(error)}"
+            f"{where}: not a valid {checkpoint.config['model_type']} config: {reason_of(cause)}"
         ) from error
     config.architectures = [family.architecture]
+    _require_usable(config, where)
     return config
 
 
@@ -83,18 +93,34 @@ def _checked_family(checkpoint: Checkpoint) -> Family:
     """Return the checkpoint's family. Raises UserError for another one, a foreign quantization and impossible sizes."""
     where = f"{checkpoint.folder}/config.json"
     family = family_of(checkpoint.config["model_type"], where)
+    if not isinstance(checkpoint.quantization_config or {}, dict):
+        raise UserError(f"{where}: quantization_config is no JSON object; fetch the model's own config.json.")
     if checkpoint.quantization_config and not is_nf4(checkpoint):
         raise UserError(
             f"{where}: the checkpoint is already quantised, in another way than bitsandbytes' NF4; "
             "fettle needs the original one in bf16, fp16 or fp32."
         )
     _require_sizes(checkpoint.config, where)
+    _require_activation(checkpoint.config, family, where)
     return family
 
 
+def _current(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content in the words of today's transformers, without what fettle does not follow."""
+    ignored = ("auto_map", "quantization_config", "return_dict")
+    content = {name: value for name, value in content.items() if name not in ignored}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = content.get(name)
+        if isinstance(rope, dict) and content["model_type"] == "phi3":
+            # the first uploads of Phi-3-mini-128k called LongRoPE "su"
+            kinds = {each: "longrope" for each in ("type", "rope_type") if rope.get(each) == "su"}
+            content[name] = rope | kinds
+    return content
+
+
 def _require_sizes(content: dict[str, Any], where: str) -> None:
-    """Raise UserError where a size is missing, or no whole number of 1 or more."""
-    for name in (*REQUIRED, *OPTIONAL):
+    """Raise UserError for a size that is missing, not a whole number of 1 or more, or absurdly large."""
+    for name, largest in (REQUIRED | OPTIONAL).items():
         value = content.get(name)
         if value is None and name in OPTIONAL:
             continue
@@ -104,9 +130,33 @@ def _require_sizes(content: dict[str, Any], where: str) -> None:
             )
         if type(value) is not int or value < 1:
             raise UserError(f"{where}: {name} is {value!r}; expected a whole number, 1 or more.")
-    for name in ("hidden_act", "hidden_activation"):
-        if content.get(name) is not None and not _is_activation(content[name]):
-            raise UserError(f"{where}: {name} is {content[name]!r}, which transformers does not know.")
+        if value > largest:
+            raise UserError(f"{where}: {name} is larger than {largest:,}, the most that fettle accepts.")
+
+
+def _require_activation(content: dict[str, Any], family: Family, where: str) -> None:
+    """Raise UserError for an activation that transformers does not know."""
+    name = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
+    if content.get(name) is not None and not _is_activation(content[name]):
+        raise UserError(f"{where}: {name} is {content[name]!r}, which transformers does not know.")
+
+
+def _require_usable(config: Any, where: str) -> None:
+    """Raise UserError for values that are each valid and yet make no model."""
+    if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
+        raise UserError(
+            f"{where}: pad_token_id is {config.pad_token_id} (or left out), and the vocabulary has {config.vocab_size} "
+            "tokens; expected the number of one of them, or null."
+        )
+    if "sliding_attention" in (option(config, "layer_types") or ()) and config.sliding_window is None:
+        raise UserError(
+            f"{where}: sliding_window is null, and some layers need one; expected a number of tokens."
+        )
+    from fettle.models.rope import (
+        DecoderRotaryEmbedding,  # it imports transformers, which a plan does without
+    )
+
+    DecoderRotaryEmbedding(config).require_usable(where)
 
 
 def _is_activation(name: Any) -> bool:

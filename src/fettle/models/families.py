@@ -39,6 +39,8 @@ class Family:
     """Embeddings are multiplied by sqrt(hidden_size)."""
     has_softcap: bool = False
     """Attention scores and logits are bounded by a tanh."""
+    has_partial_rotary: bool = False
+    """`partial_rotary_factor` is the share of a head's channels that are rotated; other families ignore it."""
 
     @property
     def config(self) -> "type[PreTrainedConfig]":
@@ -68,6 +70,7 @@ FAMILIES: dict[str, Family] = {
         architecture="Phi3ForCausalLM",
         defaults={"max_position_embeddings": 4096, "sliding_window": None},
         has_fused_projections=True,
+        has_partial_rotary=True,
     ),
     "llama": Family(
         architecture="LlamaForCausalLM",
@@ -130,6 +133,14 @@ def family_of(model_type: str, where: str) -> Family:
 def head_dim_of(config: "PreTrainedConfig") -> int:
     """Channels of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rotary_dim_of(config: "PreTrainedConfig") -> int:
+    """Channels of one attention head that are rotated."""
+    share = 1.0
+    if FAMILIES[config.model_type].has_partial_rotary:
+        share = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    return int(head_dim_of(config) * share)
 
 
 def sliding_window_of(config: "PreTrainedConfig", layer_idx: int) -> int | None:

@@ -4,13 +4,14 @@ Official safetensors load unchanged, in the dtype they are stored in, through tr
 Code that a checkpoint ships is never run.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from fettle.data.template import start_renderer
 from fettle.errors import UserError, reason_of
@@ -19,9 +20,13 @@ from fettle.models.config import DTYPES, Dtype, StoredModel, read_config
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.quantized import load_nf4
 from fettle.models.quiet import without_progress_bars
+from fettle.models.safetensors_header import require_content
 from fettle.quantization.nf4 import STATE_KEY
 
 """The type to hold weights in; `auto` is the checkpoint's own."""
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Fields of a generation config that say how to sample."""
 
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -40,13 +45,15 @@ def load_model(
     Raises UserError for whatever is wrong with the folder: see `fettle.models.checkpoint`.
     """
     checkpoint = inspect(folder)
-    stored = stored_model(checkpoint)
+    stored, generation = stored_model(checkpoint), read_generation(folder)
     if not isinstance(dtype, torch.dtype):
         dtype = stored.dtype if dtype == "auto" else DTYPES[dtype]
     if quantization == "nf4" or stored.is_nf4:
         model = load_nf4(checkpoint, stored.config, dtype, torch.device(device))
     else:
         model = _load_plain(checkpoint, stored.config, dtype).to(torch.device(device))
+    if generation is not None:
+        model.generation_config = generation
     model.name_or_path = model.config._name_or_path = name or str(folder)
     return model
 
@@ -72,16 +79,27 @@ def _load_plain(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Deco
     return model
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the folder's tokenizer; a missing padding token becomes the end-of-text token."""
+def load_tokenizer(folder: Path, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
+    """Load the folder's tokenizer; a missing padding token becomes the end-of-text token.
+
+    config: that of the model it belongs to, as `read_config` returns it; None for a tokenizer by itself. Raises
+    UserError for a tokenizer that cannot be read, and for one with tokens that the embedding has no rows for.
+    """
     require_tokenizer(folder)
+    # transformers would read config.json again and call its faults the tokenizer's
+    given = {"config": config} if config is not None and (folder / "config.json").exists() else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, **given
+        )
     except Exception as error:  # the library raises whatever its parsers do
         raise UserError(
             f"{folder}: the tokenizer cannot be read ({reason_of(error)}); expected the tokenizer.json and "
             "tokenizer_config.json of the original checkpoint."
         ) from error
+    if config is not None:
+        _require_rows(tokenizer, config.vocab_size, folder)
+    _require_default_template(tokenizer, folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template:
@@ -89,9 +107,66 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _require_rows(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -> None:
+    """Raise UserError for tokens beyond the embedding: the first text that has one would fail."""
+    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    if beyond:
+        index, token = beyond[0]
+        raise UserError(
+            f"{folder}: the tokenizer has {len(beyond):,} tokens that the model's embedding has no rows for (it has "
+            f"{rows:,}; {token!r} is number {index}): save the model with its embedding resized "
+            "(resize_token_embeddings in transformers; an adapter with save_embedding_layers=True in PEFT), or use the "
+            "tokenizer that the weights came with."
+        )
+
+
+def _require_default_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise UserError for several named chat templates of which none is the default."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        raise UserError(
+            f"{folder}: its chat templates are named {', '.join(sorted(templates))}, and none is called default; "
+            "give that name to the one that chats are to be written in."
+        )
+
+
+def read_generation(folder: Path) -> GenerationConfig | None:
+    """Return the folder's generation_config.json such that it can be saved again; None if it has none.
+
+    transformers opens settings that contradict each other (sampling fields beside `do_sample: false`), ignores them
+    when it generates, and refuses to save them. What it ignores is left out. Raises UserError for a file that it does
+    not open.
+    """
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return None
+    require_content(file)
+    try:
+        generation = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+        if generation.do_sample is not True:
+            for name in _SAMPLING:
+                setattr(generation, name, None)
+        if generation.num_beams in (None, 1):
+            generation.early_stopping = generation.length_penalty = None
+        if generation.pad_token_id is not None and generation.pad_token_id < 0:
+            generation.pad_token_id = None
+        if generation.use_cache is False:
+            generation.cache_implementation = None
+        if generation.return_dict_in_generate is not True:
+            for name in generation.extra_output_flags:
+                setattr(generation, name, None)
+        generation.validate(strict=True)
+    except Exception as error:  # whatever its parsing and its checks raise
+        raise UserError(
+            f"{file} cannot be used ({reason_of(error)}): correct it, fetch it again, or delete it to do without."
+        ) from error
+    return generation
+
+
 def require_complete(checkpoint: Checkpoint, config) -> None:  # type: ignore[no-untyped-def]
     """Compare the files' tensors with the model's: names and shapes, before anything is read."""
     where = f"{checkpoint.folder}"
+    _require_layers(checkpoint, config)
     model = empty_model(config, f"{where}/config.json")
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = {name: shape for name, (_, shape) in checkpoint.tensors.items()}
@@ -117,6 +192,18 @@ def require_complete(checkpoint: Checkpoint, config) -> None:  # type: ignore[no
         raise UserError(
             f"{where}: {len(extra)} tensors have no place in a {config.model_type} model, "
             f"'{min(extra)}' the first; config.json is another model's."
+        )
+
+
+def _require_layers(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
+    """Compare the number of layers first: describing a model of a thousand layers takes longer than reading one."""
+    numbers = (re.match(r"model\.layers\.(\d{1,9})\.", name) for name in checkpoint.tensors)
+    found = max((int(number[1]) + 1 for number in numbers if number), default=0)
+    if found != config.num_hidden_layers:
+        raise UserError(
+            f"{checkpoint.folder}: the weights have {found} layers, and config.json asks for "
+            f"{config.num_hidden_layers} (num_hidden_layers); the checkpoint is incomplete or its "
+            "config.json is another model's."
         )
 
 

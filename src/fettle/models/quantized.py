@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fettle.errors import UserError
 from fettle.memory.allocator import restored_heap, set_heap
@@ -58,8 +58,6 @@ def load_nf4(
                 _assign(model, name, stored.read(name).to(dtype))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    if (checkpoint.folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(str(checkpoint.folder))
     return model.eval()
 
 

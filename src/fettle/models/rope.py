@@ -9,12 +9,15 @@ of the whole forward pass, so a short document changes when a long one shares it
   unpacked batch decides by its longest position, as transformers does.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fettle.errors import UserError
+from fettle.errors import UserError, reason_of
+from fettle.models.families import head_dim_of, rotary_dim_of
 
 
 class DecoderRotaryEmbedding(nn.Module):
@@ -28,13 +31,34 @@ class DecoderRotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.rope_type: str = config.rope_parameters["rope_type"]
-        if self.rope_type == "dynamic" or self.rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
-            raise UserError(
-                f"rope type '{self.rope_type}' is not supported; "
-                "expected default, linear, llama3, yarn or longrope."
-            )
         self.context_tokens: int | None = None
         self._frequencies: dict[tuple[torch.device, bool], tuple[torch.Tensor, float]] = {}
+
+    def require_usable(self, where: str) -> None:
+        """Raise UserError, naming the file `where`, for a rope type or values that give no usable frequencies."""
+        if self.rope_type == "dynamic" or self.rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
+            raise UserError(
+                f"{where}: rope type '{self.rope_type}' is not supported; "
+                "expected default, linear, llama3, yarn or longrope."
+            )
+        rotary_dim, shown = rotary_dim_of(self.config), _shortened(self.config.rope_parameters)
+        try:
+            tables = [self._table(torch.device("cpu"), is_long=is_long)[0] for is_long in self._choices]
+        except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
+            raise UserError(
+                f"{where}: no rotary frequencies follow from its rope parameters {shown}: {reason_of(error)}."
+            ) from error
+        is_whole = all(table.isfinite().all() and 2 * len(table) == rotary_dim for table in tables)
+        if not is_whole or rotary_dim > head_dim_of(self.config):
+            raise UserError(
+                f"{where}: its rope parameters {shown} do not fit heads of "
+                f"{head_dim_of(self.config)} channels; fetch the model's own config.json."
+            )
+
+    @property
+    def _choices(self) -> tuple[bool, ...]:
+        """The tables there are: short, and long in LongRoPE."""
+        return (False, True) if self.rope_type == "longrope" else (False,)
 
     @torch.no_grad()
     def forward(
@@ -79,9 +103,7 @@ class DecoderRotaryEmbedding(nn.Module):
     def _compute(self, device: torch.device, is_long: bool) -> tuple[torch.Tensor, float]:
         parameters = self.config.rope_parameters
         if self.rope_type == "default":
-            head_dim = getattr(self.config, "head_dim", None)
-            head_dim = head_dim or self.config.hidden_size // self.config.num_attention_heads
-            rotary_dim = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+            rotary_dim = rotary_dim_of(self.config)
             exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float) / rotary_dim
             return (1.0 / parameters["rope_theta"] ** exponents).to(device), 1.0
         tokens = parameters["original_max_position_embeddings"] + 1 if is_long else None
@@ -89,3 +111,11 @@ class DecoderRotaryEmbedding(nn.Module):
             self.config, torch.device("cpu"), seq_len=tokens
         )
         return frequencies.float().to(device), scaling
+
+
+def _shortened(parameters: dict[str, Any]) -> str:
+    """Rope parameters for a message; LongRoPE's lists of factors would fill a screen."""
+    shown = {
+        name: f"{len(each)} numbers" if isinstance(each, list) else each for name, each in parameters.items()
+    }
+    return str(shown)

@@ -70,7 +70,7 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
     rows = read_data(options.data)
     seen = fingerprints(options) | {"model": fingerprint(folder), "tokenizer": tokenizer_fingerprint(folder)}
     resume.require_unchanged(facts, seen, options)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, stored.config)
     longest = length_limit(options, stored.config.max_position_embeddings)
     material = prepare(options, tokenizer, longest, rows)
     show_data(material, options, console)

@@ -165,6 +165,22 @@ def test_a_file_that_says_other_things_fails_the_proof(
     assert ("m.gguf does not say what the model says" in ended.err) is (code == 1)
 
 
+def test_a_file_without_the_chat_template_fails_the_proof(cli, small_model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("fettle.export.gguf.tokenizer._template", lambda *given: None)
+    words = ("export", "--model", small_model, "--format", "gguf", "--to", tmp_path / "m.gguf", "--verify")
+    ended = cli(*words, "--quantization", "f16")
+    assert ended.code == 1 and "m.gguf has no chat template, and the model has one" in ended.err
+
+
+def test_an_activation_that_llama_cpp_does_not_compute_is_refused(cli, small_model, tmp_path) -> None:
+    shutil.copytree(small_model, folder := tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    ended = cli("export", "--model", folder, "--format", "gguf", "--to", tmp_path / "m.gguf")
+    assert ended.code == 2 and "this config.json asks for gelu" in ended.err
+    assert not (tmp_path / "m.gguf").exists()
+
+
 def write_importance(file: Path, entries: dict[str, tuple[np.ndarray, float]]) -> None:
     """As llama-imatrix does; entries: the sums of a tensor's squared inputs, and how many there were."""
     writer = GGUFWriter(file, "imatrix")

@@ -1,17 +1,19 @@
 """llama.cpp cuts text into the tokenizer's own ids."""
 
+import copy
 import json
 import unicodedata
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fettle.errors import UserError
 from fettle.export.gguf import verify, write_gguf
 from fettle.export.gguf.battery import battery
-from fettle.export.gguf.tokenizer import PRE_TOKENIZERS, name_for, tokenizer_fields
+from fettle.export.gguf.tokenizer import PRE_TOKENIZERS, name_for, template_begins, tokenizer_fields
 from fettle.llama_cpp.gguf_file import GGUFFile
 from fettle.models.checkpoint import embedded_model
 from fettle.models.decoder import causal_lm_class
@@ -65,9 +67,9 @@ def test_ids_are_the_tokenizers(name, shared_data, tmp_path):
         pytest.skip(f"needs the tokenizer of {name}, which is not here")
     tokenizer, llama = write_with_tokenizer(folder, tmp_path / "model.gguf")
     texts = battery(tokenizer.all_special_tokens)
-    unequal = [
-        text for text in texts if llama.tokenize(text, add_special=True) != tokenizer(text)["input_ids"]
-    ]
+    adds = template_begins(tokenizer)  # TinyLlama's and Zephyr's templates leave the first token out
+    expected_ids = {text: tokenizer(text, add_special_tokens=adds)["input_ids"] for text in texts}
+    unequal = [text for text, ids in expected_ids.items() if llama.tokenize(text, add_special=True) != ids]
     assert len(texts) > 500
     assert len(unequal) <= CHECKPOINTS[name], unequal[:5]
     expected = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
@@ -75,7 +77,9 @@ def test_ids_are_the_tokenizers(name, shared_data, tmp_path):
     chat = tokenizer.apply_chat_template(
         CHAT, chat_template=template, tokenize=False, add_generation_prompt=True
     )
-    assert llama.tokenize(chat, add_special=False) == expected
+    if adds:
+        chat = chat.removeprefix(tokenizer.bos_token)  # as llama.cpp does
+    assert llama.tokenize(chat, add_special=True) == expected
 
 
 def test_the_embedded_model_is_proved_whole(tokenizer, tmp_path):
@@ -108,6 +112,23 @@ def test_roles_and_template_are_in_the_file(tokenizer):
     assert fields["chat_template"] == tokenizer.chat_template
     assert fields["ggml.tokens"][-1] == "[PAD1299]"
     assert fields["ggml.token_type"][4] == 3  # control
+
+
+def test_the_default_of_several_templates_is_in_the_file(tokenizer):
+    several = copy.deepcopy(tokenizer)
+    several.chat_template = {"tool_use": "{{ tools }}", "default": tokenizer.chat_template}
+    assert tokenizer_fields(several, 1300)["chat_template"] == tokenizer.chat_template
+
+
+@pytest.mark.parametrize(("template", "begins"), [("{{ bos_token }}", True), ("", False), (None, True)])
+def test_the_first_token_is_added_where_chats_begin_with_it(tokenizer, template, begins):
+    beginning = copy.deepcopy(tokenizer)
+    beginning.bos_token = tokenizer.eos_token
+    beginning.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.eos_token} $A", special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)]
+    )
+    beginning.chat_template = None if template is None else template + tokenizer.chat_template
+    assert tokenizer_fields(beginning, 1300)["ggml.add_bos_token"] is begins
 
 
 def test_the_name_says_how_white_space_after_special_tokens_is_treated(tokenizer):

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from gguf import GGUFWriter
 
-from fettle.adapters.facts import facts_for
-from fettle.adapters.load import base_of
+from fettle.adapters.load import find
 from fettle.adapters.lora import adapter_config_of as read_adapter
 from fettle.adapters.lora import is_plain_lora, shapes_in
 from fettle.errors import UserError
@@ -13,8 +12,7 @@ from fettle.export.gguf.metadata import as_stored, gguf_family_of, gguf_name
 from fettle.export.gguf.write import require_name
 from fettle.export.source import adapter_matrices, adapter_scale, require_plain
 from fettle.files import require_new_file, write_aside
-from fettle.models.checkpoint import inspect, is_adapter, locate
-from fettle.models.config import read_config
+from fettle.models.checkpoint import is_adapter, locate
 
 
 def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) -> Path:
@@ -34,9 +32,7 @@ def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) 
             f"{folder}: llama.cpp applies plain LoRA of one rank alone, and this adapter is more (DoRA, biases, "
             "embeddings, whole modules, PiSSA, ranks by layer or the like): export the merged model, --format gguf."
         )
-    base = base_of(folder)[1]
-    config = read_config(inspect(base))
-    facts_for(folder, base)
+    config = find(name).stored.config
     require_plain(config, adapter, shapes, folder)
     with write_aside(to, replace=overwrite) as aside:
         writer = GGUFWriter(str(aside), gguf_family_of(config).architecture)

@@ -9,17 +9,19 @@ from gguf import GGML_QUANT_SIZES
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fettle import terminal
 from fettle.export.gguf.importance import read_importance
 from fettle.export.gguf.metadata import ignored_window
 from fettle.export.gguf.proof import print_proof
+from fettle.export.gguf.tokenizer import template_begins
 from fettle.export.gguf.types import quantization_of
 from fettle.export.gguf.write import Progress, require_name, shapes_of, write_gguf
 from fettle.export.ollama import modelfile
 from fettle.export.source import open_source
 from fettle.files import human_bytes, require_new_file, write_aside
+from fettle.llama_cpp.gguf_file import CONTEXT_STEP
 
 
 def export_gguf(
@@ -48,7 +50,13 @@ def export_gguf(
     source = open_source(name)
     # Before anything is written: a chat template may be at fault.
     texts = {path: modelfile(path.name, source.tokenizer, source.stop_ids) for path in modelfiles}
-    _tell_of_window(source.config, console)
+    for line in (
+        _window_line(source.config),
+        _longrope_line(source.config),
+        _first_token_line(source.tokenizer),
+    ):
+        if line is not None:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     _tell_of_narrow(shapes := shapes_of(source.config), files, console)
     weights = {} if importance is None else read_importance(importance, shapes)
     with _progress(console, f"writing {', '.join(files)}") as progress:
@@ -64,13 +72,34 @@ def export_gguf(
     return list(files.values())
 
 
-def _tell_of_window(config: PreTrainedConfig, console: Console) -> None:
-    """One line where llama.cpp leaves the model's sliding window out."""
-    if (window := ignored_window(config)) is not None:
-        line = (
-            f"llama.cpp does not heed this model's sliding window: beyond {window:,} tokens the file differs."
-        )
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _window_line(config: PreTrainedConfig) -> str | None:
+    """What to say where llama.cpp leaves the model's sliding window out."""
+    if (window := ignored_window(config)) is None:
+        return None
+    return f"llama.cpp does not heed this model's sliding window: beyond {window:,} tokens the file differs."
+
+
+def _longrope_line(config: PreTrainedConfig) -> str | None:
+    """What to say where llama.cpp cannot keep its memory within LongRoPE's original context."""
+    rope = config.rope_parameters
+    original = rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None
+    if original is None or original % CONTEXT_STEP == 0 or rope["short_factor"] == rope["long_factor"]:
+        return None
+    return (
+        f"llama.cpp takes LongRoPE's long factors for texts beyond {original // CONTEXT_STEP * CONTEXT_STEP:,} tokens, "
+        f"the model beyond {original:,}: in between the file differs (llama.cpp counts in steps of {CONTEXT_STEP})."
+    )
+
+
+def _first_token_line(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What to say where chats do not begin with the token that the tokenizer puts before other texts."""
+    begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if not tokenizer.chat_template or not begins or template_begins(tokenizer):
+        return None
+    return (
+        f"this model's chat template does not begin with {tokenizer.bos_token}, so the file says add_bos_token = "
+        "false: llama.cpp then writes chats as they were trained, and begins plain texts without it as well."
+    )
 
 
 def _tell_of_narrow(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str], console: Console) -> None:

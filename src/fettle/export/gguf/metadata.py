@@ -35,6 +35,11 @@ class GGUFFamily:
     """The file names the family's sliding window. llama.cpp heeds Gemma 2's, and switches Phi-3's off."""
     figures: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
     """The family's own entries, under `{architecture}.`."""
+    activations: tuple[str, ...] = ("silu", "swish")
+    """What llama.cpp computes for this architecture, whatever a file says, by its names in transformers."""
+    rope_types: tuple[str, ...] = ("default", "linear", "yarn", "llama3")
+    has_attention_bias: bool = False
+    """llama.cpp reads biases of the attention's matrices, where there are any."""
 
 
 OUTSIDE = {
@@ -115,8 +120,12 @@ def _gemma2_figures(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 GGUF_FAMILIES: dict[str, GGUFFamily] = {
-    "phi3": GGUFFamily(architecture="phi3", writes_window=True, figures=_phi3_figures),
-    "llama": GGUFFamily(architecture="llama", has_interleaved_heads=True, figures=_llama_figures),
+    "phi3": GGUFFamily(
+        architecture="phi3", writes_window=True, figures=_phi3_figures, rope_types=("default", "longrope")
+    ),
+    "llama": GGUFFamily(
+        architecture="llama", has_interleaved_heads=True, figures=_llama_figures, has_attention_bias=True
+    ),
     "mistral": GGUFFamily(architecture="llama", has_interleaved_heads=True, figures=_llama_figures),
     "qwen2": GGUFFamily(architecture="qwen2"),
     "qwen3": GGUFFamily(architecture="qwen3"),
@@ -126,6 +135,7 @@ GGUF_FAMILIES: dict[str, GGUFFamily] = {
         has_norm_offset=True,
         writes_window=True,
         figures=_gemma2_figures,
+        activations=("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
     ),
 }
 
@@ -141,6 +151,7 @@ def gguf_family_of(config: PreTrainedConfig) -> GGUFFamily:
 def figures_of(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the entries under `{architecture}.`: sizes, the rotation, and what is the family's own."""
     family, head_dim = gguf_family_of(config), head_dim_of(config)
+    _require_expressible(config, family)
     figures = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -156,6 +167,25 @@ def figures_of(config: PreTrainedConfig) -> dict[str, Any]:
     if family.writes_window:
         figures["attention.sliding_window"] = option(config, "sliding_window") or 0
     return figures | _scaling(config) | family.figures(config)
+
+
+def _require_expressible(config: PreTrainedConfig, family: GGUFFamily) -> None:
+    """Raise UserError for what llama.cpp would compute in another way than the config says."""
+    activation = option(config, "hidden_activation") or config.hidden_act
+    if activation not in family.activations:
+        raise UserError(
+            f"llama.cpp computes {family.activations[0]} in a {config.model_type} model's MLP; this config.json asks "
+            f"for {activation}, which a GGUF file cannot express."
+        )
+    if (kind := config.rope_parameters["rope_type"]) not in family.rope_types:
+        raise UserError(
+            f"llama.cpp does not know rope type '{kind}' in a {config.model_type} model; it knows "
+            f"{', '.join(family.rope_types)}."
+        )
+    if option(config, "attention_bias") and not family.has_attention_bias:
+        raise UserError(
+            f"llama.cpp has no place for the attention biases (attention_bias) of this {config.model_type} model."
+        )
 
 
 def ignored_window(config: PreTrainedConfig) -> int | None:

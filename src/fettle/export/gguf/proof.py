@@ -50,11 +50,15 @@ def print_proof(name: str | Path, source: Source, files: dict[str, Path], consol
         texts = ", ".join(repr(text[:40]) for text in unequal[:3])
         line = f"llama.cpp cuts some texts otherwise than the model's tokenizer: {texts}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if not next(iter(proofs.values())).chat_equal:
+        console.print("a chat becomes other tokens in llama.cpp than in the model's tokenizer", markup=False)
     _require_alike(proofs, files)
 
 
 def _require_alike(proofs: dict[str, Verification], files: dict[str, Path]) -> None:
     for kind, proof in proofs.items():
+        if not proof.has_template:
+            raise ProofError(f"{files[kind]} has no chat template, and the model has one: export it again.")
         allowed = KL_ALLOWED if kind in NEAR else math.inf
         if not proof.kl < allowed:  # a NaN is not
             expected = f"less than {allowed:g}" if kind in NEAR else "a number"

@@ -18,6 +18,7 @@ from typing import Any
 from gguf import TokenType
 from transformers import PreTrainedTokenizerBase
 
+from fettle.data import generation_prompt
 from fettle.errors import UserError
 
 SPACE = "▁"
@@ -177,7 +178,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -> st
     the first word only (Mistral's) has templates that write that space themselves, as in "[INST] " + question or
     " " + answer: it is left out.
     """
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else None  # the default of several
     if template and (content.get("pre_tokenizer") or {}).get("prepend_scheme") == "first":
         for token in content["added_tokens"]:
             if token["special"]:
@@ -243,8 +244,22 @@ def _special_ids(
         "chat_template": template,
     }
     begins, ends = _added(content)
+    if template and begins and not template_begins(tokenizer):
+        begins = (
+            False  # chats are trained and answered as the template writes them; llama.cpp would add the token
+        )
     fields |= {"ggml.add_bos_token": begins, "ggml.add_eos_token": ends}
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def template_begins(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat in the tokenizer's template begins with the beginning-of-text token."""
+    try:
+        return generation_prompt(tokenizer, [{"role": "user", "content": "x"}]).startswith(
+            tokenizer.bos_token or ""
+        )
+    except UserError:  # a template that refuses this chat
+        return True
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str | None, stop_ids: list[int]) -> int | None:

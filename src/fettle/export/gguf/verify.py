@@ -7,12 +7,22 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fettle.data import generation_prompt
+from fettle.errors import UserError
 from fettle.export.gguf.battery import battery
+from fettle.export.gguf.tokenizer import template_begins
 from fettle.export.merge import PROBES
 from fettle.llama_cpp.gguf_file import GGUFFile
+from fettle.llama_cpp.tokenizer import LlamaCppTokenizer
 from fettle.ops.kl_divergence import kl_divergence
 
 NEW_TOKENS = 16
+
+CHAT = (
+    {"role": "user", "content": "Name a colour."},
+    {"role": "assistant", "content": "Blue."},
+    {"role": "user", "content": "Another one?"},
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +41,10 @@ class Verification:
     continuation_tokens: int
     continuation_equal: int
     """Tokens of the greedy continuation before the first that differs."""
+    has_template: bool
+    """The file has a chat template, or the model has none either."""
+    chat_equal: bool
+    """A chat becomes the same ids, written in the file's template and tokenized as llama.cpp does it."""
 
 
 def verify(
@@ -47,8 +61,10 @@ def verify(
     """
     file = GGUFFile(Path(path))
     texts = battery(tokenizer.all_special_tokens) if texts is None else texts
-    expected_ids = {text: tokenizer(text)["input_ids"] for text in texts}
-    unequal = [text for text, ids in expected_ids.items() if file.tokenize(text, add_special=True) != ids]
+    # a file whose template begins without the first token adds none to other texts either
+    adds = not tokenizer.chat_template or template_begins(tokenizer)
+    expected_ids = {text: tokenizer(text, add_special_tokens=adds)["input_ids"] for text in texts}
+    unequal = [text for text, ids in expected_ids.items() if file.tokenize(text, add_special=adds) != ids]
     inputs = [tokenizer(text)["input_ids"] for text in PROBES]
     divergences, agreements = zip(*(_compare(model, file, ids) for ids in inputs), strict=True)
     expected = _greedy(model, inputs[0])
@@ -60,7 +76,23 @@ def verify(
         top_agreement=float(torch.cat(agreements).float().mean()),
         continuation_tokens=len(expected),
         continuation_equal=_common(expected, _greedy_in_file(file, inputs[0])),
+        has_template=bool(file.chat_template) or not tokenizer.chat_template,
+        chat_equal=_is_chat_equal(file, tokenizer),
     )
+
+
+def _is_chat_equal(file: GGUFFile, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """True as well where there is nothing to compare: no template, or one that refuses the chat."""
+    if not tokenizer.chat_template or not file.chat_template:
+        return True
+    try:
+        expected = tokenizer(generation_prompt(tokenizer, CHAT), add_special_tokens=False)["input_ids"]
+        text = generation_prompt(LlamaCppTokenizer(file), CHAT)
+    except UserError:
+        return True
+    if file.tokenize("x", add_special=True)[:1] == [file.special("bos")]:
+        text = text.removeprefix(tokenizer.bos_token or "")  # as llama.cpp does, which adds it again
+    return file.tokenize(text, add_special=True) == expected
 
 
 def file_logits(file: GGUFFile, ids: list[int]) -> torch.Tensor:

@@ -1,0 +1,56 @@
+"""Adapters trained on a grown vocabulary: they bring the embedding and the output head with all their rows.
+
+PEFT's users give the base as many rows before they load such an adapter (`resize_token_embeddings`); the rows
+themselves come from the adapter's file, whichever way PEFT wrote them there: as modules to save, as layers that were
+resized, or as what LoRA and trainable tokens were added to.
+"""
+
+import re
+from pathlib import Path
+
+from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedConfig
+
+from fettle.adapters.lora import Shapes
+from fettle.errors import UserError
+from fettle.models.decoder import DecoderForCausalLM
+from fettle.models.outer_embedding import OuterEmbedding
+
+_WHOLE = re.compile(r"(embed_tokens|lm_head)\.((modules_to_save|(token_adapter\.)?base_layer)\.)?weight$")
+_PART = re.compile(r"(embed_tokens\.lora_embedding_A|lm_head\.lora_B\.weight)$")
+
+
+def rows_with(config: PreTrainedConfig, adapter: LoraConfig, shapes: Shapes, folder: Path) -> int:
+    """Return how many rows embedding and head have with the adapter: the base's, or those that the adapter brings.
+
+    shapes: of the adapter's tensors. Raises UserError where it needs other rows than the base's and does not bring
+    them whole.
+    """
+    whole = {found[1]: shapes[name][0] for name in shapes if (found := _WHOLE.search(name))}
+    parts = {max(shapes[name]) for name in shapes if _PART.search(name)}
+    rows = set(whole.values()) | parts
+    if rows <= {config.vocab_size}:
+        return int(config.vocab_size)
+    has_own_copy = "embed_tokens" in (adapter.modules_to_save or ()) and not adapter.ensure_weight_tying
+    is_tied = config.tie_word_embeddings and not has_own_copy
+    needed = {"embed_tokens"} if is_tied else {"embed_tokens", "lm_head"}
+    if len(rows) > 1 or not needed <= whole.keys():
+        raise UserError(
+            f"{folder}: the adapter was trained with {max(rows):,} tokens and its base has {config.vocab_size:,}, but "
+            f"it does not hold all rows of {' and '.join(sorted(needed))}: save it again with "
+            "save_embedding_layers=True."
+        )
+    return rows.pop()
+
+
+def fit_vocabulary(model: DecoderForCausalLM, rows: int, shapes: Shapes) -> None:
+    """Give embedding and head as many rows, and room in memory for what the adapter brings for them."""
+    table = model.model.embed_tokens
+    if isinstance(table, OuterEmbedding) and any(".embed_tokens." in name for name in shapes):
+        # PEFT writes into parameters, and would pass over a table that is none
+        model.model.embed_tokens = nn.Embedding.from_pretrained(
+            table.weight.clone(), padding_idx=table.padding_idx
+        )
+    if rows != model.config.vocab_size:
+        model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter's rows replace all
