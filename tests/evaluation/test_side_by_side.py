@@ -122,7 +122,8 @@ def without_tokenizer(model, folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [(other_config, "the weights have 2 layers"), (without_tokenizer, "has no tokenizer")]
+    ("change", "message"),
+    [(other_config, "the weights have 2 layers"), (without_tokenizer, "has no tokenizer")],
 )
 def test_a_faulty_second_model_is_found_before_the_first_is_loaded(
     change, message, small_model, chats, tmp_path, monkeypatch
