@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -378,3 +379,22 @@ def test_the_steps_are_a_few_lines_of_python(small_model, chats, tmp_path):
     fettle.save_model(merged, tokenizer, tmp_path / "merged")
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert os.listdir(tmp_path) == ["merged"]
+
+
+@pytest.mark.parametrize(("missing", "expected"), [(False, version("fettle-llm")), (True, "0+source")])
+def test_the_version_comes_from_the_package_without_importing_torch(missing, expected):
+    hide = "import importlib.metadata as m; m.distribution = Mock(side_effect=m.PackageNotFoundError)"
+    program = f"""
+import sys
+from unittest.mock import Mock
+{hide if missing else ""}
+import fettle
+from fettle.cli import main
+try:
+    main(["--version"])
+finally:
+    print(fettle.__version__, "torch" in sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.stdout.splitlines() == [f"fettle {expected}", f"{expected} False"]
+    assert ended.returncode == 0, ended.stderr

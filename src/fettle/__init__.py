@@ -14,6 +14,7 @@ Names are imported when first used, so that `fettle --help` answers at once.
 """
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ _HOME = {
     "tokenize_rows": "fettle.data",
     "train": "fettle.training.sft",
 }
+
+try:
+    __version__ = version("fettle-llm")
+except PackageNotFoundError:  # run from its source folder, not installed
+    __version__ = "0+source"  # a version that packaging can read, below every release
 
 __all__ = [  # the keys of _HOME, spelled out for type checkers
     "Comparison",

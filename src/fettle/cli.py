@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from fettle import terminal
+from fettle import __version__, terminal
 from fettle.errors import Interrupted, ProofError, UserError, shortage
 from fettle.export.options import ExportOptions, Format
 from fettle.options import Parser, add_options, resolve
@@ -95,6 +95,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="fettle", description="Fine-tune small language models, with proof that they got better."
     )
+    parser.add_argument("--version", action="version", version=f"fettle {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, run: Callable[[dict[str, Any]], None], text: str) -> argparse.ArgumentParser:
