@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -398,3 +399,28 @@ finally:
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.stdout.splitlines() == [f"fettle {expected}", f"{expected} False"]
     assert ended.returncode == 0, ended.stderr
+
+
+def test_the_next_commands_work_as_printed(cli, small_model, chats, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "train",
+        "--model",
+        small_model,
+        "--data",
+        chats,
+        "--max-steps",
+        1,
+        "--samples",
+        2,
+        "--device",
+        "cpu",
+    )
+    ended = cli(*words, "--output", "my run.v1/", "--eval-fraction", 0.2)
+    assert ended.code == 0, ended.err
+    lines = [line.strip() for line in ended.out.partition("next:")[2].splitlines()]
+    generate, _, merge, gguf, _ = (shlex.split(line) for line in lines if line)
+    assert generate[1:4] == ["generate", "--model", "my run.v1"]
+    assert cli(*generate[1:], "--max-new-tokens", 2).code == 0
+    assert cli(*merge[1:]).code == 0 and (tmp_path / "my run.v1-merged" / "config.json").exists()
+    assert gguf[gguf.index("--to") + 1] == "my run.v1.gguf"

@@ -16,6 +16,8 @@ from fettle.files import (
     require_free_space,
     require_new_folder,
     sha256_of,
+    shell_path,
+    sibling,
     write_aside,
 )
 
@@ -291,3 +293,131 @@ except UserError as error:
     with only_process(tmp_path):
         assert "another process is at work" in other_process()
     assert other_process() == "held\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("my run/", "my run-merged"),
+        ("run.v1", "run.v1-merged"),
+        ("a/run", "a/run-merged"),
+        ("/a/run", "/a/run-merged"),
+    ],
+)
+def test_a_sibling_has_a_longer_name(path: str, expected: str) -> None:
+    assert str(sibling(Path(path), "-merged")) == expected
+
+
+@pytest.mark.parametrize("path", [".", "./", "sub/.."])
+def test_a_sibling_of_the_folder_one_is_in(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run")
+    assert sibling(Path(path), ".gguf") == tmp_path / "run.gguf"
+
+
+@pytest.mark.parametrize("name", ["my run", "it's", "-x", "$HOME", "a;b", "run.v1"])
+def test_a_path_is_one_word_of_a_shell_and_no_option(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    done = subprocess.run(
+        f"ls -d {shell_path(Path(name))}",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(done.stdout.strip()) == Path(name)
+
+
+DEAD = 999999999
+"""No process has this number."""
+
+
+def test_what_a_killed_process_left_at_its_start_does_not_occupy_a_folder(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / ".lock").touch()
+    (target / f".partial-{DEAD}-run.yaml").write_text("half")
+    require_new_folder(target, "the run")
+    with write_aside(target) as aside:
+        aside.mkdir()
+        (aside / "config.json").write_text("{}")
+    assert names(tmp_path) == ["run"] and names(target) == ["config.json"]
+
+
+def test_what_a_running_process_writes_does(tmp_path: Path) -> None:
+    (tmp_path / f".partial-{os.getppid()}-run.yaml").write_text("half")
+    with pytest.raises(UserError, match=r"already holds '\.partial"):
+        require_new_folder(tmp_path, "the run")
+
+
+def test_a_folder_set_aside_comes_back_without_overwrite_too(tmp_path: Path) -> None:
+    old = tmp_path / f".replaced-{DEAD}-model"
+    old.mkdir()
+    (old / "config.json").write_text("old")
+    with pytest.raises(UserError, match="already holds a model"):
+        require_new_folder(tmp_path / "model", "the exported model")
+    assert (tmp_path / "model" / "config.json").read_text() == "old"
+
+
+OPERATIONS = ("rename", "replace", "unlink", "mkdir", "rmdir")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_killed_between_any_two_operations_the_old_or_the_new_is_there(
+    tmp_path: Path, is_folder: bool
+) -> None:
+    """A child process is ended at its first, second, ... change of the disk, until one comes to its end."""
+
+    def whole(path: Path) -> str | None:
+        files = {"config.json", "a.safetensors"}
+        if not path.exists() or (is_folder and set(names(path)) != files):
+            return None
+        texts = {(path / name).read_text() for name in files} if is_folder else {path.read_text()}
+        return texts.pop() if len(texts) == 1 else None
+
+    def write(path: Path, text: str) -> None:
+        if is_folder:
+            path.mkdir()
+        for file in (path / "config.json", path / "a.safetensors") if is_folder else (path,):
+            file.write_text(text)
+
+    def replace(path: Path) -> None:
+        with replace_folder(path) if is_folder else write_aside(path, replace=True) as aside:
+            write(aside, "new")
+
+    def child(path: Path, at: int) -> None:
+        left = at
+
+        def counted(operation):  # type: ignore[no-untyped-def]
+            def run(*args, **options):  # type: ignore[no-untyped-def]
+                nonlocal left
+                if left == 0:
+                    os._exit(9)  # as SIGKILL: nothing is tidied up
+                left -= 1
+                return operation(*args, **options)
+
+            return run
+
+        for name in OPERATIONS:
+            setattr(os, name, counted(getattr(os, name)))
+        replace(path)
+        os._exit(0)
+
+    for at in range(100):
+        place = tmp_path / str(at)
+        place.mkdir()
+        write(target := place / "model", "old")
+        if (pid := os.fork()) == 0:
+            child(target, at)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        kept = [whole(path) for path in (target, *place.glob(".replaced-*"))]
+        assert "old" in kept or "new" in kept, f"lost at operation {at}"
+        replace(target)
+        assert whole(target) == "new" and names(place) == ["model"]
+        if code == 0:
+            break
+    assert code == 0 and at > (3 if is_folder else 0)

@@ -11,6 +11,7 @@ Sizes are decimal, as disks and model pages count them: 1 GB is 10^9 bytes.
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -39,6 +40,9 @@ _MODEL_FILES = (
 _NAMED_TEMPLATES = "additional_chat_templates"
 """Where transformers keeps a model's chat templates other than the default one, as .jinja files."""
 
+LOCK = ".lock"
+"""The file that `only_process` locks; it stays behind where its process is killed."""
+
 
 @contextmanager
 def write_aside(path: Path, *, replace: bool = False) -> Iterator[Path]:
@@ -51,6 +55,7 @@ def write_aside(path: Path, *, replace: bool = False) -> Iterator[Path]:
     empty folder. Raises UserError before the block runs where `path` cannot be written.
     """
     path = Path(path).resolve() if replace else Path(path)
+    _put_back(path)
     _require_replaceable(path, replace)
     _make_parent(path)
     _remove_abandoned(path)
@@ -59,6 +64,8 @@ def write_aside(path: Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         yield aside
         _require_replaceable(path, replace)  # again: it may have appeared while the block ran
+        if path.is_dir():
+            _remove_leftovers(path)
         os.replace(aside, path)
     finally:
         _remove(aside)
@@ -102,6 +109,7 @@ def require_new_folder(path: Path, what: str, *, replace: bool = False) -> None:
     With `replace` it may be the folder of a model, as `replace_folder` takes it.
     """
     path = Path(path)
+    _put_back(path)
     if replace and _is_occupied(path):
         _require_model(path)
     elif _is_occupied(path):
@@ -125,7 +133,8 @@ def require_new_file(path: Path, *, replace: bool = False) -> None:
 
 
 def _is_occupied(path: Path) -> bool:
-    return path.is_dir() and any(path.iterdir())
+    """Whether `path` is a folder that holds more than what a killed process left of its first steps."""
+    return path.is_dir() and any(not _is_leftover(entry) for entry in path.iterdir())
 
 
 def _require_model(path: Path) -> None:
@@ -144,10 +153,9 @@ def _is_part_of_model(entry: Path) -> bool:
 
 def _put_back(path: Path) -> None:
     """What a killed process had renamed to make room gets its name back, or goes where the new folder is there."""
-    pattern = re.compile(rf"\.replaced-(\d+)-{re.escape(path.name)}")
-    for entry in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
-        match = pattern.fullmatch(entry.name)
-        if match and not _is_running(int(match[1])):
+    is_readable = path.parent.is_dir() and os.access(path.parent, os.R_OK | os.X_OK)
+    for entry in sorted(path.parent.iterdir()) if is_readable else ():
+        if _is_abandoned(entry, "replaced", path.name):
             if os.path.lexists(path):
                 _remove(entry)
             else:
@@ -165,7 +173,7 @@ def only_process(folder: Path) -> Iterator[None]:
         return
     import fcntl
 
-    path = folder / ".lock"
+    path = folder / LOCK
     with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -180,11 +188,13 @@ def only_process(folder: Path) -> Iterator[None]:
 
 
 def describe_folder(path: Path) -> str:
-    """Say in a few words what a non-empty folder holds."""
+    """Say in a few words what a folder holds, the leftovers of a killed process aside."""
     for pattern, meaning in _SIGNS:
         if found := sorted(path.glob(pattern)):
             return f"{meaning} ({found[0].name})"
-    names = sorted(entry.name for entry in path.iterdir())
+    names = sorted(entry.name for entry in path.iterdir() if not _is_leftover(entry))
+    if not names:
+        return "nothing"
     return f"{names[0]!r} and {len(names) - 1} more" if len(names) > 1 else repr(names[0])
 
 
@@ -197,6 +207,19 @@ def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
             f"{what} needs {human_bytes(needed_bytes)} of disk, but only {human_bytes(free_bytes)} is free "
             f"at {place.absolute()}: free some space there, or choose a folder on another disk."
         )
+
+
+def sibling(path: Path, ending: str) -> Path:
+    """Return the path next to `path` whose name is longer by `ending`, also for a path such as `.` or `run/..`."""
+    if path.name in ("", ".."):
+        path = path.resolve()
+    return path.with_name(path.name + ending)
+
+
+def shell_path(path: str | Path) -> str:
+    """Return `path` as a word to type in a shell, which a command takes for no option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def human_bytes(count: int | float) -> str:
@@ -224,7 +247,7 @@ def _require_replaceable(path: Path, replace: bool) -> None:
     if not os.path.lexists(path):
         return
     if path.is_dir() and not path.is_symlink():
-        if any(path.iterdir()):
+        if _is_occupied(path):
             raise UserError(
                 f"{path} already holds {describe_folder(path)}: name another folder, or move it away."
             )
@@ -262,11 +285,26 @@ def _remove(path: Path) -> None:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove what a process that no longer runs (kill -9, power cut) left beside `path` for `path`."""
-    pattern = re.compile(rf"\.partial-(\d+)-{re.escape(path.name)}")
     for entry in path.parent.iterdir():
-        match = pattern.fullmatch(entry.name)
-        if match and not _is_running(int(match[1])):
+        if _is_abandoned(entry, "partial", path.name):
             _remove(entry)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if _is_leftover(entry):
+            _remove(entry)
+
+
+def _is_leftover(entry: Path) -> bool:
+    """Whether a killed process left it in the folder of its run: its lock, or a file that it was still writing."""
+    return entry.name == LOCK or _is_abandoned(entry, "partial")
+
+
+def _is_abandoned(entry: Path, kind: str, target: str | None = None) -> bool:
+    """Whether it was set aside, for `target` or for any, by a process that no longer runs."""
+    match = re.fullmatch(rf"\.{kind}-(\d+)-(.+)", entry.name, re.DOTALL)
+    return match is not None and target in (None, match[2]) and not _is_running(int(match[1]))
 
 
 def _is_running(process_id: int) -> bool:

@@ -19,12 +19,13 @@ from fettle import terminal
 from fettle.adapters.load import load
 from fettle.export.checkpoint import export_safetensors
 from fettle.export.gguf import export_gguf
-from fettle.files import require_new_folder
+from fettle.files import require_new_folder, shell_path
 from fettle.generation import generate
 from fettle.models.checkpoint import EMBEDDED
 from fettle.tiny.lessons import lessons, orders
 from fettle.training.options import TrainOptions
-from fettle.training.outcome import REPORT, Outcome, show
+from fettle.training.outcome import Outcome, show
+from fettle.training.resume import REPORT
 from fettle.training.sft import train
 
 ORDER = "Order: 7 red hats for Ana, to be paid by card."
@@ -34,6 +35,7 @@ ORDERS, REHEARSED, ASKED = 2700, 2000, 200
 
 def quickstart(output: Path, *, console: Console | None = None) -> Outcome:
     """Teach the embedded model to turn an order into JSON; leave data, adapter, merged model and report."""
+    output = output.expanduser()
     require_new_folder(output, "the quickstart")
     console = console or terminal.console()
     console.print("Teaching fettle-tiny to turn an order into JSON.\n", highlight=False)
@@ -77,10 +79,11 @@ def _with_next_steps(outcome: Outcome, merged: Path, gguf: Path) -> Outcome:
         ("GGUF", str(gguf)),
         ("report", str(outcome.output / REPORT)),
     ]
+    adapter, folder, file = map(shell_path, (outcome.output, merged, gguf))
     commands = [
-        f'fettle generate --model {outcome.output} --prompt "{ORDER}"',
-        f"fettle compare {merged} {gguf} --data {merged.parent / 'data' / 'held_out.jsonl'}",
-        f"fettle chat --model {merged}",
+        f'fettle generate --model {adapter} --prompt "{ORDER}"',
+        f"fettle compare {folder} {file} --data {shell_path(merged.parent / 'data' / 'held_out.jsonl')}",
+        f"fettle chat --model {folder}",
         f"fettle train --model {EMBEDDED} --data my_chats.jsonl --output my-model",
         "fettle train --model microsoft/Phi-3.5-mini-instruct --data my_chats.jsonl --output my-model",
     ]

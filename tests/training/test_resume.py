@@ -1,7 +1,9 @@
 """A run that was killed goes on and ends in the same bits."""
 
+import io
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,14 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from fettle.errors import UserError
 from fettle.files import sha256_of
 from fettle.models.save import save_model
 from fettle.tiny.lessons import lessons
 from fettle.tiny.tokenizer import train_tokenizer
 from fettle.training import resume
-from fettle.training.options import PretrainOptions
+from fettle.training.options import PretrainOptions, TrainOptions
 from fettle.training.pretrain import new_model
+from fettle.training.sft import resume_training, train
 
 STEPS = 24
 
@@ -152,3 +157,62 @@ def test_an_incomplete_checkpoint_is_never_used(tmp_path):
             (folder / resume.MARK).touch()
     assert resume.last_complete(tmp_path) == tmp_path / resume.CHECKPOINTS / "checkpoint-10"
     assert not (tmp_path / resume.CHECKPOINTS / "checkpoint-15").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "pretrain"])
+def test_a_new_run_is_not_started_over_one_that_has_not_ended(cli, tmp_path, name):
+    output = tmp_path / "my run"
+    output.mkdir()
+    (output / resume.RUN_FILE).write_text(f"# Repeat this run: fettle {name} --config run.yaml\n")
+    model = ["--model", "x"] if name == "train" else []
+    ended = cli(name, *model, "--data", "x", "--output", output)
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].strip() == f"fettle {name} --resume --output '{output}'"
+
+
+def test_a_run_killed_before_its_run_file_was_written_is_started_again(cli, tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".partial-999999999-run.yaml").touch()
+    ended = cli("train", "--resume", "--output", tmp_path)
+    assert ended.code == 2 and "holds no run to resume (found nothing" in ended.err
+    assert "leave --resume out to start one" in ended.err
+    assert resume.new_output(str(tmp_path)) == str(tmp_path)
+
+
+def test_checkpoints_without_the_facts_of_their_run_are_refused(tmp_path):
+    assert resume.read_facts(tmp_path) == {}
+    (tmp_path / resume.CHECKPOINTS / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"facts\.json is missing"):
+        resume.read_facts(tmp_path)
+
+
+def test_the_lock_of_a_run_killed_after_its_report_goes(tmp_path):
+    for name in (resume.RUN_FILE, resume.REPORT, ".lock"):
+        (tmp_path / name).touch()
+    assert resume.options_to_resume(tmp_path, TrainOptions) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == [resume.REPORT, resume.RUN_FILE]
+
+
+def test_without_a_checkpoint_a_resumed_run_starts_at_its_first_step(small_model, chats, tmp_path):
+    options = TrainOptions(
+        model=str(small_model),
+        data=str(chats),
+        output=str(tmp_path / "run"),
+        max_steps=2,
+        samples=1,
+        device="cpu",
+    )
+    train(options, console=Console(file=io.StringIO()))
+    before = weights(tmp_path / "run")
+    for name in (resume.REPORT, "adapter_config.json"):
+        (tmp_path / "run" / name).unlink()
+    shutil.rmtree(tmp_path / "run" / resume.CHECKPOINTS)
+    console = Console(file=io.StringIO())
+    resume_training(tmp_path / "run", console=console)
+    assert "no checkpoint had been saved yet" in console.file.getvalue()
+    assert weights(tmp_path / "run") == before
+
+
+def test_a_home_folder_is_meant_in_a_run_file_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resume.new_output("~/run") == str(tmp_path / "run")

@@ -1,6 +1,7 @@
 """`fettle export`: one model, handed over in one of several forms."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from fettle import terminal
@@ -12,6 +13,7 @@ from fettle.export.options import ONLY_FOR, ExportOptions
 
 def export(options: ExportOptions) -> list[Path]:
     """Write what is asked for and return the files or the folder. Raises UserError for what the user can mend."""
+    options = replace(options, to=options.to.expanduser())
     for name, formats in ONLY_FOR.items():
         if getattr(options, name) not in (None, False, "auto") and options.format not in formats:
             option, expected = name.replace("_", "-"), " or ".join(formats)

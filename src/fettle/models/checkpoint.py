@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fettle.errors import UserError
-from fettle.files import require_free_space, sha256_of
+from fettle.files import require_free_space, sha256_of, shell_path
 from fettle.models.safetensors_header import Place, TensorHeader, read_places, require_content
 
 EMBEDDED = "fettle-tiny"
@@ -345,10 +345,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
     if not file.exists():
-        if (folder / "checkpoints").is_dir():
+        if command := command_to_finish(folder):
             raise UserError(
-                f"{folder} holds a run that was stopped before its end, not a model yet: finish it with fettle train "
-                f"--resume --output {folder}."
+                f"{folder} holds a run that was stopped before its end, not a model yet: finish it with {command}"
             )
         raise UserError(f"{folder} is not a model folder: it has no config.json.")
     return read_config_file(file)
@@ -360,6 +359,16 @@ def read_config_file(file: Path) -> dict[str, Any]:
     if not isinstance(config.get("model_type"), str):
         raise UserError(f'{file} has no "model_type" (such as "phi3"): fetch the model\'s own config.json.')
     return config
+
+
+def command_to_finish(run: Path) -> str | None:
+    """The command that goes on with the run whose folder this is, told by its run.yaml; None where it has none."""
+    file = run / "run.yaml"
+    if not file.is_file():
+        return None
+    first_line = file.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    command = "pretrain" if "fettle pretrain" in first_line else "train"
+    return f"fettle {command} --resume --output {shell_path(run)}"
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from fettle.errors import UserError, reason_of
 from fettle.models.checkpoint import (
     EMBEDDED,
     Checkpoint,
+    command_to_finish,
     embedded_model,
     is_adapter,
     is_nf4,
@@ -175,10 +176,9 @@ def _config_file(name: str) -> Path:
         return path / "config.json"
     if is_adapter(path):
         return _config_file_of_base(path)
-    if (path / "run.yaml").is_file():
+    if command := command_to_finish(path):
         raise UserError(
-            f"{path} holds a run that was stopped before its end, not a model yet: finish it with "
-            f"fettle {_command_of(path)} --resume --output {path}."
+            f"{path} holds a run that was stopped before its end, not a model yet: finish it with {command}"
         )
     if path.exists() or name.count("/") != 1:
         raise UserError(f"{name}: no config.json there; give a model's folder or a hub name (owner/name).")
@@ -204,9 +204,3 @@ def _config_file_of_base(adapter: Path) -> Path:
             f"{adapter} is an adapter for '{base}', whose config cannot be read: {error} If the model has "
             f"moved, correct base_model_name_or_path in {adapter / 'adapter_config.json'}."
         ) from error
-
-
-def _command_of(run: Path) -> str:
-    """The command that made a run's folder: its run.yaml begins with it."""
-    first_line = (run / "run.yaml").read_text(encoding="utf-8", errors="replace").partition("\n")[0]
-    return "pretrain" if "fettle pretrain" in first_line else "train"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -16,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.adapters.load import remembered_name
 from fettle.errors import Interrupted
-from fettle.files import only_process, require_free_space
+from fettle.files import only_process, require_free_space, shell_path
 from fettle.options import write
 from fettle.training import resume
 from fettle.training.measure import Measurement, measure
 from fettle.training.options import PretrainOptions, TrainOptions
-from fettle.training.outcome import REPORT, Outcome, describe, show_samples
+from fettle.training.outcome import Outcome, describe, show_samples
 from fettle.training.planning import Followed
 from fettle.training.progress import peak_memory_bytes
 from fettle.training.report import Sample, write_report
@@ -88,7 +87,12 @@ def _run(job: Job) -> Outcome:
         job.console,
         job.memory,
     )
+    is_resumed = "before" in job.facts
     before = _before(job, trainer)
+    if is_resumed and resume.last_complete(job.output) is None:
+        job.console.print(
+            "no checkpoint had been saved yet: training starts at its first step", highlight=False
+        )
     show_samples([Sample(a.prompt, a.expected, a.answer, None) for a in before.answers[:3]], job.console)
     job.console.print(f"training {job.options.max_steps} steps: {job.method}", markup=False, highlight=False)
     job.begin()
@@ -126,12 +130,7 @@ def _write_run_file(job: Job) -> None:
 
 
 def _interrupted(job: Job) -> Interrupted:
-    return Interrupted(f"fettle {job.command} --resume --output {shlex.quote(str(job.output))}")
-
-
-def is_finished(output: Path) -> bool:
-    """Whether the run in `output` came to its end: the report is written last."""
-    return (output / REPORT).exists()
+    return Interrupted(f"fettle {job.command} --resume --output {shell_path(job.output)}")
 
 
 def _require_disk(job: Job) -> None:
@@ -182,5 +181,5 @@ def _report(job: Job, trainer: Run, before: Measurement, after: Measurement) -> 
         after=after,
         next_commands=job.next_commands,
     )
-    write_report(report, job.output / REPORT)
+    write_report(report, job.output / resume.REPORT)
     return Outcome(output=job.output, before=before, after=after, report=report)

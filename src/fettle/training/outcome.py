@@ -15,10 +15,9 @@ from fettle.training.measure import Measurement, samples, scores
 from fettle.training.options import LoopOptions
 from fettle.training.progress import Point
 from fettle.training.report import RunReport, Sample, is_correct, scores_table
-from fettle.training.resume import RUN_FILE
+from fettle.training.resume import REPORT, RUN_FILE
 from fettle.training.rows import Material
 
-REPORT = "report.html"
 _PACKAGES = ("fettle-llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 _SHOWN_SAMPLES = 3
 

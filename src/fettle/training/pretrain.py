@@ -1,7 +1,6 @@
 """A new model from nothing: `fettle pretrain`. The embedded model was made so."""
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,16 +11,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 from fettle import terminal
 from fettle.data import Row, end_of_turn
 from fettle.errors import UserError
-from fettle.files import require_new_folder
+from fettle.files import shell_path
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.device import device_of
 from fettle.models.families import FAMILIES
 from fettle.models.save import save_model
-from fettle.options import read
 from fettle.tiny.tokenizer import train_tokenizer
 from fettle.training import resume
 from fettle.training.defaults import complete, length_limit, require_sensible
-from fettle.training.job import Job, is_finished, run
+from fettle.training.job import Job, run
 from fettle.training.options import Device, PretrainOptions
 from fettle.training.outcome import Outcome
 from fettle.training.rows import fingerprints, prepare, read_data, show_data
@@ -33,17 +31,16 @@ def pretrain(options: PretrainOptions, *, console: Console | None = None) -> Out
     Raises UserError for what the user can mend, before anything is written.
     """
     require_sensible(options)
-    require_new_folder(Path(options.output), "a new run")
+    options = dataclasses.replace(options, output=resume.new_output(options.output))
     return run(_prepare(options, {}, console or terminal.console()))
 
 
 def resume_pretraining(output: str | Path, *, console: Console | None = None) -> Outcome | None:
     """Go on with the interrupted run in `output`; None where it has come to its end already."""
-    output = Path(output)
-    resume.require_run(output)
-    if is_finished(output):
+    output = Path(output).expanduser()
+    options = resume.options_to_resume(output, PretrainOptions)
+    if options is None:
         return None
-    options = dataclasses.replace(read(PretrainOptions, output / resume.RUN_FILE), output=str(output))
     return run(_prepare(options, resume.read_facts(output), console or terminal.console()))
 
 
@@ -67,7 +64,7 @@ def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) 
         weight_bytes=model.get_memory_footprint(),
         is_full=True,
     )
-    output = shlex.quote(options.output)
+    output = shell_path(Path(options.output))
     return Job(
         options=options,
         asked_steps=asked_steps,

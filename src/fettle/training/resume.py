@@ -11,17 +11,24 @@ are kept, so that there is a complete one while the next is being written.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import TrainerCallback
 
 from fettle.errors import UserError
-from fettle.files import describe_folder, write_aside
+from fettle.files import LOCK, describe_folder, only_process, require_new_folder, write_aside
+from fettle.models.checkpoint import command_to_finish
+from fettle.options import read
 from fettle.training.measure import Measurement
 from fettle.training.options import LoopOptions
 
 RUN_FILE, FACTS_FILE, CHECKPOINTS, MARK = "run.yaml", "facts.json", "checkpoints", "complete"
+REPORT = "report.html"
+"""Written last: a run with one has come to its end."""
+
+Options = TypeVar("Options", bound=LoopOptions)
 
 
 class MarkComplete(TrainerCallback):
@@ -31,10 +38,32 @@ class MarkComplete(TrainerCallback):
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARK).touch()
 
 
+def new_output(output: str) -> str:
+    """Return where a new run goes, with ~ expanded. Raises UserError where that folder is not free for it."""
+    folder = Path(output).expanduser()
+    if (command := command_to_finish(folder)) and not (folder / REPORT).exists():
+        raise UserError(
+            f"{folder} holds a run that has not ended; go on with it, or name another --output:\n  {command}"
+        )
+    require_new_folder(folder, "a new run")
+    return str(folder)
+
+
+def options_to_resume(output: Path, kind: type[Options]) -> Options | None:
+    """Return the options of the run in `output`, None where it has come to its end. Raises UserError without a run."""
+    require_run(output)
+    if (output / REPORT).exists():
+        if (output / LOCK).exists():  # it was killed after its last file
+            with only_process(output):
+                pass
+        return None
+    return replace(read(kind, output / RUN_FILE), output=str(output))
+
+
 def require_run(output: Path) -> None:
     """Raise UserError unless `output` holds a run that can be resumed."""
     if not (output / RUN_FILE).exists():
-        found = describe_folder(output) if output.is_dir() and any(output.iterdir()) else "nothing"
+        found = describe_folder(output) if output.is_dir() else "nothing"
         raise UserError(
             f"{output} holds no run to resume (found {found}, expected {RUN_FILE}); "
             "give the --output folder of an interrupted run, or leave --resume out to start one."
@@ -52,10 +81,18 @@ def last_complete(output: Path) -> Path | None:
 
 
 def read_facts(output: Path) -> dict[str, Any]:
-    """Return what was noted of the run so far; empty where nothing was."""
+    """Return what was noted of the run so far; empty where it was stopped before there was anything to note.
+
+    Raises UserError for a file that is damaged, or missing although checkpoints were written after it.
+    """
     file = output / FACTS_FILE
     if not file.exists():
-        return {}
+        if not any((output / CHECKPOINTS).glob("checkpoint-*")):
+            return {}
+        raise UserError(
+            f"{file} is missing, so nothing says on which data and model the checkpoints beside it were made; "
+            "put it back, or start anew with another --output."
+        )
     try:
         facts = dict(json.loads(file.read_text(encoding="utf-8")))
         if not isinstance(facts.get("fingerprints", {}), dict):

@@ -1,7 +1,6 @@
 """Supervised fine-tuning with an adapter: `fettle train`, top to bottom."""
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from fettle.adapters.facts import AdapterFacts, write_facts
 from fettle.adapters.load import remembered_name
 from fettle.adapters.lora import adapt
 from fettle.errors import UserError
-from fettle.files import require_new_folder
+from fettle.files import shell_path, sibling
 from fettle.memory.allocator import restored_heap
 from fettle.memory.shapes import Shapes
 from fettle.models.checkpoint import fingerprint, inspect, is_adapter, locate, tokenizer_fingerprint
@@ -22,11 +21,10 @@ from fettle.models.decoder import DecoderForCausalLM
 from fettle.models.device import device_of
 from fettle.models.load import load_model, load_tokenizer, stored_model
 from fettle.models.save import save_tokenizer
-from fettle.options import read
 from fettle.quantization.layers import is_quantized
 from fettle.training import resume
 from fettle.training.defaults import complete, length_limit, require_sensible
-from fettle.training.job import Job, is_finished, run
+from fettle.training.job import Job, run
 from fettle.training.options import Device, Quantization, TrainOptions
 from fettle.training.outcome import Outcome
 from fettle.training.planning import follow
@@ -40,7 +38,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> Outcome:
     written. Ctrl-C ends the run after the step at hand with a checkpoint; `resume_training` goes on from it.
     """
     require_sensible(options)
-    require_new_folder(Path(options.output), "a new run")
+    options = dataclasses.replace(options, output=resume.new_output(options.output))
     with restored_heap():
         return run(_prepare(options, {}, console or terminal.console()))
 
@@ -51,11 +49,10 @@ def resume_training(output: str | Path, *, console: Console | None = None) -> Ou
     Ends in the same weights, bit for bit, as a run that was never interrupted. None where the run has come
     to its end already.
     """
-    output = Path(output)
-    resume.require_run(output)
-    if is_finished(output):
+    output = Path(output).expanduser()
+    options = resume.options_to_resume(output, TrainOptions)
+    if options is None:
         return None
-    options = dataclasses.replace(read(TrainOptions, output / resume.RUN_FILE), output=str(output))
     with restored_heap():
         return run(_prepare(options, resume.read_facts(output), console or terminal.console()))
 
@@ -88,8 +85,8 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
     quantization: Quantization | None = "nf4" if is_quantized(base) else None
     note = AdapterFacts(base_fingerprint=seen["model"], context_tokens=context, quantization=quantization)
     dtype = quantization or str(base.dtype).removeprefix("torch.")
-    output = shlex.quote(options.output)
-    merged, gguf = (shlex.quote(options.output + ending) for ending in ("-merged", ".gguf"))
+    result = Path(options.output)
+    output, merged, gguf = map(shell_path, (result, sibling(result, "-merged"), sibling(result, ".gguf")))
     return Job(
         options=options,
         asked_steps=asked_steps,
@@ -136,8 +133,8 @@ def _base_folder(name: str) -> Path:
     folder = locate(name)
     if is_adapter(folder):
         raise UserError(
-            f"--model {name} is an adapter; merge it first (fettle export --model {name} --format safetensors "
-            "--to FOLDER) and train on the merged model."
+            f"--model {name} is an adapter; merge it first (fettle export --model {shell_path(name)} "
+            "--format safetensors --to FOLDER) and train on the merged model."
         )
     return folder
 
