@@ -424,3 +424,5 @@ def test_the_next_commands_work_as_printed(cli, small_model, chats, tmp_path, mo
     assert cli(*generate[1:], "--max-new-tokens", 2).code == 0
     assert cli(*merge[1:]).code == 0 and (tmp_path / "my run.v1-merged" / "config.json").exists()
     assert gguf[gguf.index("--to") + 1] == "my run.v1.gguf"
+    assert "before training: answering 2 of the held-out rows" in ended.out
+    assert "after training: answering 2 of the held-out rows" in ended.out

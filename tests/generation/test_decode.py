@@ -43,12 +43,15 @@ def test_a_batch_of_unequal_prompts_is_answered_as_each_alone(loaded, stock, mon
     assert complete(model, tokenizer, texts, SHORT, is_rendered=True) == expected
 
 
-def test_each_step_is_told_and_changes_nothing(loaded):
+def test_progress_is_told_and_changes_nothing(loaded, monkeypatch):
     model, tokenizer = loaded
-    texts, steps = [prompt_text(tokenizer, prompt) for prompt in PROMPTS], []
-    told = complete(model, tokenizer, texts, SHORT, is_rendered=True, on_step=lambda: steps.append(1))
+    texts, counts = [prompt_text(tokenizer, prompt) for prompt in PROMPTS], []
+    monkeypatch.setattr("fettle.generation.decode.BATCH_SIZE", 2)
+    told = complete(model, tokenizer, texts, SHORT, is_rendered=True, on_progress=counts.append)
     assert told == complete(model, tokenizer, texts, SHORT, is_rendered=True)
-    assert 1 <= len(steps) <= SHORT.max_new_tokens
+    assert counts == sorted(counts)
+    assert counts[0] == pytest.approx(2 / SHORT.max_new_tokens), "a token of two texts"
+    assert len(PROMPTS) - 2 < counts[-1] <= len(PROMPTS)
 
 
 @pytest.mark.parametrize("sampling", [SHORT, Sampling(max_new_tokens=10, temperature=1.3, top_p=0.9, seed=4)])

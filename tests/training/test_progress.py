@@ -16,6 +16,7 @@ from fettle.training.progress import (
     peak_memory_bytes,
     points,
     show_progress,
+    show_share,
 )
 
 TOKENS_PER_STEP = 2 * 8  # batch x length, in the runs below
@@ -239,3 +240,27 @@ def test_peak_memory_grows_by_what_is_allocated_and_stays():
     peak = peak_memory_bytes(cpu)
     del block
     assert peak_memory_bytes(cpu) >= peak - 5e6  # the kernel counts in batches
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_the_share_of_a_task_is_shown_with_the_time_left(is_terminal):
+    seconds, out = [0.0], io.StringIO()
+    console = Console(file=out, force_terminal=is_terminal, width=100)
+    with show_share("answering 16 questions", console, clock=lambda: seconds[0]) as advance:
+        for seconds[0], share in ((1.0, 0.1), (6.0, 0.25), (7.0, 0.3), (12.0, 0.5)):
+            advance(share)
+        if not is_terminal:
+            assert out.getvalue().splitlines() == [
+                "answering 16 questions",
+                "answering 16 questions: 25%, 0:00:18 left",
+                "answering 16 questions: 50%, 0:00:12 left",
+            ]
+        seconds[0] = 24.0
+    assert "took 0:00:24" in out.getvalue()
+
+
+def test_a_quick_task_takes_one_line():
+    out = io.StringIO()
+    with show_share("answering 1 question", Console(file=out), clock=lambda: 0.0) as advance:
+        advance(1.0)
+    assert out.getvalue() == "answering 1 question\n"

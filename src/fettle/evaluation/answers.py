@@ -97,11 +97,12 @@ def answer(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[Question],
-    on_step: Callable[[], None] | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> list[Answer]:
     """Answer every question greedily, in order; those too long for the model's context are left out.
 
-    on_step is called whenever a batch of answers has grown by a token.
+    on_progress is called whenever a batch of answers has grown by a token, with how many questions are answered; those
+    of the batch count in part.
     """
     if not asked:
         return []
@@ -115,9 +116,14 @@ def answer(
     for is_rendered in (True, False):
         texts = list(dict.fromkeys(q.text for q in asked if q.is_rendered == is_rendered))
         if texts:
-            words = complete(model, tokenizer, texts, sampling, is_rendered=is_rendered, on_step=on_step)
+            tell = None if on_progress is None else _counting_from(len(answers), on_progress)
+            words = complete(model, tokenizer, texts, sampling, is_rendered=is_rendered, on_progress=tell)
             answers |= dict(zip(texts, words, strict=True))
     return [Answer(q, answers[q.text]) for q in asked]
+
+
+def _counting_from(first: int, tell: Callable[[float], None]) -> Callable[[float], None]:
+    return lambda count: tell(first + count)
 
 
 def exact_share(answers: Sequence[Answer]) -> float | None:

@@ -109,14 +109,13 @@ def complete(
     sampling: Sampling,
     *,
     is_rendered: bool,
-    on_step: Callable[[], None] | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> list[str]:
     """Return the continuation of each text, in order.
 
-    is_rendered: the texts come from a chat template, which has put its special tokens in already. on_step is
-    called whenever a batch has grown by a token.
+    is_rendered: the texts come from a chat template, which has put its special tokens in already. on_progress
+    is called after every token of a batch with the number of texts completed so far; those of the batch count in part.
     """
-    watch = StoppingCriteriaList([_EachStep(on_step)]) if on_step else None
     processors = LogitsProcessorList([_RequireFinite(model)])
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths: little padding
     answers = [""] * len(texts)
@@ -126,21 +125,27 @@ def complete(
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             inputs = _encode(model, tokenizer, [texts[i] for i in chosen], is_rendered)
-            with _decoding_by(model, GenerationConfig(**_arguments(model, tokenizer, inputs, sampling))):
+            config = GenerationConfig(**_arguments(model, tokenizer, inputs, sampling))
+            watch = StoppingCriteriaList()
+            if on_progress is not None:
+                watch.append(_TellProgress(on_progress, start, len(chosen), config.max_new_tokens))
+            with _decoding_by(model, config):
                 output = model.generate(**inputs, stopping_criteria=watch, logits_processor=processors)
             for i, prompt_ids, ids in zip(chosen, inputs["input_ids"], output, strict=True):
                 answers[i] = _new_words(tokenizer, prompt_ids, ids)
     return answers
 
 
-class _EachStep(StoppingCriteria):
-    """Stops nothing; transformers asks it after every token."""
+class _TellProgress(StoppingCriteria):
+    """Stops nothing; transformers asks it after every token, and it says how many texts are completed."""
 
-    def __init__(self, tell: Callable[[], None]) -> None:
-        self.tell = tell
+    def __init__(self, tell: Callable[[float], None], before: int, batch: int, new_tokens: int) -> None:
+        self.tell, self.before, self.batch = tell, before, batch
+        self.new_tokens, self.tokens = new_tokens, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
-        self.tell()
+        self.tokens += 1
+        self.tell(self.before + self.batch * self.tokens / self.new_tokens)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
 

@@ -100,7 +100,7 @@ def _run(job: Job) -> Outcome:
         raise _interrupted(job)
     _show_cost(job, trainer)
     job.finish()
-    after = _measure(job, trainer)
+    after = _measure(job, trainer, "after training")
     _save(job)
     return _report(job, trainer, before, after)
 
@@ -146,14 +146,16 @@ def _require_disk(job: Job) -> None:
 def _before(job: Job, trainer: Run) -> Measurement:
     """The scores before training, taken once: a resumed run finds them noted."""
     if "before" not in job.facts:
-        job.facts["before"] = _measure(job, trainer).as_facts()
+        job.facts["before"] = _measure(job, trainer, "before training").as_facts()
         resume.write_facts(job.output, job.facts)
     return Measurement.from_facts(job.facts["before"])
 
 
-def _measure(job: Job, trainer: Run) -> Measurement:
-    held_out = trainer.held_out()
-    return measure(job.model, job.tokenizer, held_out, job.material.asked, job.material.kept, job.console)
+def _measure(job: Job, trainer: Run, when: str) -> Measurement:
+    held_out = trainer.held_out(when, job.console)
+    return measure(
+        job.model, job.tokenizer, held_out, job.material.asked, job.material.kept, job.console, when
+    )
 
 
 def _save(job: Job) -> None:

@@ -1,16 +1,15 @@
 """One set of measurements, taken before and after a run: loss, and answers to rows not trained on."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.evaluation import Question, answer, exact_share
+from fettle.training.progress import show_share
 from fettle.training.report import Sample, Score
 
 SHOWN = 12
@@ -60,32 +59,22 @@ def measure(
     asked: Sequence[Question],
     kept: Sequence[Question],
     console: Console,
+    when: str,
 ) -> Measurement:
-    """Answer the questions and add the held-out figures, which the trainer computes."""
-    with _answering(len(asked) + len(kept), console) as on_step:
-        answers = answer(model, tokenizer, asked, on_step)
-        kept_answers = answer(model, tokenizer, kept, on_step)
+    """Answer the questions and add the held-out figures, which the trainer computes. when: "before training", say."""
+    answers, kept_answers = [], []
+    if total := len(asked) + len(kept):
+        parts = [f"{len(asked)} of the held-out rows"] if asked else []
+        parts += [f"{len(kept)} of --keep-data"] if kept else []
+        with show_share(f"{when}: answering {' and '.join(parts)}", console) as advance:
+            answers = answer(model, tokenizer, asked, lambda count: advance(count / total))
+            kept_answers = answer(model, tokenizer, kept, lambda count: advance((len(asked) + count) / total))
     return Measurement(
         held_out=held_out,
         exact=exact_share(answers) if answers else None,
         kept_exact=exact_share(kept_answers) if kept_answers else None,
         answers=[Answered(a.question.prompt, a.question.expected, a.answer) for a in answers],
     )
-
-
-@contextmanager
-def _answering(questions: int, console: Console) -> Iterator[Callable[[], None]]:
-    """Show on a terminal that answers are growing, elsewhere that they are begun; yields what to call a token."""
-    text = f"answering {questions} questions the training does not see"
-    if not console.is_terminal or not questions:
-        if questions:
-            console.print(text, highlight=False)
-        yield lambda: None
-        return
-    columns = ("{task.description}", SpinnerColumn(), "{task.completed:.0f} steps", TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(text, total=None)
-        yield lambda: progress.advance(task)
 
 
 def scores(before: Measurement, after: Measurement) -> list[Score]:

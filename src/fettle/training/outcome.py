@@ -20,6 +20,9 @@ from fettle.training.rows import Material
 
 _PACKAGES = ("fettle-llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 _SHOWN_SAMPLES = 3
+LONGEST_SHOWN = 160
+"""Characters of a prompt or answer on the terminal; an answer is cut soon after the length of the right one, as a model
+that does not stop says nothing more. The report has all of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,15 +96,16 @@ def show(outcome: Outcome, console: Console | None = None) -> None:
 
 
 def show_samples(shown: Sequence[Sample], console: Console) -> None:
-    """Print prompts with the answer wanted and those given, as far as there are any."""
+    """Print prompts with the answer wanted and those given, shortened, as far as there are any."""
     for sample in shown:
+        longest = LONGEST_SHOWN if sample.expected is None else max(60, len(sample.expected) + 20)
         lines = [f"prompt    {_short(sample.prompt)}"]
         if sample.expected is not None:
             lines.append(f"wanted    {_short(sample.expected)}")
         for name, answer in (("before", sample.before), ("after", sample.after)):
             if answer is not None:
                 mark = {True: "✓", False: "✗", None: " "}[is_correct(sample, answer)]
-                lines.append(f"{name:7} {mark} {_short(answer)}")
+                lines.append(f"{name:7} {mark} {_short(answer, longest)}")
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
         console.print()
 
@@ -113,6 +117,6 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 160 else text[:157] + "..."
+def _short(text: str, longest: int = LONGEST_SHOWN) -> str:
+    text, longest = " ".join(text.split()), min(longest, LONGEST_SHOWN)
+    return text if len(text) <= longest else text[: longest - 3] + "..."

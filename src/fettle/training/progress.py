@@ -17,8 +17,8 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any, Self
 import torch
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -50,6 +51,39 @@ def show_progress(trainer: Trainer, console: Console | None = None) -> "Progress
     progress = ProgressCallback(console)
     trainer.add_callback(progress)
     return progress
+
+
+@contextmanager
+def show_share(
+    what: str, console: Console, *, line_seconds: float = 5.0, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[float], None]]:
+    """Show how far a task is and how long it still takes: a bar on a terminal, elsewhere lines, `line_seconds` apart.
+
+    Yields what to call with the share that is done, 0 to 1.
+    """
+    is_drawn = console.is_terminal and not console.is_dumb_terminal
+    began = last_line = clock()
+    if not is_drawn:
+        console.print(what, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+    with Progress(*columns, console=console, disable=not is_drawn) as bar:
+        task = bar.add_task(what, total=1.0, figures="")
+
+        def advance(share: float) -> None:
+            nonlocal last_line
+            now = clock()
+            figures = f"{share:.0%}"
+            if share > 0:
+                figures += f", {_clock((now - began) / share * (1 - share))} left"
+            bar.update(task, completed=share, figures=figures)
+            if not is_drawn and now - last_line >= line_seconds:
+                console.print(f"{what}: {figures}", highlight=False, soft_wrap=True)
+                last_line = now
+
+        yield advance
+        bar.update(task, completed=1.0, figures=f"took {_clock(clock() - began)}")
+    if last_line > began:
+        console.print(f"{what}: took {_clock(clock() - began)}", highlight=False, soft_wrap=True)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------

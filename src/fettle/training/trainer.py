@@ -35,6 +35,7 @@ from fettle.training.progress import (
     points,
     reset_peak_memory,
     show_progress,
+    show_share,
 )
 from fettle.training.resume import CHECKPOINTS, MarkComplete, last_complete
 from fettle.training.steps import Trainer
@@ -108,7 +109,7 @@ class Run:
         return points(self.trainer.state.log_history)
 
     @torch.no_grad()
-    def held_out(self) -> dict[str, float]:
+    def held_out(self, when: str, console: Console) -> dict[str, float]:
         """Mean loss of the held-out tokens and the share of them predicted rightly; empty where there are none.
 
         The mean is over tokens, not over batches as in the trainer's own evaluation, so that it does not depend
@@ -118,8 +119,11 @@ class Run:
             return {}
         model = self.trainer.model
         loss, right, tokens = 0.0, 0, 0
-        with evaluating(model):
-            for batch in self.trainer.get_eval_dataloader():
+        batches = self.trainer.get_eval_dataloader()
+        what = f"{when}: measuring the loss of the held-out rows"
+        with evaluating(model), show_share(what, console) as advance:
+            for number, batch in enumerate(batches):
+                advance(number / len(batches))
                 inputs = self.trainer._prepare_inputs(batch)
                 outputs = model(
                     **inputs, use_cache=False, fused_lm_head=True
