@@ -40,7 +40,7 @@ AGAIN = 0.35
 """The probability that a resumed run is killed too."""
 MOST_KILLS_OF_A_RUN = 4
 FRESH = 0.2
-"""The share of killed commands that are new interpreters, and so may be hit while they import. The others are forks of
+"""The share of commands that are new interpreters, and so may be hit while they import. The others are forks of
 this process, which has everything imported: on a busy machine imports take longer than the rest."""
 LONGEST_SECONDS = 600
 LEFTOVERS = re.compile(r"\.partial-|\.replaced-|\.saving$|\.lock$|^tmp|\.tmp$|^shard-")
@@ -197,10 +197,10 @@ class Process:
         os.waitpid(self.pid, 0)
 
 
-def run(words: list[str], log: Path) -> tuple[int, float]:
+def run(words: list[str], log: Path, *, is_fresh: bool = False) -> tuple[int, float]:
     """Run a command to its end; return its exit code and seconds."""
     began = time.monotonic()
-    code = Process(words, log, is_fresh=False).wait(LONGEST_SECONDS)
+    code = Process(words, log, is_fresh=is_fresh).wait(LONGEST_SECONDS)
     if code is None:
         raise RuntimeError(f"{words} still runs after {LONGEST_SECONDS} s")
     return code, time.monotonic() - began
@@ -267,7 +267,7 @@ def try_run(
         elif attempt == 1:  # killed before there was a run
             yield from no_run_to_resume(resume, folder / "log-refused")
         if attempt == MOST_KILLS_OF_A_RUN or (attempt and rng.random() > AGAIN):
-            code, _ = run(words, log)
+            code, _ = run(words, log, is_fresh=rng.random() < FRESH)
         else:
             code = run_killed(words, log, rng, tally)
         if code is not None:
@@ -315,7 +315,7 @@ def try_export(
         yield "the old one is lost"
     is_whole = target.exists() and contents(target) != old
     log = folder / "log-1"
-    code, _ = run(case.words(target), log)
+    code, _ = run(case.words(target), log, is_fresh=rng.random() < FRESH)
     is_refused = code == 2 and "already" in log.read_text() and not case.overwrites
     if code and not (is_refused and is_whole):
         yield f"the second export ended with exit code {code}: {log.read_text()[-500:]}"

@@ -66,6 +66,11 @@ def test_questions_are_answered_before_and_after(outcome):
     assert {score.name for score in outcome.report.scores} >= {"old skills: answers exact", "held-out loss"}
 
 
+def test_the_adapters_config_is_the_same_in_every_process(outcome):
+    names = json.loads((outcome.output / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) > 3 and names == sorted(names)
+
+
 def test_the_held_out_loss_is_that_of_stock_transformers(outcome, small_model, chats):
     """The row is found by its prompt; the loss is the mean over its answer's tokens."""
     prompt = outcome.after.answers[0].prompt

@@ -142,7 +142,9 @@ def _base_folder(name: str) -> Path:
 def _save_adapter(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, base_name: str, note: AdapterFacts, to: Path
 ) -> None:
-    model.peft_config["default"].base_model_name_or_path = base_name
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base_name
+    config.target_modules = sorted(config.target_modules)  # as a set it is in another order in every process
     model.save_pretrained(str(to), save_embedding_layers=False)
     (to / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     save_tokenizer(tokenizer, to)
