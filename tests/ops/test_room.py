@@ -7,7 +7,7 @@ import torch
 
 from fettle.memory.allocator import release_unused
 from fettle.ops.nf4 import Nf4, nf4_dequantize_reference, nf4_quantize
-from fettle.ops.room import ROOM, at_work
+from fettle.ops.room import ROOM, at_work, scratch
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +64,19 @@ def test_its_memory_is_given_back_with_all_that_is_unused() -> None:
         assert ROOM.memory is not None  # it is in use
     release_unused()
     assert ROOM.memory is None
+
+
+def test_scratch_and_matrices_share_one_piece_of_memory() -> None:
+    shapes = [torch.Size((8, 5)), torch.Size((3, 7))]
+    with scratch(shapes, torch.float32, torch.device("cpu")) as found:
+        assert [tensor.shape for tensor in found] == shapes
+        place = found[0].data_ptr()
+    with at_work([nf4(1)], torch.bfloat16) as (matrix,):
+        assert matrix.data_ptr() == place
+
+
+def test_memory_first_used_in_inference_serves_training() -> None:
+    with torch.inference_mode(), at_work([nf4(64)], torch.float32):
+        pass
+    with scratch([torch.Size((4, 4))], torch.float32, torch.device("cpu")) as (found,):
+        assert not found.fill_(1).is_inference()

@@ -287,7 +287,8 @@ class Decoder(DecoderPreTrainedModel):
         if use_cache and past_key_values is None and packed is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
         documents = packed
-        if packed is None and self.training and past_key_values is None and self._has_own_attention:
+        has_no_cache = past_key_values is None and (self.training or not use_cache)
+        if packed is None and has_no_cache and self._has_own_attention:
             documents = row_documents(x, attention_mask)
 
         masks = self.masks(x, attention_mask, position_ids, past_key_values) if documents is None else {}

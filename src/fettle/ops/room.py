@@ -30,7 +30,8 @@ class Room:
         if self.memory is None or len(self.memory) < sum(sizes):
             self.memory = None  # before the larger one is there
             # of its own, not from the heap, where it would leave a gap each time it grows
-            self.memory = torch.frombuffer(mmap.mmap(-1, sum(sizes)), dtype=torch.uint8)
+            with torch.inference_mode(False):  # or training could not write into it after generation has
+                self.memory = torch.frombuffer(mmap.mmap(-1, sum(sizes)), dtype=torch.uint8)
         parts = self.memory[: sum(sizes)].split(sizes)
         return [
             part[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
@@ -57,6 +58,21 @@ def at_work(weights: Sequence[torch.Tensor | Nf4], dtype: torch.dtype) -> Iterat
     try:
         places = iter(ROOM.carve([weight.shape for weight in changing], dtype))
         yield [_put(each, next(places)) if _changes(each, dtype) else dense(each, dtype) for each in weights]
+    finally:
+        ROOM.lock.release()
+
+
+@contextmanager
+def scratch(
+    shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device
+) -> Iterator[list[torch.Tensor]]:
+    """Uninitialised tensors of these shapes, within the block only. On a CPU they share the memory of `at_work`: what
+    needs them never runs inside a layer."""
+    if device.type != "cpu" or not ROOM.lock.acquire(blocking=False):
+        yield [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        return
+    try:
+        yield ROOM.carve(shapes, dtype)
     finally:
         ROOM.lock.release()
 

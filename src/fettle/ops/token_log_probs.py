@@ -7,11 +7,14 @@ hidden state, (onehot - softmax) W, is taken in the forward pass already, while 
 and backward only scales it: two passes of products instead of three. Saved for backward then: that gradient,
 (T, E). With a trainable head: h, W and labels; the logits are redone.
 
+A chunk is worked on in place, in memory that the next one takes over: twice its logits, three times with a soft cap.
 Where products run in another dtype than the head's (`dispatch.product_dtype`), it is converted slice by slice.
 
 Shapes: T tokens, E hidden size, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fettle.ops.dispatch import product_dtype
+from fettle.ops.room import scratch
 
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**26}
 """Of fp32 logits in a chunk."""
@@ -44,7 +48,9 @@ def token_log_probs_reference(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None = None
 ) -> TokenScores:
     """The formula above in plain PyTorch: the specification of `token_log_probs`."""
-    logits = _cap((hidden @ weight.T).float(), softcap)
+    logits = (hidden @ weight.T).float()
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
     log_probs = torch.log_softmax(logits, -1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     return TokenScores(
@@ -67,22 +73,26 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
     ) -> tuple[torch.Tensor, ...]:
         is_trained, has_gradient = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
-        log_probs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        log_probs = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
         entropy = torch.empty_like(log_probs)
         is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         slope = torch.empty_like(hidden) if has_gradient and not is_trained else None
-        for chunk in _chunks(hidden, weight):
-            logits = _cap(_logits(hidden[chunk], weight), softcap)
-            is_top1[chunk] = logits.argmax(-1) == labels[chunk]
-            label_logits = logits.gather(1, labels[chunk, None])[:, 0]
-            factor = None if slope is None else _cap_slope(logits, softcap)
-            logsumexp = torch.logsumexp(logits, -1)
-            probs = logits.sub_(logsumexp[:, None])
-            log_probs[chunk] = label_logits - logsumexp
-            entropy[chunk] = probs.exp().mul_(probs).sum(-1).neg_()
-            if slope is not None:
-                grad_logits = _score_gradient(probs.exp_(), labels[chunk], factor)
-                _times_head(grad_logits, weight, out=slope[chunk])
+        with _buffers(hidden, weight, softcap) as buffers:
+            for chunk in _chunks(hidden, weight):
+                logits, spare = _logits(hidden[chunk], weight, softcap, buffers)
+                is_top1[chunk] = logits.argmax(-1) == labels[chunk]
+                label_logits = logits.gather(1, labels[chunk, None])[:, 0]
+                if slope is not None:
+                    factor = _cap_slope(logits, softcap, buffers)
+                highest = logits.amax(-1, keepdim=True)
+                total = torch.sub(logits, highest, out=spare).exp_().sum(-1)
+                logsumexp = total.log_().add_(highest[:, 0])
+                log_probs[chunk] = label_logits - logsumexp
+                each_log_prob = logits.sub_(logsumexp[:, None])
+                entropy[chunk] = torch.exp(each_log_prob, out=spare).mul_(each_log_prob).sum(-1).neg_()
+                if slope is not None:
+                    grad_logits = _score_gradient(each_log_prob.exp_(), labels[chunk], factor)
+                    _times_head(grad_logits, weight, buffers, out=slope[chunk])
         ctx.softcap = softcap
         ctx.save_for_backward(*((hidden, weight, labels) if is_trained else (slope,)))
         ctx.mark_non_differentiable(entropy, is_top1)
@@ -98,47 +108,97 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, labels = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for chunk in _chunks(hidden, weight):
-            logits = _cap(_logits(hidden[chunk], weight), ctx.softcap)
-            factor = _cap_slope(logits, ctx.softcap)
-            slope = _score_gradient(torch.softmax(logits, -1), labels[chunk], factor)
-            grad_logits = slope.mul_(grad[chunk, None])
-            _times_head(grad_logits, weight, out=grad_hidden[chunk])
-            dtype = product_dtype(hidden[chunk])
-            grad_weight += (grad_logits.to(dtype).T @ hidden[chunk].to(dtype)).float()
+        with _buffers(hidden, weight, ctx.softcap) as buffers:
+            for chunk in _chunks(hidden, weight):
+                logits, _ = _logits(hidden[chunk], weight, ctx.softcap, buffers)
+                factor = _cap_slope(logits, ctx.softcap, buffers)
+                slope = _score_gradient(torch.softmax(logits, -1), labels[chunk], factor)
+                grad_logits = slope.mul_(grad[chunk, None])
+                _times_head(grad_logits, weight, buffers, out=grad_hidden[chunk])
+                dtype = product_dtype(hidden[chunk])
+                grad_weight += (grad_logits.to(dtype).T @ hidden[chunk].to(dtype)).float()
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
-def _logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """H W^T in fp32 (or fp64), (chunk, V)."""
-    dtype = product_dtype(hidden)
-    if dtype == weight.dtype:
-        return (hidden @ weight.T).to(torch.promote_types(dtype, torch.float32))
-    logits, rows = hidden.new_empty(len(hidden), len(weight), dtype=dtype), hidden.to(dtype)
-    for part, out in zip(weight.split(SLICE), logits.split(SLICE, dim=1), strict=True):
-        torch.mm(rows, part.to(dtype).T, out=out)
-    return logits
+@dataclass(frozen=True, slots=True)
+class _Buffers:
+    """Memory for one chunk, used again by the next. logits, spare and slope (of the cap): (chunk, V), fp32 or fp64;
+    rows: (SLICE, E), of the products' type, for a slice of the head that is converted."""
+
+    logits: torch.Tensor
+    spare: torch.Tensor
+    slope: torch.Tensor | None
+    rows: torch.Tensor | None
 
 
-def _times_head(grad_logits: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor) -> None:
+def buffer_shapes(
+    tokens: int, weight_shape: tuple[int, int], *, is_capped: bool, is_converted: bool
+) -> list[torch.Size]:
+    """Those that a chunk of `tokens` needs, of the logits' type: logits, spare, the cap's slope, a converted slice."""
+    vocabulary, hidden = weight_shape
+    shapes = [torch.Size((tokens, vocabulary))] * (3 if is_capped else 2)
+    return shapes + ([torch.Size((min(SLICE, vocabulary), hidden))] if is_converted else [])
+
+
+@contextmanager
+def _buffers(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None) -> Iterator[_Buffers]:
+    tokens = min(len(hidden), chunk_tokens(len(weight), hidden.device.type))
+    is_converted = product_dtype(hidden) != weight.dtype
+    shape = (weight.shape[0], weight.shape[1])
+    shapes = buffer_shapes(tokens, shape, is_capped=softcap is not None, is_converted=is_converted)
+    with scratch(shapes, _wide(hidden), hidden.device) as found:
+        rows = found.pop() if is_converted else None
+        yield _Buffers(found[0], found[1], None if softcap is None else found[2], rows)
+
+
+def _wide(hidden: torch.Tensor) -> torch.dtype:
+    """The logits' type: fp32, or fp64 where the head is."""
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def _logits(
+    hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None, buffers: _Buffers
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """H W^T, capped, in fp32 (or fp64), and as much memory to spare; both (chunk, V), in the buffers."""
+    logits, spare = buffers.logits[: len(hidden)], buffers.spare[: len(hidden)]
+    if buffers.rows is not None:
+        rows = hidden.to(logits.dtype)
+        for part, out in zip(weight.split(SLICE), logits.split(SLICE, dim=1), strict=True):
+            torch.mm(rows, buffers.rows[: len(part)].copy_(part).T, out=out)
+    elif logits.dtype == weight.dtype:
+        torch.mm(hidden, weight.T, out=logits)
+    else:
+        logits.copy_(torch.mm(hidden, weight.T, out=_narrowed(spare, weight.dtype)))
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits, spare
+
+
+def _times_head(
+    grad_logits: torch.Tensor, weight: torch.Tensor, buffers: _Buffers, *, out: torch.Tensor
+) -> None:
     """Put grad_logits W into `out`. grad_logits: (chunk, V); out: (chunk, E), of the head's dtype."""
-    dtype = product_dtype(out)
-    if dtype == weight.dtype:
-        torch.mm(grad_logits.to(dtype), weight, out=out)
+    if buffers.rows is not None:
+        total = torch.zeros_like(out, dtype=grad_logits.dtype)
+        for part, grad in zip(weight.split(SLICE), grad_logits.split(SLICE, dim=1), strict=True):
+            total.addmm_(grad, buffers.rows[: len(part)].copy_(part))
+        out.copy_(total)
         return
-    total = torch.zeros_like(out, dtype=dtype)
-    for part, grad in zip(weight.split(SLICE), grad_logits.split(SLICE, dim=1), strict=True):
-        total.addmm_(grad, part.to(dtype))
-    out.copy_(total)
+    if grad_logits.dtype != weight.dtype:
+        grad_logits = _narrowed(buffers.spare[: len(grad_logits)], weight.dtype).copy_(grad_logits)
+    torch.mm(grad_logits, weight, out=out)
 
 
-def _cap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+def _narrowed(memory: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The beginning of `memory`, contiguous, as a tensor of the same shape in a narrower type."""
+    return memory.view(-1).view(dtype)[: memory.numel()].view(memory.shape)
 
 
-def _cap_slope(capped: torch.Tensor, softcap: float | None) -> torch.Tensor | None:
+def _cap_slope(capped: torch.Tensor, softcap: float | None, buffers: _Buffers) -> torch.Tensor | None:
     """The soft cap's slope where it gave `capped`: 1 - tanh^2."""
-    return None if softcap is None else 1 - (capped / softcap).square_()
+    if softcap is None or buffers.slope is None:
+        return None
+    return torch.div(capped, softcap, out=buffers.slope[: len(capped)]).square_().neg_().add_(1)
 
 
 def _score_gradient(probs: torch.Tensor, labels: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
