@@ -2,18 +2,29 @@
 
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen3Config
 
 from fettle.adapters.lora import adapt
-from fettle.memory.costs import Workload, kept_by_layer, peak_of_policies, trained_bytes, weight_bytes
+from fettle.memory.allocator import release_unused
+from fettle.memory.costs import (
+    Workload,
+    kept_by_layer,
+    peak_of_policies,
+    scratch_bytes,
+    trained_bytes,
+    weight_bytes,
+)
 from fettle.memory.plan import allowed_policies
 from fettle.memory.policies import Policy
+from fettle.memory.program import peak_memory_bytes, reset_peak_memory
 from fettle.memory.redoable import RedoableOutputs
 from fettle.memory.shapes import Shapes
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.families import FAMILIES
+from fettle.ops.token_log_probs import token_log_probs
 from fettle.quantization.layers import quantize_linears
 
 TOKENS = 640
@@ -163,3 +174,23 @@ def test_an_mlp_that_runs_by_its_modules_is_planned_so(
     monkeypatch.setitem(KEPT, "llama", config)
     counted = kept_by_layer(shapes, work, Policy.KEEP)
     assert counted == pytest.approx(saved_bytes("llama", Policy.KEEP, monkeypatch), rel=0.03)
+
+
+def test_a_wide_capped_head_takes_no_more_than_is_counted() -> None:
+    """Measured on the process: the logits of a chunk exist three times, whatever the vocabulary."""
+    config = config_of("gemma2", vocab_size=128_000, head_dim=16)
+    weight = torch.zeros(config.vocab_size, config.hidden_size, dtype=torch.bfloat16)
+    labels = torch.zeros(TOKENS, dtype=torch.long)
+    work = Workload(tokens=TOKENS)
+
+    def run() -> None:
+        hidden = torch.zeros(TOKENS, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        token_log_probs(hidden, weight, labels, softcap=30.0).log_probs.sum().backward()
+
+    release_unused()
+    reset_peak_memory(torch.device("cpu"))
+    before = psutil.Process().memory_info().rss
+    run()
+    grown = peak_memory_bytes(torch.device("cpu")) - before
+    counted = scratch_bytes(Shapes.of(config), work)
+    assert 0.9 * counted < grown < counted + 30_000_000

@@ -15,7 +15,7 @@ from fettle.data import Row, ensure_chat_template, generation_prompt, has_own_ch
 from fettle.data.fit import fit, without_ends
 from fettle.data.turns import reasoning_of
 from fettle.errors import ModelFault, UserError
-from fettle.generation import Sampling, complete
+from fettle.generation import BATCH_SIZE, Sampling, complete
 
 LONGEST_ANSWER = 256
 """Tokens generated at most. A longer expected answer can never be exact, and so does not count."""
@@ -98,18 +98,18 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[Question],
     on_progress: Callable[[float], None] | None = None,
+    *,
+    at_once: int = BATCH_SIZE,
 ) -> list[Answer]:
     """Answer every question greedily, in order; those too long for the model's context are left out.
 
     on_progress is called whenever a batch of answers has grown by a token, with how many questions are answered; those
-    of the batch count in part.
+    of the batch count in part. at_once: how many are answered together.
     """
     if not asked:
         return []
-    longest = max(_tokens(tokenizer, q.expected) for q in asked)
-    new_tokens = min(longest + 8, LONGEST_ANSWER)
+    prompts, new_tokens = _lengths(asked, tokenizer)
     room = model.config.max_position_embeddings - new_tokens
-    prompts = [len(ids) for ids in tokenizer([q.text for q in asked], add_special_tokens=True)["input_ids"]]
     asked = [q for q, tokens in zip(asked, prompts, strict=True) if tokens <= room]
     sampling = Sampling(max_new_tokens=new_tokens)
     answers: dict[str, str] = {}
@@ -117,13 +117,33 @@ def answer(
         texts = list(dict.fromkeys(q.text for q in asked if q.is_rendered == is_rendered))
         if texts:
             tell = None if on_progress is None else _counting_from(len(answers), on_progress)
-            words = complete(model, tokenizer, texts, sampling, is_rendered=is_rendered, on_progress=tell)
+            words = complete(
+                *(model, tokenizer, texts, sampling),
+                is_rendered=is_rendered,
+                on_progress=tell,
+                at_once=at_once,
+            )
             answers |= dict(zip(texts, words, strict=True))
     return [Answer(q, answers[q.text]) for q in asked]
 
 
 def _counting_from(first: int, tell: Callable[[float], None]) -> Callable[[float], None]:
     return lambda count: tell(first + count)
+
+
+def longest_exchange(asked: Sequence[Question], tokenizer: PreTrainedTokenizerBase, context: int) -> int:
+    """Tokens of the longest question that fits the context, with its answer; 0 where nothing is asked."""
+    if not asked:
+        return 0
+    prompts, new_tokens = _lengths(asked, tokenizer)
+    return max((tokens + new_tokens for tokens in prompts if tokens + new_tokens <= context), default=0)
+
+
+def _lengths(asked: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """Tokens of each prompt, and the most that an answer may have."""
+    longest = max(_tokens(tokenizer, q.expected) for q in asked)
+    prompts = tokenizer([q.text for q in asked], add_special_tokens=True)["input_ids"]
+    return [len(ids) for ids in prompts], min(longest + 8, LONGEST_ANSWER)
 
 
 def exact_share(answers: Sequence[Answer]) -> float | None:

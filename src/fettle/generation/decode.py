@@ -110,8 +110,9 @@ def complete(
     *,
     is_rendered: bool,
     on_progress: Callable[[float], None] | None = None,
+    at_once: int = BATCH_SIZE,
 ) -> list[str]:
-    """Return the continuation of each text, in order.
+    """Return the continuation of each text, in order. at_once: how many are continued together.
 
     is_rendered: the texts come from a chat template, which has put its special tokens in already. on_progress
     is called after every token of a batch with the number of texts completed so far; those of the batch count in part.
@@ -121,7 +122,7 @@ def complete(
     answers = [""] * len(texts)
     _seed(sampling)
     with evaluating(model):
-        size = 1 if isinstance(model, LlamaCppForCausalLM) else BATCH_SIZE
+        size = 1 if isinstance(model, LlamaCppForCausalLM) else at_once
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             inputs = _encode(model, tokenizer, [texts[i] for i in chosen], is_rendered)

@@ -3,7 +3,7 @@
     weights, adapters, optimizer    counted from the config's shapes
     what a layer keeps              counted, tensor by tensor (see memory/policies.py)
     a layer at work                 counted in the code, then set right by measuring: `working_bytes`
-    the head at work                three times a chunk's logits, five times where they are capped, assumed
+    the head at work                twice a chunk's logits, three times where they are capped (ops/token_log_probs.py)
     holes in the C library's heap   measured: HEAP_GAPS
     the process without a model     measured (training/planning.py)
 
@@ -32,13 +32,17 @@ from fettle.memory.policies import Policy
 from fettle.memory.shapes import Shapes
 from fettle.ops.dispatch import best_product_dtype
 from fettle.ops.lora_mlp import TILE_TOKENS
-from fettle.ops.token_log_probs import SLICE, chunk_tokens
+from fettle.ops.token_log_probs import buffer_shapes, chunk_tokens
 
-HEAP_GAPS = 0.25
-"""What the C library's heap loses to gaps for each layer, in terms of what a layer keeps that keeps everything:
-measured, 0.2 to 0.3, whatever the layers keep, as an aligned piece does not fit where one of its size was. What is at
-work leaves gaps too: the head takes its bytes twice, a layer that is redone one and a half times, and with NF4 there is
-as much as the room of its matrices again."""
+HEAP_GAPS = 0.3
+"""What the C library's heap loses to gaps, in terms of what the layers keep: measured, 0.3 to 0.5 on models of 5 to 50
+million weights, of which STEP_BYTES has a part. A layer that is recomputed leaves at least as much as if it kept a
+quarter of what it could; its own work takes half as much again, and with NF4 its unpacked matrices take twice their
+size."""
+
+STEP_BYTES, STEP_TOKEN_BYTES = 40_000_000, 64_000
+"""What a step has at work on a CPU whatever the model's width: tiles of attention's scores, the products' packed
+operands, autograd's own objects. By token, up to the first; measured, 25 to 49 MB from 512 tokens on, 10 at 200."""
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / 64 / 256
 """A weight in NF4: its code, its share of a block's scale in one byte, and of that scale's own scale."""
@@ -52,6 +56,8 @@ class Workload:
     more. targets: adapted matrix -> in how many layers, None for all. has_outer_embedding: the token table is in the
     host's memory, or its file. returns_memory: on a CPU, freed tensors go back to the system at once instead of into
     the heap.
+    stored_item: bytes of a weight in its file, 0 if that is not known. evaluated_tokens: of the longest batch of
+    held-out rows; answered_tokens: of the longest question with its answer; 0 if there is none.
     """
 
     tokens: int
@@ -65,6 +71,9 @@ class Workload:
     device_type: str = "cpu"
     has_outer_embedding: bool = False
     returns_memory: bool = False
+    stored_item: int = 0
+    evaluated_tokens: int = 0
+    answered_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -86,8 +95,11 @@ class Workload:
         return self.tokens // self.batch_size
 
     def with_tokens(self, tokens: int) -> "Workload":
-        """The same with rows of another total length."""
-        return replace(self, tokens=tokens)
+        """The same with rows of another total length, what is evaluated and answered in proportion."""
+        evaluated, answered = (
+            -(-n * tokens // self.tokens) for n in (self.evaluated_tokens, self.answered_tokens)
+        )
+        return replace(self, tokens=tokens, evaluated_tokens=evaluated, answered_tokens=answered)
 
     def with_batch_size(self, batch_size: int) -> "Workload":
         """The same with fewer rows side by side."""
@@ -176,9 +188,12 @@ def _per_token_cuda(s: Shapes, policy: Policy) -> tuple[int, int]:
     return around_mlp, 4 * s.hidden + 4 * s.query + s.key + redone + fetched + more
 
 
-def room_bytes(shapes: Shapes, work: Workload) -> int:
-    """On a CPU: the room that matrices at work share (ops/room.py), as large as an MLP's three."""
-    return _unpacked(work, 3 * shapes.hidden * shapes.intermediate) if work.device_type == "cpu" else 0
+def scratch_bytes(shapes: Shapes, work: Workload) -> int:
+    """On a CPU: the memory that matrices at work and the head's chunks share (ops/room.py): an MLP's three matrices, or
+    a chunk's logits."""
+    if work.device_type != "cpu":
+        return 0
+    return max(_unpacked(work, 3 * shapes.hidden * shapes.intermediate), _head_scratch(shapes, work))
 
 
 def _unpacked(work: Workload, weights: int) -> int:
@@ -188,11 +203,19 @@ def _unpacked(work: Workload, weights: int) -> int:
 
 
 def head_bytes(shapes: Shapes, work: Workload) -> int:
-    """The head at work: a chunk's logits several times over, the last hidden states and their gradient."""
-    chunk = 4 * shapes.vocabulary * min(work.tokens, chunk_tokens(shapes.vocabulary, work.device_type))
-    converted = SLICE * shapes.hidden * work.product_item if work.product_item > work.item else 0
-    chunks = 5 if shapes.caps_logits else 3
-    return chunks * chunk + 4 * work.tokens * shapes.hidden * work.item + converted
+    """The head at work: the last hidden states and their gradient, and on a GPU a chunk's buffers, which on a CPU are
+    in the scratch memory."""
+    chunk = _head_scratch(shapes, work) if work.device_type == "cuda" else 0
+    return chunk + 4 * work.tokens * shapes.hidden * work.item
+
+
+def _head_scratch(shapes: Shapes, work: Workload) -> int:
+    """A chunk's buffers, in fp32."""
+    tokens = min(work.tokens, chunk_tokens(shapes.vocabulary, work.device_type))
+    is_converted = work.product_item > work.item
+    size = (shapes.vocabulary, shapes.hidden)
+    buffers = buffer_shapes(tokens, size, is_capped=shapes.caps_logits, is_converted=is_converted)
+    return 4 * sum(shape.numel() for shape in buffers)
 
 
 def peak_of_policies(shapes: Shapes, work: Workload, policies: list[Policy]) -> tuple[int, int]:
@@ -202,14 +225,17 @@ def peak_of_policies(shapes: Shapes, work: Workload, policies: list[Policy]) -> 
     gradients = trained_bytes(shapes, work)[1]
     total = sum(kept[policy] for policy in policies)
     if work.device_type == "cpu":
-        held = gradients + room_bytes(shapes, work)
+        least_work = min(STEP_BYTES, STEP_TOKEN_BYTES * work.tokens)
+        held = gradients + scratch_bytes(shapes, work) + head_bytes(shapes, work) + least_work
         if work.returns_memory:
-            return total, total + max(head_bytes(shapes, work), *working.values()) + held
-        # The C library's heap does not close the holes that one part leaves for the next: rooms add up.
-        gaps = int(HEAP_GAPS * len(policies) * kept_by_layer(shapes, work, Policy.KEEP))
+            return total, total + max(working.values()) + held
+        # The C library's heap does not close the holes that one part leaves for the next.
+        gaps = int(
+            HEAP_GAPS * sum(max(kept[p], kept_by_layer(shapes, work, Policy.KEEP) // 4) for p in policies)
+        )
         layer = max(size if policy < Policy.REDO_MLP else 3 * size // 2 for policy, size in working.items())
-        head, room = 2 * head_bytes(shapes, work), room_bytes(shapes, work) if work.is_nf4 else 0
-        return total, total + gaps + head + layer + room + held
+        nf4 = _unpacked(work, 3 * shapes.hidden * shapes.intermediate) if work.is_nf4 else 0
+        return total, total + gaps + layer + nf4 + held
     # A graph holds its input, output, their copies and gradient; where layers are parked there is only the output.
     ends = (1 if Policy.PARK in policies else 5) * work.tokens * shapes.hidden * work.item
     left = total + ends + gradients

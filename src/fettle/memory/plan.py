@@ -15,6 +15,7 @@ from fettle.memory.costs import (
     trained_bytes,
     weight_bytes,
 )
+from fettle.memory.phases import other_phases
 from fettle.memory.policies import Policy
 from fettle.memory.rates import Rates, visible_pairs
 from fettle.memory.shapes import Shapes
@@ -48,12 +49,19 @@ class Plan:
     optimizer: int
     activations: int
     workspace: int
+    phase: str
+    other: int
     seconds: float
     tokens: int
     share_of_limit: float
 
     @property
     def peak(self) -> int:
+        """Bytes at the worst moment of the run."""
+        return self.training + self.other
+
+    @property
+    def training(self) -> int:
         """Bytes at the worst moment of a step."""
         fixed = self.base + self.weights + self.adapters + self.optimizer
         return fixed + self.activations + self.workspace
@@ -69,16 +77,19 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Planner:
-    """Everything a plan is made from. accumulation: batches a step; base: bytes of the process without a model."""
+    """Everything a plan is made from. accumulation: batches a step; base: bytes of the process without a model;
+    reached: the most that the process has needed already, while it read its data and planned."""
 
     shapes: Shapes
     rates: Rates
     accumulation: int = 1
     base: int = 0
+    reached: int = 0
 
     def best(self, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> Plan | None:
-        """The fastest plan whose peak is within `budget` bytes, or None; of equally fast ones that which keeps most."""
-        fitting = [plan for plan in self._plans(work, allowed) if plan.peak <= budget]
+        """The fastest plan whose steps stay within `budget` bytes, or None; of equally fast ones that which keeps most.
+        What other phases need hangs on no policy."""
+        fitting = [plan for plan in self._plans(work, allowed) if plan.training <= budget]
         limit = NEAR * min((plan.seconds for plan in fitting), default=0.0)
         near = (plan for plan in fitting if plan.seconds <= limit)
         return max(near, key=lambda plan: (plan.activations, -plan.seconds), default=None)
@@ -103,15 +114,21 @@ class Planner:
         adapters, _, optimizer = trained_bytes(self.shapes, work)
         kept, peak = peak_of_policies(self.shapes, work, list(policies))
         seconds = self._seconds(work, policies)
+        weights = weight_bytes(self.shapes, work)
+        training = self.base + weights + adapters + optimizer + peak
+        phases = other_phases(self.shapes, work, self.base) | {"planning": self.reached, "training": training}
+        phase = max(phases, key=lambda name: (phases[name], name == "training"))
         return Plan(
             policies=policies,
             work=work,
             base=self.base,
-            weights=weight_bytes(self.shapes, work),
+            weights=weights,
             adapters=adapters,
             optimizer=optimizer,
             activations=kept,
             workspace=peak - kept,
+            phase=phase,
+            other=phases[phase] - training,
             seconds=seconds,
             tokens=self.accumulation * work.tokens,
             share_of_limit=self.accumulation * self._floor_seconds(work) / seconds,
@@ -162,7 +179,7 @@ def least_peak(shapes: Shapes, work: Workload, allowed: tuple[Policy, ...], base
         for most, last in itertools.product(allowed, repeat=2):
             policies = [most] * (shapes.layers - 1) + [last]
             peaks.append(fixed + peak_of_policies(shapes, variant, policies)[1])
-    return min(peaks)
+    return max([min(peaks), *other_phases(shapes, work, base).values()])
 
 
 def allowed_policies(

@@ -33,6 +33,7 @@ def rows(plan: Plan) -> list[tuple[str, int]]:
         ("optimizer", plan.optimizer),
         ("activations", plan.activations),
         ("gradients, head and workspace", plan.workspace),
+        *([(f"more during {plan.phase}", plan.other)] if plan.other else []),
     ]
 
 

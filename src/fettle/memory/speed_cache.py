@@ -54,12 +54,12 @@ class OthersLoad:
 def device_key(device: torch.device, *facts: object) -> str:
     """Name what a measurement depends on: the device, the libraries, and the `facts` about what was timed."""
     if device.type == "cuda":
-        where = [torch.cuda.get_device_name(device), f"triton {_version('triton')}"]
+        where = [torch.cuda.get_device_name(device), f"triton {version_of('triton')}"]
     else:
         isa = os.environ.get("ONEDNN_MAX_CPU_ISA", torch.backends.cpu.get_cpu_capability())
         where = [_processor(), f"{torch.get_num_threads()} threads", isa]
     return ", ".join(
-        [*where, f"torch {torch.__version__}", f"fettle {_version('fettle-llm')}", *map(str, facts)]
+        [*where, f"torch {torch.__version__}", f"fettle {version_of('fettle-llm')}", *map(str, facts)]
     )
 
 
@@ -108,7 +108,8 @@ def _processor() -> str:
     return " ".join(value.strip() for value in facts.values()) or platform.machine()
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """Return the installed version of a package, without importing it."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -16,13 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fettle.adapters.load import remembered_name
 from fettle.errors import Interrupted
 from fettle.files import only_process, require_free_space, shell_path
+from fettle.generation import BATCH_SIZE
+from fettle.memory.allocator import release_unused
+from fettle.memory.program import peak_memory_bytes
 from fettle.options import write
 from fettle.training import resume
 from fettle.training.measure import Measurement, measure
 from fettle.training.options import PretrainOptions, TrainOptions
 from fettle.training.outcome import Outcome, describe, show_samples
 from fettle.training.planning import Followed
-from fettle.training.progress import peak_memory_bytes
 from fettle.training.report import Sample, write_report
 from fettle.training.rows import Material
 from fettle.training.trainer import Run, build
@@ -110,8 +112,14 @@ def _show_cost(job: Job, trainer: Run) -> None:
     if job.memory is None:
         return
     speed = trainer.progress.tokens_per_second
-    for line in job.memory.outcome(peak_memory_bytes(job.model.device), speed):
+    for line in job.memory.outcome(_peak_bytes(job, trainer), speed):
         job.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _peak_bytes(job: Job, trainer: Run) -> int:
+    """The most in use so far, as far as the plan counts it: on a GPU in training."""
+    in_training = peak_memory_bytes(job.model.device)
+    return in_training if job.model.device.type == "cuda" else max(trainer.peak_before_bytes, in_training)
 
 
 def _write_run_file(job: Job) -> None:
@@ -153,9 +161,11 @@ def _before(job: Job, trainer: Run) -> Measurement:
 
 def _measure(job: Job, trainer: Run, when: str) -> Measurement:
     held_out = trainer.held_out(when, job.console)
-    return measure(
-        job.model, job.tokenizer, held_out, job.material.asked, job.material.kept, job.console, when
-    )
+    at_once = BATCH_SIZE if job.memory is None else job.memory.answers_at_once
+    asked, kept = job.material.asked, job.material.kept
+    found = measure(job.model, job.tokenizer, held_out, asked, kept, job.console, when, at_once=at_once)
+    release_unused()  # what this phase had is not to lie between the next one's tensors
+    return found
 
 
 def _save(job: Job) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.evaluation import Question, answer, exact_share
+from fettle.generation import BATCH_SIZE
 from fettle.training.progress import show_share
 from fettle.training.report import Sample, Score
 
@@ -60,15 +61,23 @@ def measure(
     kept: Sequence[Question],
     console: Console,
     when: str,
+    *,
+    at_once: int = BATCH_SIZE,
 ) -> Measurement:
-    """Answer the questions and add the held-out figures, which the trainer computes. when: "before training", say."""
+    """Answer the questions and add the held-out figures, which the trainer computes.
+
+    when: "before training", say. at_once: how many questions are answered together.
+    """
     answers, kept_answers = [], []
     if total := len(asked) + len(kept):
         parts = [f"{len(asked)} of the held-out rows"] if asked else []
         parts += [f"{len(kept)} of --keep-data"] if kept else []
         with show_share(f"{when}: answering {' and '.join(parts)}", console) as advance:
-            answers = answer(model, tokenizer, asked, lambda count: advance(count / total))
-            kept_answers = answer(model, tokenizer, kept, lambda count: advance((len(asked) + count) / total))
+            answers = answer(model, tokenizer, asked, lambda count: advance(count / total), at_once=at_once)
+            kept_answers = answer(
+                *(model, tokenizer, kept, lambda count: advance((len(asked) + count) / total)),
+                at_once=at_once,
+            )
     return Measurement(
         held_out=held_out,
         exact=exact_share(answers) if answers else None,

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import psutil
@@ -14,11 +14,13 @@ from torch import nn
 from fettle import terminal
 from fettle.errors import UserError
 from fettle.files import human_bytes
-from fettle.memory.allocator import restored_heap, set_heap
+from fettle.memory.allocator import release_unused, restored_heap, set_heap
 from fettle.memory.budget import free_bytes, parse_bytes
 from fettle.memory.costs import Workload
+from fettle.memory.phases import most_answers
 from fettle.memory.plan import Plan, Planner, allowed_policies, least_peak
 from fettle.memory.policies import Policy
+from fettle.memory.program import peak_memory_bytes, program_bytes
 from fettle.memory.report import as_dict, refusal, rounded_seconds, show_plan
 from fettle.memory.shapes import Shapes
 from fettle.memory.speed import device_rates
@@ -33,18 +35,21 @@ if TYPE_CHECKING:
 
     from fettle.models.decoder import DecoderForCausalLM
 
-
-PROGRAM_BYTES = {"cpu": 650_000_000, "cuda": 100_000_000}
-"""What `fettle train` takes beside its model, where it is not running yet: Python, the libraries and what they keep for
-themselves once products run (packed copies of weights, threads; on a GPU cuBLAS's workspaces)."""
-FP32_BYTES = 60_000_000
-"""The same on top on a CPU where products run in fp32, whose library keeps more for itself."""
-LATER_BYTES = 60_000_000
-"""What the process of a run on a CPU still grows by once its plan is made: the trainer, its logs, the first answers."""
+GPU_BASE_BYTES = 100_000_000
+"""What `fettle train` takes on a GPU beside its model: cuBLAS's workspaces."""
+LATER_BYTES = 40_000_000
+"""What the process of a run on a CPU grows by once its data is read, beside tensors: the code and memory of the
+libraries that multiply matrices, the trainer, its logs."""
+TOKENIZER_BYTES = 400
+"""Of a token, in a tokenizer in memory: 256,000 took 96 MB."""
 
 
 def plan(options: PlanOptions, console: Console | None = None) -> Plan:
-    """Print what a run would cost, from the model's config alone. Raises UserError where it cannot fit."""
+    """Print what a run would cost, from the model's config alone. Raises UserError where it cannot fit.
+
+    Rows, held-out rows and questions with their answers are all taken to be `context` tokens long. On a CPU the
+    program is taken to be as large as that of the last run here, without the run's tokenizer and rows.
+    """
     console = console or terminal.console()
     require_sensible(options)
     device = device_of(options.device)
@@ -55,7 +60,11 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     if context > limit:
         raise UserError(f"--context is {context}, and the model's is {limit} tokens; ask for at most that.")
     rows = options.batch_size
-    work = _workload(options, stored, device, tokens=rows * context, documents=rows)
+    work = replace(
+        _workload(options, stored, device, tokens=rows * context, documents=rows),
+        evaluated_tokens=rows * context,
+        answered_tokens=context,
+    )
     with restored_heap():
         chosen = _choose(options, stored.config, work, console)
     longest = chosen.planner.longest(work, chosen.budget, chosen.allowed)
@@ -88,6 +97,7 @@ def _workload(
         is_nf4=is_nf4,
         has_dropout=options.dropout > 0,
         device_type=device.type,
+        stored_item=stored.dtype.itemsize,
         has_outer_embedding=is_nf4 and maps_embedding(stored.config, stored.dtype, dtype, device),
     )
 
@@ -112,36 +122,37 @@ def _adapted_matrices(config: "PreTrainedConfig", targets: list[str] | None) -> 
 def _choose(
     options: PlanOptions | TrainOptions, config: "PreTrainedConfig", work: Workload, console: Console
 ) -> "Followed":
-    """Time the model on the device and plan. Raises UserError where nothing fits the budget: before that and, should
-    the libraries have taken what was left, after it."""
+    """Time the model on the device and plan. Raises UserError before that if nothing fits the budget."""
     device, shapes = torch.device(work.device_type), Shapes.of(config)
     budget = free_bytes(device) if options.memory is None else parse_bytes(options.memory)
     allowed = allowed_policies(shapes, work, options.gradient_checkpointing)
     is_running = isinstance(options, TrainOptions)
-
-    def require_room() -> int:
-        base = _process_bytes(work, is_running=is_running)
-        if least_peak(shapes, work, allowed, base) > budget:
-            length_option = "--max-length" if is_running else "--context"
-            raise refusal(shapes, work, allowed, base=base, budget=budget, length_option=length_option)
-        return base
-
-    require_room()
+    release_unused()  # what reading the tokenizer and the rows left free
+    base = _process_bytes(work, shapes, is_running=is_running)
+    if least_peak(shapes, work, allowed, base) > budget:
+        length_option = "--max-length" if is_running else "--context"
+        raise refusal(shapes, work, allowed, base=base, budget=budget, length_option=length_option)
     to_stderr = terminal.console(stderr=True)
     rates = device_rates(config, shapes, work, device, remeasure=options.remeasure, console=to_stderr)
-    planner = Planner(shapes, rates, options.gradient_accumulation_steps or 1, require_room())
+    planner = Planner(shapes, rates, options.gradient_accumulation_steps or 1, base, _reached_bytes(device))
     best = planner.best(work, budget, allowed)
     assert best is not None
     return Followed(planner, work, best, budget, allowed, console)
 
 
-def _process_bytes(work: Workload, *, is_running: bool) -> int:
-    """What a run's process takes without its model: this one's, with the data, or that of one to come. On a GPU only
+def _process_bytes(work: Workload, shapes: Shapes, *, is_running: bool) -> int:
+    """What a run's process takes without its model: this one's, with its data, or that of a run to come. On a GPU only
     what tensors take counts."""
-    if is_running and work.device_type == "cpu":
+    if work.device_type != "cpu":
+        return GPU_BASE_BYTES
+    if is_running:
         return int(psutil.Process().memory_info().rss) + LATER_BYTES
-    needs_fp32 = work.device_type == "cpu" and work.product_item == 4
-    return PROGRAM_BYTES[work.device_type] + (FP32_BYTES if needs_fp32 else 0)
+    return program_bytes() + TOKENIZER_BYTES * shapes.vocabulary + LATER_BYTES
+
+
+def _reached_bytes(device: torch.device) -> int:
+    """The most that this process has had so far, on a CPU."""
+    return peak_memory_bytes(device) if device.type == "cpu" else 0
 
 
 @dataclass(slots=True)
@@ -155,6 +166,11 @@ class Followed:
     allowed: tuple[Policy, ...]
     console: Console
     model: "DecoderForCausalLM | None" = None
+
+    @property
+    def answers_at_once(self) -> int:
+        """How many questions are answered together within the planned peak."""
+        return most_answers(self.planner.shapes, self.work, self.planner.base, self.plan.peak)
 
     def apply_to(self, model: "DecoderForCausalLM") -> None:
         """Give every layer of the model, which has its adapters already, its policy."""
@@ -174,8 +190,8 @@ class Followed:
         assert self.model is not None
         least = least_peak(self.planner.shapes, self.work, self.allowed, self.planner.base)
         leaner = None
-        if least < self.plan.peak:
-            leaner = self.planner.best(self.work, max(least, int(0.9 * self.plan.peak)), self.allowed)
+        if least < self.plan.training:
+            leaner = self.planner.best(self.work, max(least, int(0.9 * self.plan.training)), self.allowed)
         if leaner is None:
             return False
         self.console.print(
@@ -210,8 +226,14 @@ def follow(
     device: torch.device,
     lengths: Sequence[Sequence[int]],
     console: Console,
+    held_out_lengths: Sequence[int] = (),
+    answered_tokens: int = 0,
 ) -> Followed:
-    """Plan the run before its model is loaded, and print the plan. lengths: of the documents of each pack."""
+    """Plan the run before its model is loaded, and print the plan.
+
+    lengths: of the documents of each pack; held_out_lengths: of each held-out pack. answered_tokens: of the longest
+    question with its answer.
+    """
     assert options.batch_size
     free = free_bytes(device)
     work = _workload(
@@ -221,6 +243,8 @@ def follow(
         tokens=options.batch_size * max(sum(pack) for pack in lengths),
         documents=max(1, round(options.batch_size * sum(map(len, lengths)) / len(lengths))),
     )
+    evaluated = options.batch_size * max(held_out_lengths, default=0)
+    work = replace(work, evaluated_tokens=evaluated, answered_tokens=answered_tokens)
     followed = _choose(options, stored.config, work, console)
     show_plan(followed.plan, console, work=work, budget=followed.budget)
     if followed.budget > free:

@@ -13,15 +13,12 @@ not count. The time left does count them, as it comes from the steps per second 
     progress.history  # one point per logged step
 """
 
-import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,6 +34,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from fettle import terminal
 from fettle.files import human_bytes
+from fettle.memory.program import peak_memory_bytes
 
 
 def show_progress(trainer: Trainer, console: Console | None = None) -> "ProgressCallback":
@@ -84,43 +82,6 @@ def show_share(
         bar.update(task, completed=1.0, figures=f"took {_clock(clock() - began)}")
     if last_line > began:
         console.print(f"{what}: took {_clock(clock() - began)}", highlight=False, soft_wrap=True)
-
-
-# ---- memory ------------------------------------------------------------------------------------------------
-
-
-def peak_memory_bytes(device: torch.device | None = None) -> int:
-    """Return the most bytes in use so far: allocated on a GPU, resident in this process otherwise.
-
-    device: by default the GPU where there is one.
-    """
-    if _is_gpu(device):
-        return torch.cuda.max_memory_allocated(device)
-    # Linux hands getrusage's figure down from the parent process, so ask for this process's own first.
-    unit_bytes = 1 if sys.platform == "darwin" else 1024
-    return _resident_peak_bytes() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
-
-
-def reset_peak_memory(device: torch.device | None = None) -> None:
-    """Let `peak_memory_bytes` count from now on, where the system can do that."""
-    if _is_gpu(device):
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _is_gpu(device: torch.device | None) -> bool:
-    return torch.cuda.is_available() if device is None else device.type == "cuda"
-
-
-def _resident_peak_bytes() -> int | None:
-    """Return VmHWM of /proc/self/status in bytes, or None where there is no such file or field."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
 # ---- what is kept ------------------------------------------------------------------------------------------

@@ -57,6 +57,11 @@ class Material:
             return list(self.train["seq_lengths"])
         return [[len(ids)] for ids in self.train["input_ids"]]
 
+    @property
+    def held_out_lengths(self) -> list[int]:
+        """Tokens of each held-out pack."""
+        return [] if self.held_out is None else [len(ids) for ids in self.held_out["input_ids"]]
+
 
 def read_data(source: str) -> Rows:
     """The rows of an option. Those that cannot be trained on are listed, for `prepare` to refuse with all others."""

@@ -13,8 +13,10 @@ from fettle.adapters.facts import AdapterFacts, write_facts
 from fettle.adapters.load import remembered_name
 from fettle.adapters.lora import adapt
 from fettle.errors import UserError
+from fettle.evaluation import longest_exchange
 from fettle.files import shell_path, sibling
 from fettle.memory.allocator import restored_heap
+from fettle.memory.program import note_program
 from fettle.memory.shapes import Shapes
 from fettle.models.checkpoint import fingerprint, inspect, is_adapter, locate, tokenizer_fingerprint
 from fettle.models.decoder import DecoderForCausalLM
@@ -39,6 +41,7 @@ def train(options: TrainOptions, *, console: Console | None = None) -> Outcome:
     """
     require_sensible(options)
     options = dataclasses.replace(options, output=resume.new_output(options.output))
+    note_program()
     with restored_heap():
         return run(_prepare(options, {}, console or terminal.console()))
 
@@ -76,7 +79,15 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
         packs=len(material.train),
         parameters=Shapes.of(stored.config).parameters,
     )
-    memory = follow(options, stored, device, material.train_lengths, console)
+    memory = follow(
+        options,
+        stored,
+        device,
+        material.train_lengths,
+        console,
+        material.held_out_lengths,
+        longest_exchange([*material.asked, *material.kept], tokenizer, stored.config.max_position_embeddings),
+    )
     # its name is its folder, where PEFT looks for its config at each save
     base = load_model(folder, dtype=memory.work.dtype, device=device, quantization=options.quantization)
     model = _adapt(base, options)

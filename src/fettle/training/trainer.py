@@ -24,6 +24,7 @@ from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig
 
 from fettle.data import collator
+from fettle.memory.program import peak_memory_bytes, reset_peak_memory
 from fettle.models.modes import evaluating
 from fettle.models.quiet import without_progress_bars
 from fettle.training.options import LoopOptions
@@ -31,9 +32,7 @@ from fettle.training.planning import Followed
 from fettle.training.progress import (
     Point,
     ProgressCallback,
-    peak_memory_bytes,
     points,
-    reset_peak_memory,
     show_progress,
     show_share,
 )
