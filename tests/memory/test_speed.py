@@ -60,7 +60,7 @@ BF16 = Workload(tokens=64)
 def told(work: Workload = BF16, *, remeasure: bool = False) -> str:
     """What the console is told when the rates are asked for."""
     console = Console(file=io.StringIO(), width=200)
-    found = device_rates(CONFIG, Shapes.of(CONFIG), work, CPU, remeasure=remeasure, console=console)
+    found = device_rates(lambda: CONFIG, Shapes.of(CONFIG), work, CPU, remeasure=remeasure, console=console)
     assert found == MEASURED.rates(Shapes.of(CONFIG), work)
     return console.file.getvalue()
 

@@ -28,7 +28,7 @@ GLANCE_SECONDS = 0.2
 
 
 def device_rates(
-    config: "PreTrainedConfig",
+    config: Callable[[], "PreTrainedConfig"],
     shapes: Shapes,
     work: Workload,
     device: torch.device,
@@ -36,7 +36,10 @@ def device_rates(
     remeasure: bool,
     console: Console,
 ) -> Rates:
-    """Return the rates for one model, from the cache or measured now; `console` is told of a measurement."""
+    """Return the rates for one model, from the cache or measured now; `console` is told of a measurement.
+
+    config: makes transformers' own config of the model, which only timing one of its layers needs.
+    """
     if device.type == "cpu":
         key = device_key(device, work.dtype)
         speed = _recalled(key, CpuSpeed.from_figures, remeasure=remeasure)
@@ -51,7 +54,7 @@ def device_rates(
         return rates
     from fettle.memory.probe import probe  # which imports PEFT: seconds that a plan on a CPU does not need
 
-    return _measured(key, lambda: probe(config, shapes, work, device), device, console)
+    return _measured(key, lambda: probe(config(), shapes, work, device), device, console)
 
 
 def _recalled(key: str, parse: Callable[[dict[str, Any]], Speed], *, remeasure: bool) -> Speed | None:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     require_sensible(options)
     device = device_of(options.device)
     # only what follows from sizes alone can do without model code, which takes seconds to import
-    stored = config_of(options.model, is_plain=device.type == "cpu" and options.target_modules is None)
+    stored = config_of(options.model, is_plain=options.target_modules is None)
     limit: int = stored.config.max_position_embeddings
     context = options.context or min(LONGEST_BY_DEFAULT, limit)
     if context > limit:
@@ -66,7 +66,7 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
         answered_tokens=context,
     )
     with restored_heap():
-        chosen = _choose(options, stored.config, work, console)
+        chosen = _choose(options, stored.config, lambda: config_of(options.model).config, work, console)
     longest = chosen.planner.longest(work, chosen.budget, chosen.allowed)
     if options.json:
         terminal.give(json.dumps(as_dict(chosen.plan, budget=chosen.budget, longest=longest), indent=2))
@@ -120,7 +120,11 @@ def _adapted_matrices(config: "PreTrainedConfig", targets: list[str] | None) -> 
 
 
 def _choose(
-    options: PlanOptions | TrainOptions, config: "PreTrainedConfig", work: Workload, console: Console
+    options: PlanOptions | TrainOptions,
+    config: "PreTrainedConfig",
+    whole_config: Callable[[], "PreTrainedConfig"],
+    work: Workload,
+    console: Console,
 ) -> "Followed":
     """Time the model on the device and plan. Raises UserError before that if nothing fits the budget."""
     device, shapes = torch.device(work.device_type), Shapes.of(config)
@@ -133,7 +137,7 @@ def _choose(
         length_option = "--max-length" if is_running else "--context"
         raise refusal(shapes, work, allowed, base=base, budget=budget, length_option=length_option)
     to_stderr = terminal.console(stderr=True)
-    rates = device_rates(config, shapes, work, device, remeasure=options.remeasure, console=to_stderr)
+    rates = device_rates(whole_config, shapes, work, device, remeasure=options.remeasure, console=to_stderr)
     planner = Planner(shapes, rates, options.gradient_accumulation_steps or 1, base, _reached_bytes(device))
     best = planner.best(work, budget, allowed)
     assert best is not None
@@ -245,7 +249,7 @@ def follow(
     )
     evaluated = options.batch_size * max(held_out_lengths, default=0)
     work = replace(work, evaluated_tokens=evaluated, answered_tokens=answered_tokens)
-    followed = _choose(options, stored.config, work, console)
+    followed = _choose(options, stored.config, lambda: stored.config, work, console)
     show_plan(followed.plan, console, work=work, budget=followed.budget)
     if followed.budget > free:
         console.print(
