@@ -28,7 +28,7 @@ def stock(small_model):
     return AutoModelForCausalLM.from_pretrained(small_model).eval()
 
 
-def test_a_batch_of_unequal_prompts_is_answered_as_each_alone(loaded, stock, monkeypatch):
+def test_a_batch_of_unequal_prompts_is_answered_as_each_alone(loaded, stock):
     model, tokenizer = loaded
     texts = [prompt_text(tokenizer, prompt) for prompt in PROMPTS * 2]
     expected = []
@@ -39,15 +39,13 @@ def test_a_batch_of_unequal_prompts_is_answered_as_each_alone(loaded, stock, mon
         expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     assert len(set(expected)) == len(PROMPTS)
     assert complete(model, tokenizer, texts, SHORT, is_rendered=True) == expected
-    monkeypatch.setattr("fettle.generation.decode.BATCH_SIZE", 2)
-    assert complete(model, tokenizer, texts, SHORT, is_rendered=True) == expected
+    assert complete(model, tokenizer, texts, SHORT, is_rendered=True, at_once=2) == expected
 
 
-def test_progress_is_told_and_changes_nothing(loaded, monkeypatch):
+def test_progress_is_told_and_changes_nothing(loaded):
     model, tokenizer = loaded
     texts, counts = [prompt_text(tokenizer, prompt) for prompt in PROMPTS], []
-    monkeypatch.setattr("fettle.generation.decode.BATCH_SIZE", 2)
-    told = complete(model, tokenizer, texts, SHORT, is_rendered=True, on_progress=counts.append)
+    told = complete(model, tokenizer, texts, SHORT, is_rendered=True, on_progress=counts.append, at_once=2)
     assert told == complete(model, tokenizer, texts, SHORT, is_rendered=True)
     assert counts == sorted(counts)
     assert counts[0] == pytest.approx(2 / SHORT.max_new_tokens), "a token of two texts"
