@@ -42,6 +42,9 @@ MOST_KILLS_OF_A_RUN = 4
 FRESH = 0.2
 """The share of commands that are new interpreters, and so may be hit while they import. The others are forks of
 this process, which has everything imported: on a busy machine imports take longer than the rest."""
+AIMED = 0.5
+"""The share of an export's kills that come while it writes; it reads and imports for much longer."""
+WRITING_SECONDS = 0.15
 LONGEST_SECONDS = 600
 LEFTOVERS = re.compile(r"\.partial-|\.replaced-|\.saving$|\.lock$|^tmp|\.tmp$|^shard-")
 NOT_COMPARED = {"run.yaml", "report.html"}
@@ -137,7 +140,9 @@ def make_material(folder: Path) -> None:
 def import_everything() -> float:
     """Import what the commands import; return the seconds that takes."""
     began = time.monotonic()
-    import fettle.cli
+    from fettle.cli import quiet_libraries
+
+    quiet_libraries()
     import fettle.export.gguf
     import fettle.export.job
     import fettle.training.outcome
@@ -168,6 +173,7 @@ class Process:
         try:
             for number, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
                 os.dup2(file, number)
+            sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  # lines at once, to see how far it came
             code = main(words)
         except SystemExit as end:
             code = int(end.code or 0)
@@ -206,13 +212,25 @@ def run(words: list[str], log: Path, *, is_fresh: bool = False) -> tuple[int, fl
     return code, time.monotonic() - began
 
 
-def run_killed(words: list[str], log: Path, rng: random.Random, tally: "Tally") -> int | None:
-    """Run a command and kill it at a random moment; return its exit code if it has ended before, else None."""
-    is_fresh = rng.random() < FRESH
+def run_killed(
+    words: list[str], log: Path, rng: random.Random, tally: "Tally", writes_in: Path | None = None
+) -> int | None:
+    """Run a command and kill it at a random moment; return its exit code if it has ended before, else None.
+
+    writes_in: where an export sets its files aside; half of its kills are aimed at the short time in which it does.
+    """
+    is_fresh, began = rng.random() < FRESH, time.monotonic()
     process = Process(words, log, is_fresh=is_fresh)
-    code = process.wait(rng.uniform(0, tally.seconds + is_fresh * tally.import_seconds))
+    if writes_in is not None and rng.random() < AIMED:
+        while process.wait(0) is None and not any(writes_in.glob(".[pr]*-*")):
+            pass
+        code = process.wait(rng.uniform(0, WRITING_SECONDS))
+    else:
+        code = process.wait(rng.uniform(0, tally.seconds + is_fresh * tally.import_seconds))
     if code is None:
         process.kill()
+    elif not is_fresh:  # the machine has become less busy
+        tally.seconds = min(tally.seconds, time.monotonic() - began)
     return code
 
 
@@ -242,7 +260,7 @@ def place_of(log: Path, target: Path) -> str:
     if (target / "adapter_config.json").exists() or (target / "config.json").exists():
         return "writing the report"
     if not text.strip():
-        return "importing"
+        return "importing, reading"
     for sign, place in (
         (rf"step {STEPS}/{STEPS}\b.*done", "scoring after, saving"),
         ("training [0-9]+ steps", "training"),
@@ -303,7 +321,7 @@ def try_export(
         source = folder.parent / f"old{case.suffix}"
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
         old = contents(target)
-    if run_killed(case.words(target), folder / "log-0", rng, tally) is None:
+    if run_killed(case.words(target), folder / "log-0", rng, tally, folder) is None:
         tally.kills += 1
         has_begun = any(path.name.startswith((".partial", ".replaced")) for path in folder.iterdir())
         is_written = target.exists() and contents(target) != old
