@@ -137,6 +137,49 @@ def test_a_weight_column_of_0_is_kept_with_the_row(tmp_path):
     assert read_one(tmp_path, {"text": "Hello", "weight": 1}).is_trained
 
 
+@pytest.mark.parametrize(
+    "fields", [{"train": 0}, {"loss_weight": 0}, {"trainable": False}, {"training": "False"}, {"loss": 0.0}]
+)
+def test_a_row_says_that_it_is_not_trained_as_a_turn_does(tmp_path, fields):
+    assert read_one(tmp_path, answer(**fields)).messages[-1]["train"] is False
+    row = read_one(tmp_path, CHAT | fields)
+    assert (row.is_trained, row.unused) == (False, ())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"train": 2}, "`train` is the number 2; expected 0 or 1"),
+        ({"train": "split-a"}, '`train` is "split-a"; expected 0 or 1'),
+        ({"loss_weight": 0.5}, r"`loss_weight` is the number 0\.5; expected 0 or 1"),
+        ({"weight": 1, "trainable": 0}, "`weight` and `trainable` contradict each other"),
+    ],
+)
+def test_a_weight_that_is_neither_0_nor_1_is_refused_in_rows_and_turns(tmp_path, fields, message):
+    for record in (CHAT | fields, answer(**fields)):
+        with pytest.raises(UserError, match=message):
+            read_one(tmp_path, record)
+
+
+def test_a_measured_loss_is_metadata(tmp_path):
+    row = read_one(tmp_path, CHAT | {"loss": 2.31})
+    assert (row.is_trained, row.unused) == (True, ("loss",))
+    assert read_one(tmp_path, answer(loss=2.31)).messages == (USER, ASSISTANT | {"loss": 2.31})
+
+
+@pytest.mark.parametrize("column", ["weight", "train", "loss"])
+def test_the_cells_of_a_csv_can_be_weights(tmp_path, column):
+    cells = ["0", "false", "FALSE", "0.0", "1", "True", ""]
+    lines = [f"{column},text", *(f"{cell},Hello" for cell in cells)]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    rows = read_rows(tmp_path / "a.csv")
+    assert [row.is_trained for row in rows] == [False] * 4 + [True] * 3
+    assert not any(row.unused for row in rows)
+    (tmp_path / "a.csv").write_text("weight,text\n0.5,Hello")
+    with pytest.raises(UserError, match=r'`weight` is "0\.5"; expected 0 or 1'):
+        read_rows(tmp_path / "a.csv")
+
+
 def test_a_table_of_rows_of_several_kinds(tmp_path):
     """As `datasets` writes it: every row has every column, every turn every field."""
     fields = dict.fromkeys(("role", "content", "from", "value", "tool_calls", "weight"))

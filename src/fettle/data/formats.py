@@ -10,9 +10,11 @@ Five forms are in common use, and a row is one of them by the columns it has:
 | prompt / completion | `prompt`, `completion`: texts, or lists of messages                    |
 | text                | `text`                                                                 |
 
-Any row may say `weight` 0 or 1 for the whole of it; all forms but text may have a `system` column, and those with
-one answer a column with its reasoning.  A column that holds nothing (null, NaN, blank, an empty list) counts as
-absent, so one table may mix forms row by row.
+Any row may say `weight` 0 or 1 for the whole of it, under any name that a turn may use (`WEIGHTS` in `turns.py`).
+A number other than these in `loss` is a measured loss, which is metadata: it is named as unused.  All forms but text
+may have a `system` column, and those with one answer a column with its reasoning.  A column that holds nothing (null,
+NaN, blank, an empty list) counts as absent, so one table may mix forms row by row.  NaN is a value of JSON, parquet
+and arrow files: in the cell of a CSV it cannot be told from the word, and is text.
 
 What would be trained wrongly is refused in one sentence rather than guessed at: preference pairs (a supervised
 loss would teach the rejected answers as well), tool calls, numbers where words belong, columns that belong to the
@@ -26,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fettle.data.rows import Row
-from fettle.data.turns import MEDIA, REASONING, Message, trained, turns
+from fettle.data.turns import MEDIA, REASONING, Message, is_weight, trained, turns
 from fettle.data.values import (
     is_absent,
     is_absent_list,
@@ -186,9 +188,7 @@ _FORMS = [
 def _with_other_columns(row: Row, others: dict[str, Any], where: str) -> Row:
     """The row with what the columns beside its form say; each of these is taken out of `others`, the rest named."""
     _require_whole_question(row, others, where)
-    weights = [
-        name for name in others if name == "weight" or (name == "train" and isinstance(others[name], bool))
-    ]
+    weights = [name for name, value in others.items() if is_weight(name, value)]
     is_trained = trained({name: others.pop(name) for name in weights}, where)
     row = _with_reasoning(_with_system(row, others, where), others, where)
     unused = tuple(printable(name) for name in others)

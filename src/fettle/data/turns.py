@@ -45,7 +45,7 @@ TOOL_ROLES = {
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """The names under which a turn holds what the model thinks before it answers."""
 WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale")
-"""The names under which a turn says whether it is trained on: true or false, 1 or 0."""
+"""The names under which a turn or a row says whether it is trained on: true or false, 1 or 0."""
 MASKS = ("mask", "loss_mask", "train_detail", "training_detail")
 TOOL_FIELDS = ("tool_calls", "function_call")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
@@ -75,27 +75,53 @@ def message(turn: Any, where: str) -> Message:
     if is_trained is not None and is_trained != (made["role"] == "assistant"):
         made["train"] = is_trained
     for name, value in present.items():
-        if name not in (role_key, content_key, *WEIGHTS) and name not in made and not is_absent(value):
+        is_known = name in (role_key, content_key, *made) or is_weight(name, value)
+        if not is_known and not is_absent(value):
             require_shallow(value, where, name)
             made[name] = value
     return _with_one_reasoning(made, where)
 
 
+def is_weight(name: str, value: Any) -> bool:
+    """Whether a field says if its turn or row is trained on.
+
+    `loss` is also what some tools call a measured loss: a number there other than 0 and 1 is metadata.
+    """
+    return name in WEIGHTS and (name != "loss" or _number(value) in (None, 0, 1))
+
+
 def trained(fields: Mapping[str, Any], where: str) -> bool | None:
-    """What `weight`, `train` and the like say: True, False, or None where there is none of them."""
+    """What `weight`, `train` and the like say: True, False, or None where there is none of them.
+
+    Text that says 0, 1, true or false counts as the value, since the cells of a CSV are all text.
+    """
     said: dict[str, bool] = {}
     for name in WEIGHTS:
         value = fields.get(name)
-        if is_absent(value):
+        if is_absent(value) or not is_weight(name, value):
             continue
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
+        number = _number(value)
+        if number not in (0, 1):
             raise UserError(
                 f"{where}: `{name}` is {kind(value)}; expected 0 or 1 (false or true), as words are trained on or not."
             )
-        said[name] = bool(value)
+        said[name] = bool(number)
     if len(set(said.values())) > 1:
         raise UserError(f"{where}: {' and '.join(f'`{name}`' for name in said)} contradict each other.")
     return next(iter(said.values()), None)
+
+
+def _number(value: Any) -> float | None:
+    """The number or truth value that a value is, or that its text says; None where it is neither."""
+    if not isinstance(value, str):
+        return value if isinstance(value, bool | int | float) else None
+    bare = value.strip().lower()
+    if bare in ("true", "false"):
+        return bare == "true"
+    try:
+        return float(bare)
+    except ValueError:
+        return None
 
 
 def reasoning_of(turn: Message) -> str | None:
