@@ -117,6 +117,92 @@ def test_a_reasoning_column_belongs_to_the_one_answer(tmp_path, record):
     assert row.messages[-1] == ASSISTANT | {"reasoning": "Greet back."}
 
 
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"instruction": "a", "output": "c", "reasoning": "use"}, "use"),
+        ({"prompt": "What is 2+2?", "completion": "The answer is 4.", "thinking": "4"}, "4"),
+        ({"prompt": "What is 4?", "completion": "4", "thinking": "What is 4?"}, "What is 4?"),
+        ({"prompt": [USER], "completion": [ASSISTANT], "reasoning_content": "Hello!"}, "Hello!"),
+    ],
+)
+def test_reasoning_is_kept_though_its_words_occur_elsewhere(tmp_path, record, words):
+    row = read_one(tmp_path, record)
+    assert [words in turn.values() for turn in row.messages[:-1]] == [words == row.messages[0]["content"]]
+    (name,) = row.messages[-1].keys() - {"role", "content"}
+    assert (row.messages[-1][name], row.unused) == (words, ())
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (CHAT | {"thinking": "Hello"}, "nothing says to which answer it belongs"),
+        (
+            {"text": "Greet back. Hello!", "reasoning": "Greet back."},
+            "nothing says to which answer it belongs",
+        ),
+        (
+            {"prompt": [USER], "completion": [ASSISTANT, USER, ASSISTANT], "thinking": "Greet."},
+            "nothing says",
+        ),
+        ({"prompt": [USER], "completion": [ASSISTANT, USER], "thinking": "Greet."}, "nothing says"),
+        (PAIR | {"thinking": ["Greet."]}, "`thinking` is a list; expected text"),
+        (PAIR | {"thinking": "a", "reasoning": "b"}, "`reasoning` and `thinking` with different words"),
+        (
+            {"prompt": "Hello", "completion": "<think>Greet.</think>Hello!", "thinking": "Greet."},
+            "the answer has reasoning in <think> too; keep one of them",
+        ),
+        (
+            {"prompt": [USER], "completion": [ASSISTANT | {"thinking": "a"}], "thinking": "b"},
+            "has a column `thinking`, and the answer has another; keep one of them",
+        ),
+    ],
+)
+def test_a_reasoning_column_that_has_no_place_is_refused(tmp_path, record, message):
+    with pytest.raises(UserError, match=message):
+        read_one(tmp_path, record)
+
+
+@pytest.mark.parametrize(
+    ("record", "column"),
+    [
+        ({"prompt": "What is 24 minus the input?", "completion": "20", "input": "4"}, "input"),
+        ({"prompt": "What is 16 / 4?", "completion": "4", "input": "4"}, "input"),
+        ({"prompt": [USER], "completion": [ASSISTANT], "context": "user"}, "context"),
+        ({"instruction": "a", "output": "b", "context": "user"}, "context"),
+        (CHAT | {"history": "as"}, "history"),
+        (PAIR | {"context": "[INST]"}, "context"),
+        ({"text": "Hello there", "system": "Hello"}, "system"),
+        (
+            {"prompt": "<|im_start|>user\nHello<|im_end|>", "completion": "Hello!", "context": "user"},
+            "context",
+        ),
+    ],
+)
+def test_a_part_of_the_question_is_not_found_inside_other_words(tmp_path, record, column):
+    with pytest.raises(UserError, match=f"has `{column}`, which a row of the form"):
+        read_one(tmp_path, record)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Good day.\n\nHow are you?",
+        "Answer this.\n\nGood day.\nHow are you?\n",
+        "### Input:\n  Good day.\n  How are you?\n### Response:",
+        "<|im_start|>user\nGood day.\nHow are you?<|im_end|>\n<|im_start|>assistant\n",
+        "<s>[INST] Good day.\nHow are you? [/INST]",
+    ],
+)
+def test_whole_lines_of_the_question_are_what_it_was_made_from(tmp_path, prompt):
+    words = "Good day.\nHow are you?"
+    assert read_one(tmp_path, {"prompt": prompt, "completion": "Fine", "input": words}).unused == ("input",)
+
+
+def test_a_reasoning_column_of_true_or_false_has_no_words(tmp_path):
+    assert read_one(tmp_path, CHAT | {"reasoning": True}).unused == ("reasoning",)
+
+
 def test_fields_of_a_message_reach_the_template_unless_they_are_empty(tmp_path):
     turns = [
         USER | {"name": "Ann", "tool_calls": [], "audio": None},

@@ -23,12 +23,13 @@ question but not to the form.  Every other column (an id, a source) is left alon
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fettle.data.rows import Row
-from fettle.data.turns import MEDIA, REASONING, Message, is_weight, trained, turns
+from fettle.data.turns import MEDIA, REASONING, Message, is_weight, trained, turns, with_one_reasoning
 from fettle.data.values import (
     is_absent,
     is_absent_list,
@@ -48,6 +49,11 @@ LISTS = ("messages", "conversations", "history", *TOOLS, *MEDIA)
 SYSTEM = ("system", "system_prompt", "system_message")
 QUESTION = ("history", "instruction", "input", "context")
 """Columns that hold a part of the question in many forms."""
+
+_MARKS = re.compile(
+    r"(?:<\|\w+\|>|<start_of_turn>)(?:(?:system|user|assistant|model)(?=\n|<))?|<end_of_turn>|</?s>|\[/?INST\]"
+)
+"""What chat templates write around the words of a turn, with the name of its role."""
 
 Record = Mapping[str, Any]
 
@@ -228,27 +234,47 @@ def _with_system(row: Row, others: dict[str, Any], where: str) -> Row:
 
 
 def _with_reasoning(row: Row, others: dict[str, Any], where: str) -> Row:
-    """The row as a chat whose answer has the reasoning of the row's own column, if there is one."""
-    for name in REASONING:
-        words = others.get(name)
-        if not isinstance(words, str) or row.text is not None or _holds(row, words):
-            continue
-        if row.form in ("messages", "ShareGPT"):
-            raise UserError(
-                f"{where}: has a column `{name}`, and nothing says to which answer it belongs; make it a field of "
-                "that turn, or remove it."
-            )
-        row = _as_chat(row)
-        answer = {**row.messages[-1], name: text(others.pop(name), where, name)}
-        row = replace(row, messages=(*row.messages[:-1], answer))
-    return row
+    """The row as a chat whose answer has the reasoning of the row's own column, if there is one.
+
+    A column that is only true or false has no words, and says something about the reasoning.
+    """
+    names = [name for name in REASONING if name in others and not isinstance(others[name], bool)]
+    if not names:
+        return row
+    found = {name: text(others.pop(name), where, name) for name in names}
+    row = _as_chat(row)
+    answers = [turn for turn in row.messages[-(row.completion_turns or 1) :] if turn["role"] == "assistant"]
+    if (
+        row.form in ("messages", "ShareGPT", "text")
+        or len(answers) != 1
+        or answers[0] is not row.messages[-1]
+    ):
+        raise UserError(
+            f"{where}: has a column `{names[0]}`, and nothing says to which answer it belongs; make it a field of "
+            "that turn, or remove it."
+        )
+    answer = answers[0]
+    if "</think>" in answer["content"]:
+        raise UserError(
+            f"{where}: has a column `{names[0]}`, and the answer has reasoning in <think> too; keep one of them."
+        )
+    if own := [name for name in names if answer.get(name, found[name]) != found[name]]:
+        raise UserError(f"{where}: has a column `{own[0]}`, and the answer has another; keep one of them.")
+    return replace(row, messages=(*row.messages[:-1], with_one_reasoning({**answer, **found}, where)))
 
 
 def _holds(row: Row, words: Any) -> bool:
-    """Whether the row has these words already."""
-    texts = [row.prompt, row.completion, row.text]
-    texts += [each for turn in row.messages for each in turn.values()]
-    return isinstance(words, str) and any(isinstance(each, str) and words.strip() in each for each in texts)
+    """Whether the row's question, or its text, has these words already: as whole lines, one after the other."""
+    asked = [turn["content"] for turn in row.messages if turn["role"] != "assistant"]
+    texts = [each for each in (row.prompt, row.text, *asked) if each is not None]
+    wanted = _lines(words) if isinstance(words, str) else ""
+    return bool(wanted.strip()) and any(wanted in _lines(each) for each in texts)
+
+
+def _lines(words: str) -> str:
+    """The lines that are not blank, each between line ends; the marks of a chat template end a line too."""
+    lines = (line.strip() for line in _MARKS.sub("\n", words).splitlines())
+    return "\n" + "".join(f"{line}\n" for line in lines if line)
 
 
 def _as_chat(row: Row) -> Row:

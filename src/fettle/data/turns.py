@@ -79,7 +79,7 @@ def message(turn: Any, where: str) -> Message:
         if not is_known and not is_absent(value):
             require_shallow(value, where, name)
             made[name] = value
-    return _with_one_reasoning(made, where)
+    return with_one_reasoning(made, where)
 
 
 def is_weight(name: str, value: Any) -> bool:
@@ -179,7 +179,8 @@ def _content(value: Any, where: str, name: str) -> str:
     return "".join(words)
 
 
-def _with_one_reasoning(made: Message, where: str) -> Message:
+def with_one_reasoning(made: Message, where: str) -> Message:
+    """The message with its reasoning under one name only; `UserError` where the names have different words."""
     names = [name for name in REASONING if name in made] if made["role"] == "assistant" else []
     for name in names:
         text(made[name], where, name)
