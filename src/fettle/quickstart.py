@@ -29,7 +29,7 @@ from fettle.training.resume import REPORT
 from fettle.training.sft import train
 
 ORDER = "Order: 7 red hats for Ana, to be paid by card."
-ORDERS, REHEARSED, ASKED = 2700, 2000, 200
+ORDERS, REHEARSED, ASKED = 1800, 1400, 100
 """Rows of the new skill; rows of the old ones mixed in, so that they are not forgotten; questions of each kind."""
 
 
@@ -54,6 +54,7 @@ def quickstart(output: Path, *, console: Console | None = None) -> Outcome:
             max_length=1024,  # tokens a step: small steps, so that one pass makes enough of them
             epochs=1.0,
             learning_rate=1.5e-3,
+            eval_steps=100,
             samples=ASKED,
         ),
         console=console,
