@@ -44,8 +44,13 @@ def modelfile(file_name: str, tokenizer: PreTrainedTokenizerBase, stop_ids: list
     else:
         lines.append("# The chat template inside the file serves: it has no form of its own here.")
     stops = [tokenizer.convert_ids_to_tokens(index) for index in stop_ids]
-    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop]
+    # a token with a quote or a line break in it could add directives of its own
+    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop and _is_quotable(stop)]
     return "\n".join(lines) + "\n"
+
+
+def _is_quotable(token: str) -> bool:
+    return token.isprintable() and not set('"\\') & set(token)
 
 
 def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:

@@ -175,6 +175,8 @@ def _save(job: Job) -> None:
     aside.mkdir()
     job.save(aside)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == job.last_file):
+        if file.is_dir():  # a tokenizer's named templates, left by a run that was killed here
+            shutil.rmtree(job.output / file.name, ignore_errors=True)
         os.replace(file, job.output / file.name)
     aside.rmdir()
 
