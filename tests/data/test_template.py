@@ -155,3 +155,17 @@ def test_a_killed_process_is_an_error_and_the_next_starts(tokenizer) -> None:
         render_template(tokenizer, CHAT)
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert render_template(tokenizer, CHAT) == "Be brief."
+
+
+def test_an_error_that_a_template_raises_is_cut_to_one_line(tmp_path):
+    """Its length and its line breaks are the template's choice."""
+    tokenizer = load_tokenizer(embedded_model())
+    for source in (
+        "{{ raise_exception('A' * 5000000) }}",
+        "{{ raise_exception('A\nB ' * 1000) }}",
+        "{{ {}['B' * 5000000].y }}",
+    ):
+        tokenizer.chat_template = source
+        with pytest.raises(UserError) as error:
+            render_template(tokenizer, CHAT)
+        assert len(str(error.value)) < 700 and "\n" not in str(error.value)

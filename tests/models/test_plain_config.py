@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fettle.errors import UserError
 from fettle.memory.shapes import Shapes
+from fettle.models.config import config_of
 from fettle.models.families import FAMILIES, FUSED_ACTIVATIONS
 from fettle.models.plain_config import plain_config
 
@@ -54,6 +56,29 @@ def test_so_are_those_of_real_checkpoints(shared_data: Path):
         content = json.loads(file.read_text())
         family = FAMILIES[content["model_type"]]
         assert Shapes.of(plain_config(family, content)) == Shapes.of(family.config.from_dict(content)), file
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"rope_scaling": 5},
+        {"rope_scaling": {"type": "longrope"}},
+        {"rope_scaling": {"type": "spiral", "factor": 2.0}},
+        {"pad_token_id": 99999},
+        {"rope_theta": -1},
+        {"num_key_value_heads": 3},
+    ],
+    ids=str,
+)
+def test_what_training_refuses_a_plan_refuses_too(tmp_path, fault):
+    content = {"model_type": "phi3", "pad_token_id": None, "max_position_embeddings": 64, **SIZES}
+    content["original_max_position_embeddings"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config_of(str(tmp_path), is_plain=True)
+    (tmp_path / "config.json").write_text(json.dumps(content | fault))
+    for is_plain in (True, False):
+        with pytest.raises(UserError, match=r"config\.json"):
+            config_of(str(tmp_path), is_plain=is_plain)
 
 
 def test_activations_known_by_name_are_those_computed_here():

@@ -29,3 +29,5 @@ def test_what_is_not_finite_stays_so() -> None:
     uniform = torch.full((2,), math.log(0.5))
     assert kl_divergence(uniform, torch.tensor([0.0, -math.inf])) == math.inf
     assert kl_divergence(uniform, torch.tensor([math.nan, -0.7])).isnan()
+    never = torch.tensor([0.0, -math.inf])  # neither gives the second token
+    assert kl_divergence(never, never) == 0

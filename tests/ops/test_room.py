@@ -67,7 +67,7 @@ def test_its_memory_is_given_back_with_all_that_is_unused() -> None:
 
 
 def test_scratch_and_matrices_share_one_piece_of_memory() -> None:
-    shapes = [torch.Size((8, 5)), torch.Size((3, 7))]
+    shapes = [torch.Size((800, 50)), torch.Size((3, 7))]  # the larger of the two users, or it would move
     with scratch(shapes, torch.float32, torch.device("cpu")) as found:
         assert [tensor.shape for tensor in found] == shapes
         place = found[0].data_ptr()
@@ -80,3 +80,10 @@ def test_memory_first_used_in_inference_serves_training() -> None:
         pass
     with scratch([torch.Size((4, 4))], torch.float32, torch.device("cpu")) as (found,):
         assert not found.fill_(1).is_inference()
+
+
+def test_nothing_takes_no_room():
+    from fettle.ops.room import Room
+
+    (empty,) = Room().carve([torch.Size((0, 8))], torch.float32)
+    assert empty.shape == (0, 8)

@@ -15,6 +15,9 @@ import jinja2
 import psutil
 from transformers.utils.chat_template_utils import render_jinja_template
 
+LONGEST_REASON = 300
+"""Characters of an error that a template raises."""
+
 
 def main(cpu_seconds: float, memory_bytes: int) -> None:
     """Serve until standard input ends.
@@ -55,12 +58,18 @@ def _render(chat: list[dict[str, Any]], longest: int, arguments: dict[str, Any])
     except RecursionError:
         return {"limit": "depth"}
     except jinja2.TemplateSyntaxError as error:
-        return {"syntax": f"{error.message}, line {error.lineno}"}
+        return {"syntax": _short(f"{error.message}, line {error.lineno}")}
     except (jinja2.TemplateError, TypeError) as error:
-        return {"refused": str(error)}
+        return {"refused": _short(str(error))}
     except Exception as error:  # whatever else a program can do wrong
-        return {"failed": f"{type(error).__name__}: {error}"}
+        return {"failed": _short(f"{type(error).__name__}: {error}")}
     return {"limit": "length"} if len(text) > longest else {"text": text}
+
+
+def _short(text: str) -> str:
+    """The start of an error's text, which a template chooses, on one line."""
+    text = " ".join(text[:1000].split())
+    return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + " ..."
 
 
 def _send(reply: dict[str, Any]) -> None:

@@ -59,4 +59,6 @@ def _compressed(options: ExportOptions) -> Path:
             "--format w4a16 rounds weights by what they see: give rows of yours, --data FILE (a hundred or so)."
         )
     write: Callable[..., Path] = export_fp8 if options.format == "fp8" else export_four_bits
-    return write(options.model, options.to, data=options.data, report=print, overwrite=options.overwrite)
+    return write(
+        options.model, options.to, data=options.data, report=terminal.say, overwrite=options.overwrite
+    )

@@ -25,6 +25,10 @@ QUIET_CORES = 0.3
 """Other programs that use less than this many cores disturb no measurement."""
 
 
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a file of any content can raise."""
+
+
 class Entry(NamedTuple):
     """What was measured. was_busy: other programs were at work meanwhile."""
 
@@ -65,7 +69,7 @@ def device_key(device: torch.device, *facts: object) -> str:
 
 def recall(key: str) -> Entry | None:
     """Return what is in the cache for `key`, or None."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(*UNREADABLE):
         found = _entries()[key]
         return Entry(dict(found["figures"]), bool(found["was_busy"]))
     return None
@@ -75,7 +79,7 @@ def keep(key: str, entry: Entry) -> None:
     """Put the entry into the cache, if it can be written."""
     with suppress(OSError, UserError):
         entries: dict[str, Any] = {}
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(*UNREADABLE):
             entries = _entries()
         file = cache_file()
         file.parent.mkdir(parents=True, exist_ok=True)

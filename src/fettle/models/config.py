@@ -62,12 +62,37 @@ def config_of(name: str, *, is_plain: bool = False) -> StoredModel:
         folder=file.parent, config=content, weight_files=[], tensors={}, tensor_files={}, weight_bytes=0
     )
     dtype = DTYPES.get(str(content.get("dtype", content.get("torch_dtype"))), torch.float32)
-    config = _plain(unseen) if is_plain else read_config(unseen)
-    return StoredModel(config, dtype, is_nf4(unseen))
+    if is_plain and _is_ordinary(content):
+        return StoredModel(plain_config(_checked_family(unseen), content), dtype, is_nf4(unseen))
+    return StoredModel(read_config(unseen), dtype, is_nf4(unseen))
 
 
-def _plain(checkpoint: Checkpoint) -> Any:
-    return plain_config(_checked_family(checkpoint), checkpoint.config)
+def _is_ordinary(content: dict[str, Any]) -> bool:
+    """Whether transformers and the rotary embedding can have nothing against what a plan does not look at; if not, they
+    are asked, which takes seconds."""
+    rotations = [content.get(name) for name in ("rope_scaling", "rope_parameters")]
+    theta, vocabulary = content.get("rope_theta", 1e4), content.get("vocab_size")
+    pad = content.get("pad_token_id", 32000)  # what Phi-3's class takes if it is left out
+    is_padded = pad is None or (isinstance(pad, int) and isinstance(vocabulary, int) and pad < vocabulary)
+    is_windowed = content.get("sliding_window", 1) is not None or "layer_types" not in content
+    is_rotated = isinstance(theta, int | float) and theta > 0 and all(map(_is_known_rotation, rotations))
+    return is_padded and is_windowed and is_rotated
+
+
+def _is_known_rotation(rotation: Any) -> bool:
+    if rotation is None:
+        return True
+    if not isinstance(rotation, dict):
+        return False
+    kind = rotation.get("rope_type", rotation.get("type", "default"))
+    if kind in ("longrope", "su"):
+        factors = (rotation.get("short_factor"), rotation.get("long_factor"))
+        return all(
+            isinstance(each, list) and all(isinstance(n, int | float) for n in each) for each in factors
+        )
+    return kind in ("default", "llama3") and all(
+        isinstance(value, str | int | float) for value in rotation.values()
+    )
 
 
 def read_config(checkpoint: Checkpoint) -> Any:
@@ -133,6 +158,11 @@ def _require_sizes(content: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {name} is {value!r}; expected a whole number, 1 or more.")
         if value > largest:
             raise UserError(f"{where}: {name} is larger than {largest:,}, the most that fettle accepts.")
+    heads, shared = content["num_attention_heads"], content.get("num_key_value_heads")
+    if shared is not None and heads % shared:
+        raise UserError(
+            f"{where}: num_key_value_heads is {shared}, and {heads} attention heads cannot share so many evenly."
+        )
 
 
 def _require_activation(content: dict[str, Any], family: Family, where: str) -> None:

@@ -23,8 +23,6 @@ from fettle.models.quiet import without_progress_bars
 from fettle.models.safetensors_header import require_content
 from fettle.quantization.nf4 import STATE_KEY
 
-"""The type to hold weights in; `auto` is the checkpoint's own."""
-
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Fields of a generation config that say how to sample."""
 

@@ -13,4 +13,7 @@ def kl_divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """
     first, second = first.double(), second.double()
     p, q = first.exp(), second.exp()
-    return (p * (first - second) - p + q).sum(-1).clamp_min(0)
+    ratio = torch.where(
+        p > 0, first - second, 0.0
+    )  # a token that the first never gives has no weight, not NaN
+    return (p * ratio - p + q).sum(-1).clamp_min(0)

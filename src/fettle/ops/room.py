@@ -31,7 +31,7 @@ class Room:
             self.memory = None  # before the larger one is there
             # of its own, not from the heap, where it would leave a gap each time it grows
             with torch.inference_mode(False):  # or training could not write into it after generation has
-                self.memory = torch.frombuffer(mmap.mmap(-1, sum(sizes)), dtype=torch.uint8)
+                self.memory = torch.frombuffer(mmap.mmap(-1, max(1, sum(sizes))), dtype=torch.uint8)
         parts = self.memory[: sum(sizes)].split(sizes)
         return [
             part[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
