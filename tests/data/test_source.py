@@ -39,7 +39,7 @@ def taken(folder: Path) -> list[str | None]:
         # Nothing is for testing: all is data.
         (["more.jsonl", "train.jsonl"], [0, 1]),
         (["contest.jsonl", "evaluate_later.jsonl"], [0, 1]),
-        (["test.jsonl"], [0]),
+        (["data/sft-00000-of-00001.parquet"], [0]),
     ],
 )
 def test_only_the_train_split_is_taken(tmp_path, names, expected):
@@ -59,6 +59,22 @@ def test_splits_without_train_are_refused(tmp_path):
     fill(tmp_path, "test.jsonl", "validation.jsonl")
     with pytest.raises(UserError, match="has the splits test, validation, and none of them is `train`"):
         read_rows(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["test", "validation", "test_sft"])
+def test_a_folder_with_only_rows_for_testing_is_refused(tmp_path, split):
+    plain = fill(tmp_path / "plain", f"my-{split}.jsonl")
+    carded = fill(tmp_path / "carded", "rows.jsonl")
+    (carded / "README.md").write_text(
+        CARD.format(configs=f"- data_files: [{{split: {split}, path: rows.jsonl}}]")
+    )
+    DatasetDict({split: Dataset.from_list([{"text": "exam"}])}).save_to_disk(tmp_path / "saved")
+    for folder, name in ((plain, f"my-{split}.jsonl"), (carded, "rows.jsonl"), (tmp_path / "saved", split)):
+        with pytest.raises(
+            UserError, match=rf"has only rows for testing \({name}\), .* give the file .* itself\.$"
+        ):
+            read_rows(folder)
+        assert len(read_rows(folder / name)) == 1
 
 
 CARD = "---\nlicense: mit\nconfigs:\n{configs}\n---\n# A data set\n"

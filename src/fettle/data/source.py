@@ -3,7 +3,7 @@
 A folder may be a plain one, a data set of the hub as `git clone` leaves it, or one as `save_to_disk` of the
 `datasets` library leaves it.  Where it says which rows are for testing, in its card, its state files or the names of
 its files, only the train split is taken, and a note says what was left out: rows that a model is measured on must
-not be trained on by accident.
+not be trained on by accident.  A folder with only such rows is refused.
 """
 
 from __future__ import annotations
@@ -70,13 +70,21 @@ def path_name(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def train_split(splits: Iterable[str], place: str) -> str:
-    """The split to train on: `train`, or the only one, or the only one whose name begins so."""
+def train_split(splits: Mapping[str, Any], place: str) -> str:
+    """The split to train on: `train`, the only one whose name begins so, or the only one if it is not for testing.
+
+    splits: the names, each with its files.
+    """
     names = sorted(splits)
     begun = [name for name in names if name.lower().startswith(TRAIN)]
     for choice in ([name for name in names if name.lower() == TRAIN], begun, names):
-        if len(choice) == 1:
+        if len(choice) == 1 and _split_word(choice[0]) in ("", TRAIN):
             return choice[0]
+    if len(names) == 1:
+        raise UserError(
+            f"{place}: has only rows for testing ({_listed(splits[names[0]])}), and of a folder only those for "
+            "training are read; to read these, give the file (or the folder of the split) itself."
+        )
     raise UserError(
         f"{place}: has the splits {', '.join(printable(name) for name in names)}, and none of them is `train` alone; "
         "give the files of the split to train on."
@@ -141,11 +149,13 @@ def _split_of(file: Path) -> str:
     """The split that a file's own name or else that of a folder says, "" where none does."""
     if part := _PART.match(file.stem):
         return _SPLIT_WORDS.get(part[1].lower(), part[1])
-    for name in (file.stem, *reversed(file.parent.parts)):
-        for word in re.split(r"[\W_\d]+", name.lower()):
-            if word in _SPLIT_WORDS:
-                return _SPLIT_WORDS[word]
-    return ""
+    return next(filter(None, map(_split_word, (file.stem, *reversed(file.parent.parts)))), "")
+
+
+def _split_word(name: str) -> str:
+    """The split that a word of the name says, "" where none does."""
+    words = re.split(r"[\W_\d]+", name.lower())
+    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "")
 
 
 def _card_splits(source: Path, usable: Sequence[Path]) -> dict[str, list[Path]]:
@@ -208,7 +218,7 @@ def _saved_splits(source: Path) -> Files:
         raise UserError(
             f"{path_name(source)}: dataset_dict.json names no split that is there; save it again."
         )
-    split = train_split(found, path_name(source))
+    split = train_split({name: [Path(name)] for name in found}, path_name(source))
     files = [Path(split) / file for file in _saved_files(source / split)]
     return _named(source, files, _notes(split, files, [Path(name) for name in found if name != split]))
 
