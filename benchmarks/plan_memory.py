@@ -35,9 +35,12 @@ from fettle.models.families import FAMILIES
 from fettle.tiny.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, ROLES
 
 OUT = Path(__file__).parent / "results" / "plan_memory.json"
+FETTLE = (sys.executable, "-c", "import sys; from fettle.cli import main; sys.exit(main())")
 POLL_SECONDS = 0.01
 ALLOWED = (-0.05, 0.10)
 """How far a prediction may be below and above what is measured."""
+NOT_PLANNED = ("--eval-fraction", "--eval-steps", "--save-steps", "--samples")
+"""Options of `fettle train` that `fettle plan` does not have. Each takes a value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +54,8 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """config: of the model, None for the embedded one. options: of `fettle train`. plan_context: how the same run is
-    asked of `fettle plan`, whose rows are all as long as its context. is_resumed: killed after its first checkpoint."""
+    """config: of the model, None for the embedded one. options: of `fettle train`. is_resumed: killed after its first
+    checkpoint."""
 
     name: str
     config: dict[str, Any] | None = None
@@ -86,9 +89,9 @@ LONG_ROPE = {
     "long_factor": [4.0] * 32,
 }
 CAPPED = {"model_type": "gemma2", "head_dim": 64, "tie_word_embeddings": True}
-LONG = Rows(count=8, question=20, answer=1500)
+LONG = Rows(count=10, question=20, answer=1500)
 NONE_HELD_OUT = ("--eval-fraction", "0")
-HELD_OUT = ("--eval-fraction", "0.2")
+HELD_OUT = ("--eval-fraction", "0.2", "--samples", "1")
 
 CASES = (
     Case(name="embedded", options=HELD_OUT),
@@ -173,7 +176,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--timeline", action="store_true", help="print memory beside what the run prints")
+    parser.add_argument("--timeline", action="store_true", help="print memory next to what the run prints")
     options = parser.parse_args()
     content: dict[str, Any] = {"kind": "plan memory"} | circumstances() | {"rows": []}
     for case in (case for case in CASES if options.only in case.name):
@@ -204,18 +207,36 @@ def measure(case: Case, folder: Path, *, has_timeline: bool) -> dict[str, Any]:
     layers = re.search(r"layers: (.*)", text)
     if predicted is None or tokens is None or layers is None:
         raise SystemExit(f"{case.name}: {text[-2000:]}")
+    step_tokens = int(tokens[1].replace(",", ""))
     return {
         "case": case.name,
-        "tokens": int(tokens[1].replace(",", "")),
+        "tokens": step_tokens,
         "layers": layers[1],
+        "plan_command_peak_bytes": asked_of_plan(model, case.options, step_tokens),
         "predicted_peak_bytes": bytes_of(predicted[1]),
         "peak_bytes": peak,
     }
 
 
+def asked_of_plan(model: str, options: tuple[str, ...], step_tokens: int) -> int:
+    """The peak that `fettle plan` states for rows as long as the run's longest."""
+    pairs = dict(itertools.pairwise(options))
+    rows = int(pairs.get("--batch-size", 1)) * int(pairs.get("--gradient-accumulation-steps", 1))
+    left_out = {i + n for i, word in enumerate(options) if word in NOT_PLANNED for n in (0, 1)}
+    words = [word for i, word in enumerate(options) if i not in left_out]
+    context = str(step_tokens // rows)
+    text = subprocess.run(
+        [*FETTLE, "plan", "--model", model, "--device", "cpu", "--json", "--context", context, *words],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return int(json.loads(text)["peak_bytes"])
+
+
 def watch(words: list[str], is_enough: Callable[[], bool] | None, *, has_timeline: bool) -> tuple[str, int]:
     """What `fettle` printed, and the most memory that its process ever had; it is killed when `is_enough`."""
-    command = [sys.executable, "-c", "import sys; from fettle.cli import main; sys.exit(main())", *words]
+    command = [*FETTLE, *words]
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         peak, seen, began = 0, 0, time.monotonic()
@@ -227,7 +248,9 @@ def watch(words: list[str], is_enough: Callable[[], bool] | None, *, has_timelin
                 figures = " ".join(
                     f"{n}={status.get(n, 0) / 1e6:.0f}" for n in ("VmHWM", "RssAnon", "RssFile")
                 )
-                print(f"    {time.monotonic() - began:5.1f} s {figures} | {piece.strip()[:110]!r}")
+                print(
+                    f"    {time.monotonic() - began:5.1f} s {figures} | {piece.strip()[-110:]!r}", flush=True
+                )
                 seen = size
             if is_enough is not None and is_enough():
                 process.send_signal(signal.SIGKILL)
@@ -311,7 +334,8 @@ def line_of(row: dict[str, Any]) -> str:
     mark = "" if ALLOWED[0] <= share <= ALLOWED[1] else " *"
     return (
         f"{row['case']:34} {row['predicted_peak_bytes'] / 1e6:6.0f} MB predicted, {row['peak_bytes'] / 1e6:6.0f} MB "
-        f"measured {share:+6.1%}{mark:2} | {row['tokens']} tokens, {row['layers']}"
+        f"measured {share:+6.1%}{mark:2} | fettle plan {row['plan_command_peak_bytes'] / 1e6:6.0f} MB | "
+        f"{row['tokens']} tokens, {row['layers']}"
     )
 
 

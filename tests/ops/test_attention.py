@@ -1,5 +1,7 @@
 """Attention over packed documents against one dense block-diagonal mask over the whole pack, in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -7,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fettle.ops import attention
 from fettle.ops.attention import (
+    QUERIES_AT_ONCE,
     Documents,
     KeptAttention,
     packed_attention,
@@ -237,3 +240,26 @@ def test_bf16_keeps_its_type_and_softmax_its_precision() -> None:
     expected = softcap_attention(q.double(), k.double(), v.double(), None, scale=0.4, softcap=5.0)
     assert found.dtype == torch.bfloat16
     assert (found.double() - expected).norm() / expected.norm() < 0.01
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes the most elements of a tensor made in its block."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        made = found if isinstance(found, tuple | list) else (found,)
+        self.elements = max([self.elements, *(x.numel() for x in made if isinstance(x, torch.Tensor))])
+        return found
+
+
+def test_scores_of_a_long_prompt_never_exist_all_at_once() -> None:
+    q, k, v = (torch.randn(2, 3, 600, 8) for _ in range(3))
+    mask = torch.ones(600, 600, dtype=torch.bool).tril()
+    with LargestResult() as largest:
+        found = softcap_attention(q, k, v, mask, scale=0.4, softcap=5.0)
+    assert largest.elements <= 2 * 3 * QUERIES_AT_ONCE * 600
+    scores = 5 * torch.tanh(0.4 * q.double() @ k.double().mT / 5)
+    expected = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1) @ v.double()
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)

@@ -12,6 +12,7 @@ from fettle.memory.costs import (
     weight_bytes,
 )
 from fettle.memory.shapes import Shapes
+from fettle.ops.attention import QUERIES_AT_ONCE
 from fettle.ops.lora_mlp import TILE_TOKENS
 
 MOST_ANSWERS = 64
@@ -50,8 +51,10 @@ def answers_bytes(shapes: Shapes, work: Workload, count: int) -> int:
     tokens = count * work.answered_tokens
     cache = 2 * 2 * shapes.layers * shapes.key * tokens * work.item
     pairs = tokens * work.answered_tokens
-    # bf16 scores, their caps and fp32 weights; else a mask and, for the fused attention, its values
-    attention = pairs * (12 * shapes.heads if shapes.caps_logits else 1 + work.item)
+    attention = pairs * (1 + work.item)  # a mask and its values
+    if shapes.caps_logits:  # and the sliding window's; bf16 scores, their caps and fp32 weights
+        queries = count * min(work.answered_tokens, QUERIES_AT_ONCE)
+        attention += pairs * work.item + 12 * shapes.heads * queries * work.answered_tokens
     attention += 2 * tokens * shapes.query * work.item if shapes.key < shapes.query else 0
     logits = count * shapes.vocabulary * 4 * (5 if shapes.caps_logits else 3)
     room = scratch_bytes(shapes, work)

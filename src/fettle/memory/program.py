@@ -1,7 +1,7 @@
 """What this process has in memory, and what a training process has before its model.
 
-`fettle plan` answers without importing what training imports, so it cannot look at itself: it takes what the last run
-with these libraries noted in the user's cache.
+`fettle plan` answers without importing what training imports, so it cannot look at itself: it takes what runs with
+these libraries noted in the user's cache.
 """
 
 import platform
@@ -15,17 +15,23 @@ import torch
 
 from fettle.memory.speed_cache import Entry, keep, recall, version_of
 
-UNSEEN_BYTES = 560_000_000
+UNSEEN_BYTES = 568_000_000
 """Of a training program that has not run here yet: Python and its libraries, measured with the tested versions."""
 
 
 def note_program() -> None:
-    """Note how large this process is, which has imported all that training needs and read no data yet."""
-    keep(_key(), Entry({"bytes": int(psutil.Process().memory_info().rss)}, was_busy=False))
+    """Note how large this process is, which has imported all that training needs and read no data yet.
+
+    The smallest size counts: the process of a notebook or a server holds other things as well.
+    """
+    seen = recall(_key())
+    size = int(psutil.Process().memory_info().rss)
+    if seen is None or size < program_bytes():
+        keep(_key(), Entry({"bytes": size}, was_busy=False))
 
 
 def program_bytes() -> int:
-    """Return what the last training process with these libraries noted, or what it usually is."""
+    """Return the smallest size that a training process with these libraries noted, or what is usual."""
     entry = recall(_key())
     found = entry.figures.get("bytes") if entry else None
     return found if isinstance(found, int) and found > 0 else UNSEEN_BYTES

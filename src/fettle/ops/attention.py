@@ -31,6 +31,9 @@ from fettle.ops.dispatch import product_dtype, uses_flash_attention, uses_triton
 SMALLEST_GROUP = 16
 """Documents shorter than this share one group: below it a call costs more than the padding."""
 
+QUERIES_AT_ONCE = 256
+"""Of attention that is written out: its scores take 12 bytes for each pair of tokens and head."""
+
 TILED_TOKENS = 512
 """Up to this length the tiles are faster in bf16 than PyTorch's fused attention on a CPU. Phi-3.5's heads, forward and
 backward of one layer on 2 Zen 4 cores: 8 x 128 tokens 57 against 80 ms, 4 x 256 67 against 78 ms, 2 x 512 113 against
@@ -351,17 +354,22 @@ def softcap_attention(
     """Attention written out, for what the fused call cannot do. All: (batch, H, tokens, D).
 
     mask: bool (True = may see) or additive, broadcast to (batch, H, queries, keys); None: causal.
-    Needs queries * keys memory a head.
+    Scores exist for QUERIES_AT_ONCE queries at a time, unless they are kept for backward.
     """
-    scores = query @ key.mT * scale
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    size = torch.Size((query.shape[-2], key.shape[-2]))
     if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    else:
-        scores = scores + mask
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    weights = torch.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
-    return F.dropout(weights, dropout) @ value if dropout else weights @ value
+        mask = torch.ones(size, dtype=torch.bool, device=query.device).tril()
+    masks = mask.expand(*mask.shape[:-2], *size).split(QUERIES_AT_ONCE, dim=-2)
+    results = []
+    for rows, visible in zip(query.split(QUERIES_AT_ONCE, dim=-2), masks, strict=True):
+        scores = rows @ key.mT * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if visible.dtype == torch.bool:
+            scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + visible
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        weights = torch.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
+        results.append((F.dropout(weights, dropout) if dropout else weights) @ value)
+    return torch.cat(results, dim=-2)
