@@ -174,15 +174,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="cases whose name contains this; the file keeps its other rows")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--timeline", action="store_true", help="print memory next to what the run prints")
     options = parser.parse_args()
     content: dict[str, Any] = {"kind": "plan memory"} | circumstances() | {"rows": []}
+    if options.only and options.out.exists():  # the other cases stay in the file
+        content["rows"] = json.loads(options.out.read_text())["rows"]
     for case in (case for case in CASES if options.only in case.name):
         with tempfile.TemporaryDirectory() as folder:
             row = measure(case, Path(folder), has_timeline=options.timeline)
-        content["rows"].append(row)
+        others = [each for each in content["rows"] if each["case"] != case.name]
+        content["rows"] = [*others, row]
         print(line_of(row), flush=True)
         fresh.write(options.out, content)
 
