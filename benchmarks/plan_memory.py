@@ -174,7 +174,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="cases whose name contains this; the file keeps its other rows")
+    parser.add_argument(
+        "--only", default="", help="cases whose name contains this; the file keeps its other rows"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--timeline", action="store_true", help="print memory next to what the run prints")
     options = parser.parse_args()
