@@ -300,6 +300,11 @@ def test_nan_counts_as_absent(tmp_path):
         read_rows(tmp_path / "a.json")
 
 
+def test_nan_in_a_csv_is_a_word(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\nWhat is 0 / 0?,NaN\n")
+    assert read_rows(tmp_path / "a.csv")[0].completion == "NaN"
+
+
 def test_an_empty_answer_does_not_turn_the_row_into_another_form(tmp_path):
     record = {"instruction": "Hello", "input": "", "output": "", "text": "### Instruction: Hello"}
     assert read_one(tmp_path, record).form == "Alpaca"
