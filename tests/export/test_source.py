@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from fettle.adapters.facts import AdapterFacts, write_facts
 from fettle.adapters.load import load
 from fettle.errors import UserError
-from fettle.export import source
 from fettle.export.gguf import export_adapter_gguf, export_gguf, verify
 from fettle.export.source import open_source
 from fettle.models.checkpoint import fingerprint
@@ -112,7 +111,7 @@ def test_a_plain_model_is_itself(small_model: Path) -> None:
 
 def test_a_model_is_named_as_its_user_names_it(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by the hash of a hub's snapshot."""
-    monkeypatch.setattr(source, "locate", lambda name: small_model)
+    monkeypatch.setattr("fettle.adapters.load.locate", lambda name: small_model)
     assert open_source("somebody/their-model").name == "their-model"
 
 

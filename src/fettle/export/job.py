@@ -60,5 +60,5 @@ def _compressed(options: ExportOptions) -> Path:
         )
     write: Callable[..., Path] = export_fp8 if options.format == "fp8" else export_four_bits
     return write(
-        options.model, options.to, data=options.data, report=terminal.say, overwrite=options.overwrite
+        options.model, options.to, data=options.data, report=terminal.give, overwrite=options.overwrite
     )

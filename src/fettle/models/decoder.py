@@ -162,6 +162,9 @@ class DecoderAttention(nn.Module):
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
 
 
+LONG_ROW = 512  # tokens; beyond, a row that is only scored leaves stock's attention, whose scores take N^2
+
+
 class DecoderLayer(nn.Module):
     """One layer. policy: what of its forward pass is kept for backward; set by the memory plan."""
 
@@ -286,10 +289,9 @@ class Decoder(DecoderPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and packed is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
-        documents = packed
-        has_no_cache = past_key_values is None and (self.training or not use_cache)
-        if packed is None and has_no_cache and self._has_own_attention:
-            documents = row_documents(x, attention_mask)
+        is_long = not use_cache and x.shape[1] > LONG_ROW
+        is_own = packed is None and past_key_values is None and self._has_own_attention
+        documents = row_documents(x, attention_mask) if is_own and (self.training or is_long) else packed
 
         masks = self.masks(x, attention_mask, position_ids, past_key_values) if documents is None else {}
         lengths = None if packed is None else packed.lengths.view(x.shape[:2])
