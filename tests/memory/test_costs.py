@@ -10,9 +10,9 @@ from transformers import Gemma2Config, LlamaConfig, Phi3Config, PreTrainedConfig
 from fettle.adapters.lora import adapt
 from fettle.memory.allocator import release_unused
 from fettle.memory.costs import (
+    StepMemory,
     Workload,
     kept_by_layer,
-    peak_of_policies,
     scratch_bytes,
     trained_bytes,
     weight_bytes,
@@ -161,7 +161,7 @@ def test_leaner_policies_keep_less_and_peak_lower() -> None:
     kept = [kept_by_layer(shapes, work, policy) for policy in Policy]
     assert kept == sorted(kept, reverse=True) and kept[-1] == 0
     for policy in Policy:
-        total, peak = peak_of_policies(shapes, work, [policy] * 2)
+        total, peak = StepMemory.of(shapes, work).peak([(policy, 2)])
         assert total == 2 * kept[policy] < peak
 
 

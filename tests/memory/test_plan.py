@@ -7,19 +7,12 @@ import pytest
 from transformers import Gemma2Config, LlamaConfig
 
 from fettle.memory.costs import Workload
-from fettle.memory.plan import (
-    EAGER_SECONDS,
-    NEAR,
-    TENSOR_SECONDS,
-    Plan,
-    Planner,
-    allowed_policies,
-    least_peak,
-)
+from fettle.memory.plan import NEAR, Plan, Planner, allowed_policies, least_peak
 from fettle.memory.policies import Policy
 from fettle.memory.rates import Line, PairSeconds, Rates
 from fettle.memory.report import refusal, rounded_seconds
 from fettle.memory.shapes import Shapes
+from fettle.memory.step_time import EAGER_SECONDS, TENSOR_SECONDS
 
 FOUR = (Policy.KEEP, Policy.DROP, Policy.REDO_MLP, Policy.REDO)
 SIZES = {

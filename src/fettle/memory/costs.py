@@ -23,7 +23,7 @@ working memory of whichever part is at work when most is kept. `peak_of_policies
 pass, where kept memory falls layer by layer while each layer at work needs its own room.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -218,29 +218,56 @@ def _head_scratch(shapes: Shapes, work: Workload) -> int:
     return 4 * sum(shape.numel() for shape in buffers)
 
 
-def peak_of_policies(shapes: Shapes, work: Workload, policies: list[Policy]) -> tuple[int, int]:
-    """Return the bytes kept by all layers, and the most that these come to with gradients and working memory."""
-    kept = {policy: kept_by_layer(shapes, work, policy) for policy in set(policies)}
-    working = {policy: working_bytes(shapes, work, policy) for policy in set(policies)}
-    gradients = trained_bytes(shapes, work)[1]
-    total = sum(kept[policy] for policy in policies)
-    if work.device_type == "cpu":
-        least_work = min(STEP_BYTES, STEP_TOKEN_BYTES * work.tokens)
-        held = gradients + scratch_bytes(shapes, work) + head_bytes(shapes, work) + least_work
-        if work.returns_memory:
-            return total, total + max(working.values()) + held
-        # The C library's heap does not close the holes that one part leaves for the next.
-        gaps = int(
-            HEAP_GAPS * sum(max(kept[p], kept_by_layer(shapes, work, Policy.KEEP) // 4) for p in policies)
-        )
-        layer = max(size if policy < Policy.REDO_MLP else 3 * size // 2 for policy, size in working.items())
-        nf4 = _unpacked(work, 3 * shapes.hidden * shapes.intermediate) if work.is_nf4 else 0
-        return total, total + gaps + layer + nf4 + held
-    # A graph holds its input, output, their copies and gradient; where layers are parked there is only the output.
-    ends = (1 if Policy.PARK in policies else 5) * work.tokens * shapes.hidden * work.item
-    left = total + ends + gradients
-    peak = left + head_bytes(shapes, work)
-    for policy in reversed(policies):
-        peak = max(peak, left + working[policy])
-        left -= kept[policy]
-    return total, peak
+Runs = Sequence[tuple[Policy, int]]
+"""Policies with how many consecutive layers have each, from the first layer on."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """What a step takes beside weights, adapters and optimizer state, in bytes; for any choice of policies.
+
+    kept, working, gap: of one layer, by policy; gap is what the C library's heap loses. head: the head at work.
+    held: throughout the step. hidden_states: a layer's input.
+    """
+
+    is_cpu: bool
+    kept: dict[Policy, int]
+    working: dict[Policy, int]
+    gap: dict[Policy, int]
+    head: int
+    held: int
+    hidden_states: int
+
+    @classmethod
+    def of(cls, shapes: Shapes, work: Workload) -> "StepMemory":
+        """Count each policy once: a search asks for thousands of combinations."""
+        is_cpu = work.device_type == "cpu"
+        kept = {policy: kept_by_layer(shapes, work, policy) for policy in Policy}
+        working = {policy: working_bytes(shapes, work, policy) for policy in Policy}
+        gap = dict.fromkeys(Policy, 0)
+        held = trained_bytes(shapes, work)[1]
+        if is_cpu:
+            held += scratch_bytes(shapes, work) + min(STEP_BYTES, STEP_TOKEN_BYTES * work.tokens)
+        if is_cpu and not work.returns_memory:
+            # the heap does not close the holes that one part leaves for the next
+            gap = {policy: max(size, kept[Policy.KEEP] // 4) for policy, size in kept.items()}
+            working = {p: size if p < Policy.REDO_MLP else 3 * size // 2 for p, size in working.items()}
+            held += _unpacked(work, 3 * shapes.hidden * shapes.intermediate) if work.is_nf4 else 0
+        hidden_states = work.tokens * shapes.hidden * work.item
+        return cls(is_cpu, kept, working, gap, head_bytes(shapes, work), held, hidden_states)
+
+    def peak(self, runs: Runs) -> tuple[int, int]:
+        """Return the bytes kept by all layers, and the most that these come to with gradients and working memory."""
+        total = sum(count * self.kept[policy] for policy, count in runs)
+        if self.is_cpu:
+            gaps = int(HEAP_GAPS * sum(count * self.gap[policy] for policy, count in runs))
+            layer = max(self.working[policy] for policy, _ in runs)
+            return total, total + gaps + layer + self.head + self.held
+        # A graph holds its input, output, their copies and gradient; where layers are parked there is only the output.
+        copies = 1 if any(policy == Policy.PARK for policy, _ in runs) else 5
+        left = total + self.held + copies * self.hidden_states
+        peak = left + self.head
+        for policy, count in reversed(runs):  # of equal layers the first in backward needs most
+            peak = max(peak, left + self.working[policy])
+            left -= count * self.kept[policy]
+        return total, peak

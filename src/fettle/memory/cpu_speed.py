@@ -38,7 +38,7 @@ WIDTHS = (128, 512, 1536)
 LENGTHS = (64, 256, 1024)
 """Of the documents whose attention is timed."""
 TOKENS, RANK, HEAD_SIZE = 256, 16, 64
-ENOUGH_SECONDS = 0.06
+ENOUGH_SECONDS = 0.04
 CPU = torch.device("cpu")
 
 
@@ -181,8 +181,8 @@ class _Layer:
         total = (run() * torch.randn_like(x)).sum()
         total.backward(retain_graph=True)  # what is made at the first call
         return (
-            seconds_of(run, CPU, 3 * ENOUGH_SECONDS),
-            seconds_of(lambda: total.backward(retain_graph=True), CPU, 3 * ENOUGH_SECONDS),
+            seconds_of(run, CPU, 2 * ENOUGH_SECONDS),
+            seconds_of(lambda: total.backward(retain_graph=True), CPU, 2 * ENOUGH_SECONDS),
         )
 
     def _run(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -8,29 +8,13 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fettle.memory.costs import (
-    Workload,
-    peak_of_policies,
-    runs_whole_mlp,
-    trained_bytes,
-    weight_bytes,
-)
+from fettle.memory.costs import Runs, StepMemory, Workload, runs_whole_mlp, trained_bytes, weight_bytes
 from fettle.memory.phases import other_phases
 from fettle.memory.policies import Policy
-from fettle.memory.rates import Rates, visible_pairs
+from fettle.memory.rates import Rates
 from fettle.memory.shapes import Shapes
+from fettle.memory.step_time import StepTime, floor_seconds
 
-STEP_SECONDS = {"cpu": 0.0, "cuda": 0.01}
-"""What the trainer itself takes for a step, in Python, while the GPU waits."""
-TENSOR_SECONDS = {"cpu": 7.5e-5, "cuda": 0.0}
-"""What clipping and AdamW take for each trained tensor, however small: of 28, 70 and 168, a step of tiny models took
-1.8, 4.5 and 15 ms more than its layers. On a GPU all tensors go in a few launches."""
-EAGER_SECONDS = 0.0135
-"""What Python takes to launch a layer's kernels in a step without a CUDA graph, on one H100; the GPU waits for it."""
-OUTER_SECONDS = 2e-10
-"""A byte of a token's embedding from the host's memory to the GPU."""
-RETURN_FACTOR = 1.4
-"""A step is so much longer where freed memory goes back to the system at once: every tensor's pages are zeroed anew."""
 NEAR = 1.02
 """Plans whose seconds are this close are taken as equally fast: the probe's timings vary as much."""
 
@@ -89,10 +73,21 @@ class Planner:
     def best(self, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> Plan | None:
         """The fastest plan whose steps stay within `budget` bytes, or None; of equally fast ones that which keeps most.
         What other phases need hangs on no policy."""
-        fitting = [plan for plan in self._plans(work, allowed) if plan.training <= budget]
-        limit = NEAR * min((plan.seconds for plan in fitting), default=0.0)
-        near = (plan for plan in fitting if plan.seconds <= limit)
-        return max(near, key=lambda plan: (plan.activations, -plan.seconds), default=None)
+        fitting = []  # (seconds, bytes kept, variant, runs)
+        for variant in variants(self.shapes, work):
+            fixed, memory = fixed_bytes(self.shapes, variant, self.base), StepMemory.of(self.shapes, variant)
+            time = StepTime.of(self.shapes, self.rates, variant)
+            for runs in _choices(self.shapes.layers, allowed):
+                kept, peak = memory.peak(runs)
+                if fixed + peak <= budget:
+                    fitting.append((time.seconds(runs, self.accumulation), kept, variant, runs))
+        limit = NEAR * min((seconds for seconds, *_ in fitting), default=0.0)
+        near = (each for each in fitting if each[0] <= limit)
+        best = max(near, key=lambda each: (each[1], -each[0]), default=None)
+        if best is None:
+            return None
+        policies = tuple(policy for policy, count in best[3] for _ in range(count))
+        return self.plan(best[2], policies)
 
     def longest(self, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> int:
         """The most tokens of each document that fit the budget with the leanest policy, at most the context."""
@@ -104,25 +99,20 @@ class Planner:
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
-    def _plans(self, work: Workload, allowed: tuple[Policy, ...]) -> Iterator[Plan]:
-        for variant in variants(self.shapes, work):
-            for policies in _choices(self.shapes.layers, allowed):
-                yield self.plan(variant, policies)
-
     def plan(self, work: Workload, policies: tuple[Policy, ...]) -> Plan:
-        """What these policies cost."""
+        """What these policies, one per layer, cost."""
+        runs = [(policy, len(list(same))) for policy, same in itertools.groupby(policies)]
         adapters, _, optimizer = trained_bytes(self.shapes, work)
-        kept, peak = peak_of_policies(self.shapes, work, list(policies))
-        seconds = self._seconds(work, policies)
-        weights = weight_bytes(self.shapes, work)
-        training = self.base + weights + adapters + optimizer + peak
+        kept, peak = StepMemory.of(self.shapes, work).peak(runs)
+        seconds = StepTime.of(self.shapes, self.rates, work).seconds(runs, self.accumulation)
+        training = fixed_bytes(self.shapes, work, self.base) + peak
         phases = other_phases(self.shapes, work, self.base) | {"planning": self.reached, "training": training}
         phase = max(phases, key=lambda name: (phases[name], name == "training"))
         return Plan(
             policies=policies,
             work=work,
             base=self.base,
-            weights=weights,
+            weights=weight_bytes(self.shapes, work),
             adapters=adapters,
             optimizer=optimizer,
             activations=kept,
@@ -131,35 +121,14 @@ class Planner:
             other=phases[phase] - training,
             seconds=seconds,
             tokens=self.accumulation * work.tokens,
-            share_of_limit=self.accumulation * self._floor_seconds(work) / seconds,
+            share_of_limit=self.accumulation * floor_seconds(self.shapes, self.rates, work) / seconds,
         )
 
-    def _seconds(self, work: Workload, policies: tuple[Policy, ...]) -> float:
-        rates, total = self.rates, 0.0
-        length = work.tokens // work.documents
-        pair = rates.attention_of(length)
-        for policy, window in zip(policies, self.shapes.windows, strict=True):
-            pairs = work.documents * visible_pairs(length, window)
-            total += rates.layers[policy].at(work.tokens) + pairs * pair.of(policy)
-        total += rates.head * work.tokens
-        is_eager = work.has_dropout or Policy.PARK in policies  # as LayerGraphs refuses
-        if work.device_type == "cuda" and is_eager:
-            total = max(total, EAGER_SECONDS * len(policies))
-        if work.returns_memory:
-            total *= RETURN_FACTOR
-        if work.has_outer_embedding and work.device_type == "cuda":
-            total += OUTER_SECONDS * work.tokens * self.shapes.hidden * work.item
-        update = rates.update * trained_bytes(self.shapes, work)[2] / 8
-        update += TENSOR_SECONDS[work.device_type] * self.shapes.adapter_tensors(work.targets)
-        return self.accumulation * total + update + STEP_SECONDS[work.device_type]
 
-    def _floor_seconds(self, work: Workload) -> float:
-        """Products that cannot be avoided, at the speed of bare products: forward and input gradients."""
-        s = self.shapes
-        weights = s.layers * s.layer_weights + s.head
-        pairs = sum(work.documents * visible_pairs(work.tokens // work.documents, w) for w in s.windows)
-        attention = pairs * 4 * s.query * 3.5
-        return float(2 * weights * work.tokens * 2 + attention) / self.rates.products
+def fixed_bytes(shapes: Shapes, work: Workload, base: int) -> int:
+    """What stays throughout a run's steps. base: of the process without a model."""
+    adapters, _, optimizer = trained_bytes(shapes, work)
+    return base + weight_bytes(shapes, work) + adapters + optimizer
 
 
 def variants(shapes: Shapes, work: Workload) -> list[Workload]:
@@ -174,11 +143,10 @@ def least_peak(shapes: Shapes, work: Workload, allowed: tuple[Policy, ...], base
     for the last, at whose turn most is kept."""
     peaks = []
     for variant in variants(shapes, work):
-        adapters, _, optimizer = trained_bytes(shapes, variant)
-        fixed = base + weight_bytes(shapes, variant) + adapters + optimizer
+        fixed, memory = fixed_bytes(shapes, variant, base), StepMemory.of(shapes, variant)
         for most, last in itertools.product(allowed, repeat=2):
-            policies = [most] * (shapes.layers - 1) + [last]
-            peaks.append(fixed + peak_of_policies(shapes, variant, policies)[1])
+            runs = [(most, shapes.layers - 1), (last, 1)]
+            peaks.append(fixed + memory.peak([(policy, count) for policy, count in runs if count])[1])
     return max([min(peaks), *other_phases(shapes, work, base).values()])
 
 
@@ -196,12 +164,10 @@ def allowed_policies(
     return tuple(policies)
 
 
-def _choices(layers: int, allowed: tuple[Policy, ...]) -> Iterator[tuple[Policy, ...]]:
+def _choices(layers: int, allowed: tuple[Policy, ...]) -> Iterator[Runs]:
     """All assignments by counts of at most three policies, the leanest first."""
     kinds = sorted(allowed, reverse=True)
     for chosen in itertools.combinations(kinds, min(3, len(kinds))):
         for cuts in itertools.combinations_with_replacement(range(layers + 1), len(chosen) - 1):
-            bounds = itertools.pairwise((0, *cuts, layers))
-            yield tuple(
-                p for p, (first, last) in zip(chosen, bounds, strict=True) for _ in range(last - first)
-            )
+            counts = (last - first for first, last in itertools.pairwise((0, *cuts, layers)))
+            yield [(policy, count) for policy, count in zip(chosen, counts, strict=True) if count]

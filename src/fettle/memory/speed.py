@@ -79,7 +79,7 @@ def _measured(key: str, measure_now: Callable[[], Speed], device: torch.device, 
     def tell(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    tell(f"measuring the speed of this {device.type} (once; kept in {cache_file()})")
+    tell(f"measuring the speed of this {device.type} ...")
     load = OthersLoad()
     with restored_heap():
         if device.type == "cpu":
@@ -93,5 +93,6 @@ def _measured(key: str, measure_now: Callable[[], Speed], device: torch.device, 
             f"other programs used {others:.1f} cores meanwhile: the seconds below may be off. They are measured again "
             "when the machine is quiet, or with --remeasure."
         )
-    keep(key, Entry(dataclasses.asdict(speed), is_busy))
+    if not keep(key, Entry(dataclasses.asdict(speed), is_busy)):
+        tell(f"{cache_file()} cannot be written: the speed is measured again by every run.")
     return speed

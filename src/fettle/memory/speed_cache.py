@@ -75,8 +75,8 @@ def recall(key: str) -> Entry | None:
     return None
 
 
-def keep(key: str, entry: Entry) -> None:
-    """Put the entry into the cache, if it can be written."""
+def keep(key: str, entry: Entry) -> bool:
+    """Put the entry into the cache; return whether it could be written."""
     with suppress(OSError, UserError):
         entries: dict[str, Any] = {}
         with suppress(*UNREADABLE):
@@ -86,6 +86,8 @@ def keep(key: str, entry: Entry) -> None:
         content = {"version": VERSION, "entries": entries | {key: entry._asdict()}}
         with write_aside(file, replace=True) as aside:
             aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        return True
+    return False
 
 
 def cache_file() -> Path:

@@ -134,7 +134,8 @@ def _choose(
     budget = free_bytes(device) if options.memory is None else parse_bytes(options.memory)
     allowed = allowed_policies(shapes, work, options.gradient_checkpointing)
     is_running = isinstance(options, TrainOptions)
-    release_unused()  # what reading the tokenizer and the rows left free
+    if is_running:
+        release_unused()  # what reading the tokenizer and the rows left free
     base = _process_bytes(work, shapes, is_running=is_running)
     if least_peak(shapes, work, allowed, base) > budget:
         length_option = "--max-length" if is_running else "--context"
