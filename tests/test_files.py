@@ -194,6 +194,13 @@ def test_the_leavings_of_a_killed_process_are_removed_and_a_living_ones_kept(tmp
     assert names(tmp_path) == sorted(["model", living.name, other.name])
 
 
+def test_a_model_set_aside_by_a_killed_process_of_the_same_number_is_put_back(tmp_path: Path) -> None:
+    """In a container every run is process 1."""
+    model_at(tmp_path / f".replaced-{os.getpid()}-model", "old")
+    require_new_folder(tmp_path / "model", "it", replace=True)
+    assert names(tmp_path) == ["model"]
+
+
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     with (

@@ -302,9 +302,16 @@ def _is_leftover(entry: Path) -> bool:
 
 
 def _is_abandoned(entry: Path, kind: str, target: str | None = None) -> bool:
-    """Whether it was set aside, for `target` or for any, by a process that no longer runs."""
+    """Whether it was set aside, for `target` or for any, by a process that no longer runs.
+
+    The number of this process itself counts as another's: in a container every run is process 1, and callers look
+    before they set anything aside.
+    """
     match = re.fullmatch(rf"\.{kind}-(\d+)-(.+)", entry.name, re.DOTALL)
-    return match is not None and target in (None, match[2]) and not _is_running(int(match[1]))
+    if match is None or target not in (None, match[2]):
+        return False
+    process_id = int(match[1])
+    return process_id == os.getpid() or not _is_running(process_id)
 
 
 def _is_running(process_id: int) -> bool:

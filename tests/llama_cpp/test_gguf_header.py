@@ -3,6 +3,8 @@
 import shutil
 import struct
 
+import gguf
+import numpy as np
 import pytest
 
 from fettle.errors import UserError
@@ -48,6 +50,19 @@ def test_a_figure_that_makes_no_model(file, name, form, value) -> None:
         UserError, match=rf"m\.gguf is damaged \(.*{'heads' if value == 3 else name.split('.')[-1]}"
     ):
         GGUFFile(file)
+
+
+def test_a_model_without_attention_has_no_heads(tmp_path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
+    writer.add_block_count(1)
+    writer.add_embedding_length(8)
+    writer.add_head_count(0)
+    writer.add_tensor("blk.0.ssm_in.weight", np.zeros((16, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert read_header(tmp_path / "m.gguf").entries["mamba.attention.head_count"] == 0
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.01, 0.1, 0.5, 0.99])

@@ -83,7 +83,9 @@ def _check_entries(header: Header) -> None:
     size("block_count", most=MOST_LAYERS)
     size("context_length")
     width = size("embedding_length")
-    heads = size("attention.head_count", most=width or 2**16)
+    # a state-space model has no attention, and says 0 heads
+    has_attention = any(".attn_q" in name for name in header.tensors)
+    heads = size("attention.head_count", most=width or 2**16) if has_attention else None
     groups = size("attention.head_count_kv", heads, most=heads or 2**16)
     if heads and groups and heads % groups:
         raise _Malformed(f"{heads} attention heads cannot share {groups} heads of keys and values")
