@@ -29,7 +29,7 @@ from fettle.training.resume import REPORT
 from fettle.training.sft import train
 
 ORDER = "Order: 7 red hats for Ana, to be paid by card."
-ORDERS, REHEARSED, ASKED = 1800, 1400, 100
+ORDERS, REHEARSED, ASKED = 1550, 1200, 80
 """Rows of the new skill; rows of the old ones mixed in, so that they are not forgotten; questions of each kind."""
 
 
