@@ -20,11 +20,16 @@ def test_threads_sleep_while_they_wait():
     assert settled()["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
+def test_few_compiled_products_are_kept():
+    capacity = str(threads.KEPT_PRODUCTS)
+    assert {settled()[f"{cache}_CAPACITY"] for cache in ("ONEDNN_PRIMITIVE_CACHE", "LRU_CACHE")} == {capacity}
+
+
 def test_what_the_user_set_wins(tmp_path, monkeypatch):
     monkeypatch.setattr(threads, "QUOTA", tmp_path / "cpu.max")
     threads.QUOTA.write_text("100000 100000\n")
-    given = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "7"}
-    assert settled(**given) == given
+    given = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "7", "LRU_CACHE_CAPACITY": "9"}
+    assert settled(**given).items() >= given.items()
 
 
 @pytest.mark.parametrize(

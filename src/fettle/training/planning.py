@@ -26,6 +26,7 @@ from fettle.memory.shapes import Shapes
 from fettle.memory.speed import device_rates
 from fettle.models.config import StoredModel, config_of
 from fettle.models.device import device_of, maps_embedding, training_dtype
+from fettle.threads import KEPT_PRODUCTS, PRODUCT_BYTES
 from fettle.training.alone import is_alone
 from fettle.training.defaults import LONGEST_BY_DEFAULT, require_sensible
 from fettle.training.options import PlanOptions, TrainOptions
@@ -153,9 +154,10 @@ def _process_bytes(work: Workload, shapes: Shapes, *, is_running: bool) -> int:
     what tensors take counts."""
     if work.device_type != "cpu":
         return GPU_BASE_BYTES
+    later = LATER_BYTES + (KEPT_PRODUCTS * PRODUCT_BYTES if work.product_item < 4 else 0)
     if is_running:
-        return int(psutil.Process().memory_info().rss) + LATER_BYTES
-    return program_bytes() + DATA_BYTES + TOKENIZER_BYTES * shapes.vocabulary + LATER_BYTES
+        return int(psutil.Process().memory_info().rss) + later
+    return program_bytes() + DATA_BYTES + TOKENIZER_BYTES * shapes.vocabulary + later
 
 
 def _reached_bytes(device: torch.device) -> int:
