@@ -265,12 +265,12 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
     from rich.console import Console
 
     from fettle.adapters.lora import adapt
-    from fettle.memory.allocator import restored_heap, set_heap
     from fettle.models.config import StoredModel
     from fettle.models.load import empty_model
-    from fettle.training.options import TrainOptions
-    from fettle.training.planning import follow
-    from fettle.training.steps import Trainer
+    from fettle.recompute.allocator import restored_heap, set_heap
+    from fettle.runs.memory_plan import follow
+    from fettle.runs.options import TrainOptions
+    from fettle.runs.steps import Trainer
 
     config = config_of(options)
     data = data_of(options, config.vocab_size)

@@ -202,7 +202,7 @@ def small_model() -> Path:
     import torch
     from transformers import GenerationConfig, LlamaConfig
 
-    from fettle.models.checkpoint import embedded_model
+    from fettle.checkpoints.locate import embedded_model
     from fettle.models.decoder import causal_lm_class
     from fettle.models.load import load_tokenizer
     from fettle.models.save import save_model
@@ -231,8 +231,8 @@ def small_adapter() -> Path:
 
     model = adapt(load_model(small_model(), name=str(small_model())), rank=2, alpha=4)
     model.save_pretrained(_home() / "adapter")
-    from fettle.adapters.facts import AdapterFacts, write_facts
-    from fettle.models.checkpoint import fingerprint
+    from fettle.checkpoints.adapter_facts import AdapterFacts, write_facts
+    from fettle.checkpoints.fingerprint import fingerprint
 
     write_facts(
         _home() / "adapter", AdapterFacts(base_fingerprint=fingerprint(small_model()), context_tokens=32)
@@ -260,8 +260,8 @@ def _copy_with(source: Path, folder: Path, name: str, content: bytes) -> Path:
 
 def _loads(source: Callable[[], Path], name: str) -> Callable[[bytes, Path], object]:
     def read(content: bytes, folder: Path) -> object:
-        from fettle.adapters.load import load
-        from fettle.generation import Sampling, generate
+        from fettle.engine.decode import Sampling, generate
+        from fettle.engine.load import load
 
         model, tokenizer = load(_copy_with(source(), folder, name, content))
         return generate(model, tokenizer, "Spell cat.", sampling=Sampling(max_new_tokens=2))
@@ -388,7 +388,7 @@ def _index() -> st.SearchStrategy[bytes]:
 
 
 def _read_index(content: bytes, folder: Path) -> object:
-    from fettle.models.checkpoint import inspect
+    from fettle.checkpoints.folder import inspect
 
     model = _copy_with(small_model(), folder, "model.safetensors.index.json", content)
     (model / "model.safetensors").rename(model / "x.safetensors")
@@ -453,8 +453,8 @@ def rewritten_gguf() -> st.SearchStrategy[bytes]:
 
 
 def _read_gguf(content: bytes, folder: Path) -> object:
-    from fettle.adapters.load import load
-    from fettle.generation import Sampling, generate
+    from fettle.engine.decode import Sampling, generate
+    from fettle.engine.load import load
 
     (folder / "m.gguf").write_bytes(content)
     model, tokenizer = load(folder / "m.gguf")
@@ -462,7 +462,7 @@ def _read_gguf(content: bytes, folder: Path) -> object:
 
 
 def _run_file() -> st.SearchStrategy[bytes]:
-    from fettle.training.options import TrainOptions
+    from fettle.runs.options import TrainOptions
 
     fields = TrainOptions.__dataclass_fields__
     lines = "model: fettle-tiny\ndata: rows.jsonl\noutput: out\nrank: 8\nlearning_rate: 2e-4\n"
@@ -479,8 +479,8 @@ def _run_file() -> st.SearchStrategy[bytes]:
 
 def _read_run_file(content: bytes, folder: Path) -> object:
     from fettle.options import read
-    from fettle.training.defaults import require_sensible
-    from fettle.training.options import TrainOptions
+    from fettle.runs.defaults import require_sensible
+    from fettle.runs.options import TrainOptions
 
     (folder / "run.yaml").write_bytes(content)
     options = read(TrainOptions, folder / "run.yaml")
@@ -489,7 +489,7 @@ def _read_run_file(content: bytes, folder: Path) -> object:
 
 
 def _words() -> st.SearchStrategy[list[str]]:
-    from fettle.training.options import PlanOptions
+    from fettle.runs.options import PlanOptions
 
     names = ["--" + name.replace("_", "-") for name in PlanOptions.__dataclass_fields__]
     number = st.sampled_from([
@@ -508,14 +508,14 @@ def _read_words(words: list[str], folder: Path) -> object:
     """As `fettle plan` does, up to the model."""
     from fettle.cli import _parser
     from fettle.options import resolve
-    from fettle.training.defaults import require_sensible
-    from fettle.training.options import PlanOptions
+    from fettle.runs.defaults import require_sensible
+    from fettle.runs.options import PlanOptions
 
     given = vars(_parser().parse_args(["plan", "--model", "fettle-tiny", *words]))
     options = resolve(PlanOptions, given, given.pop("config", None))
     require_sensible(options)
     if options.memory is not None:
-        from fettle.memory.budget import parse_bytes
+        from fettle.planning.budget import parse_bytes
 
         parse_bytes(options.memory)
     return options
@@ -549,9 +549,9 @@ def _facts() -> st.SearchStrategy[bytes]:
 
 
 def _read_facts(content: bytes, folder: Path) -> object:
-    from fettle.training import resume
-    from fettle.training.measure import Measurement
-    from fettle.training.options import TrainOptions
+    from fettle.runs import resume
+    from fettle.runs.measure import Measurement
+    from fettle.runs.options import TrainOptions
 
     (folder / "facts.json").write_bytes(content)
     facts = resume.read_facts(folder)

@@ -119,11 +119,11 @@ def make_material(folder: Path) -> None:
     """A small checkpoint, its rows and an adapter on disk."""
     import torch
 
+    from fettle.methods.pretrain import new_model
     from fettle.models.save import save_model
+    from fettle.runs.options import PretrainOptions
     from fettle.tiny.lessons import lessons
     from fettle.tiny.tokenizer import train_tokenizer
-    from fettle.training.options import PretrainOptions
-    from fettle.training.pretrain import new_model
 
     rows = list(lessons(150, seed=3, split="train"))
     folder.mkdir()
@@ -143,11 +143,6 @@ def import_everything() -> float:
     from fettle.cli import quiet_libraries
 
     quiet_libraries()
-    import fettle.export.gguf
-    import fettle.export.job
-    import fettle.training.outcome
-    import fettle.training.pretrain
-    import fettle.training.sft  # noqa: F401
 
     return time.monotonic() - began
 

@@ -16,7 +16,6 @@ import torch
 from ceiling import copy_rate, device_of, product_seconds, seconds_of
 from machine import circumstances
 
-from fettle.memory.allocator import set_heap
 from fettle.ops.attention import Documents, packed_attention
 from fettle.ops.gated_activation import gated_activation_backward, gated_activation_forward
 from fettle.ops.lora_linear import LowRank, lora_linear
@@ -25,6 +24,7 @@ from fettle.ops.nf4 import nf4_dequantize, nf4_quantize
 from fettle.ops.rms_norm import rms_norm
 from fettle.ops.rotary import apply_rotary
 from fettle.ops.token_log_probs import token_log_probs
+from fettle.recompute.allocator import set_heap
 
 OUT = Path(__file__).parent / "results" / "one_op.json"
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, HEAD_SIZE, RANK = 3072, 8192, 32064, 32, 96, 16

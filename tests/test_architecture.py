@@ -1,4 +1,4 @@
-"""Holds the house of docs/architecture.md: a file imports only from its own floor or a lower one.
+"""Holds the order of docs/architecture.md: a folder imports only from folders below it.
 
 Read from the source with `ast`, so that an import hidden inside a function counts as well. The checker itself
 is tested on small trees that break each rule.
@@ -12,15 +12,17 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "fettle"
 
-# From the ground up. A top-level file or folder of src/fettle stands on exactly one floor.
-FLOORS = {
-    "ground": {"errors", "files", "options", "terminal", "threads"},
-    "ops": {"ops"},
-    "parts": {"data", "models", "adapters", "memory", "quantization", "llama_cpp", "tiny"},
-    "jobs": {"training", "generation", "evaluation", "export"},
-    "faces": {"__init__", "__main__", "cli", "quickstart", "studio", "server"},
-}
-HEIGHT = {name: height for height, names in enumerate(FLOORS.values()) for name in names}
+# From the top down. Every file or folder of src/fettle is in exactly one place; none imports from its own place's
+# neighbours above.
+ORDER = (
+    *("__main__", "__init__", "cli", "quickstart"),
+    *("methods", "runs", "evaluation", "export"),
+    *("planning", "engine", "adapters", "models", "checkpoints", "data"),
+    *("recompute", "quantization", "tiny", "ops"),
+    *("options", "terminal", "files", "errors", "threads", "version"),
+)
+HEIGHT = {name: -place for place, name in enumerate(ORDER)}
+GROUND = ORDER[ORDER.index("options") :]
 LINES = 450
 TRICKS = {"sys.path", "importlib.import_module"}
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
@@ -42,25 +44,25 @@ def violations(source: Path) -> list[str]:
 def _faults(source: Path, place: Path, tree: ast.Module) -> Iterator[str]:
     name = place.parts[0].removesuffix(".py")
     if name not in HEIGHT:
-        yield f"{name} stands on no floor: add it to FLOORS"
+        yield f"{name} has no place: add it to ORDER"
         return
     for line, imported in _imports(tree):
         if imported.startswith("."):
             yield f"line {line} imports by a relative path"
         target = _top_name(source, imported)
-        if target is not None and HEIGHT.get(target, -1) > HEIGHT[name]:
-            yield f"line {line} imports {imported}, which stands higher"
-    if HEIGHT[name] < HEIGHT["cli"]:
+        if target is not None and HEIGHT.get(target, -len(ORDER)) > HEIGHT[name]:
+            yield f"line {line} imports {imported}, which is above"
+    if name != "__init__":
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and ast.unparse(node) in (
                 "sys.path",
                 "importlib.import_module",
             ):
                 yield f"line {node.lineno} uses {ast.unparse(node)}, which hides what is imported"
-    if HEIGHT[name] == HEIGHT["errors"]:
+    if name in GROUND:
         for line, imported in _imports(ast.Module(_at_import(tree.body), [])):
             if imported.partition(".")[0] in HEAVY:
-                yield f"line {line} imports {imported} at module level, on the ground floor"
+                yield f"line {line} imports {imported} at module level, below everything"
 
 
 def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -91,11 +93,11 @@ def _at_import(body: list[ast.stmt]) -> list[ast.stmt]:
     return [node for node in body if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
-def test_every_file_keeps_to_its_floor() -> None:
+def test_every_folder_imports_only_from_those_below() -> None:
     assert violations(SOURCE) == []
 
 
-def test_the_floors_hold_every_file_found() -> None:
+def test_the_package_is_found() -> None:
     assert len(list(SOURCE.rglob("*.py"))) > 3, "the package was not found"
 
 
@@ -105,7 +107,7 @@ def make_tree(folder: Path, **files: str) -> Path:
         "errors": "",
         "ops__rotary": "import torch\n",
         "models__decoder": "",
-        "training__sft": "",
+        "methods__sft": "",
         "cli": "",
     }
     for name, text in (skeleton | files).items():
@@ -121,8 +123,8 @@ def make_tree(folder: Path, **files: str) -> Path:
         {},
         {"models__decoder": "from fettle.ops.rotary import rotary\nfrom fettle.errors import UserError\n"},
         {"models__decoder": "from fettle import errors\n"},
-        {"training__sft": "import fettle.models.decoder\nimport fettled\n"},
-        {"cli": "def main():\n    from fettle.training import sft\n"},
+        {"methods__sft": "import fettle.models.decoder\nimport fettled\n"},
+        {"cli": "def main():\n    from fettle.methods import sft\n"},
         {"options": "def device():\n    import torch\n"},
         {"ops__rms_norm_kernels": "x = 1\n" * 900},
     ],
@@ -136,23 +138,23 @@ def test_a_sound_tree_passes(tmp_path: Path, files: dict[str, str]) -> None:
     [
         (
             {"ops__rotary": "from fettle.models import decoder\n"},
-            "fettle.models.decoder, which stands higher",
+            "fettle.models.decoder, which is above",
         ),
         (
             {"ops__rotary": "import fettle.models.decoder as d\n"},
-            "fettle.models.decoder, which stands higher",
+            "fettle.models.decoder, which is above",
         ),
-        ({"models__decoder": "def f():\n    from fettle.training.sft import x\n"}, "line 2 imports"),
-        ({"models__decoder": "from fettle import training\n"}, "fettle.training, which stands higher"),
-        ({"models__decoder": "from fettle import load\n"}, "fettle.load, which stands higher"),
-        ({"training__sft": "import fettle\n"}, "imports fettle, which stands higher"),
-        ({"training__sft": "from fettle.cli import main\n"}, "fettle.cli.main, which stands higher"),
-        ({"training__sft": "from ..models import decoder\n"}, "relative path"),
-        ({"training__sft": "import sys\nsys.path.insert(0, '..')\n"}, "line 2 uses sys.path"),
-        ({"training__sft": "import importlib\nimportlib.import_module('x')\n"}, "line 2 uses importlib"),
-        ({"errors": "try:\n    import torch\nexcept ImportError:\n    pass\n"}, "on the ground floor"),
-        ({"utils": ""}, "utils stands on no floor"),
-        ({"helpers__misc": ""}, "helpers stands on no floor"),
+        ({"models__decoder": "def f():\n    from fettle.methods.sft import x\n"}, "line 2 imports"),
+        ({"models__decoder": "from fettle import methods\n"}, "fettle.methods, which is above"),
+        ({"models__decoder": "from fettle import load\n"}, "fettle.load, which is above"),
+        ({"methods__sft": "import fettle\n"}, "imports fettle, which is above"),
+        ({"methods__sft": "from fettle.cli import main\n"}, "fettle.cli.main, which is above"),
+        ({"methods__sft": "from ..models import decoder\n"}, "relative path"),
+        ({"methods__sft": "import sys\nsys.path.insert(0, '..')\n"}, "line 2 uses sys.path"),
+        ({"methods__sft": "import importlib\nimportlib.import_module('x')\n"}, "line 2 uses importlib"),
+        ({"errors": "try:\n    import torch\nexcept ImportError:\n    pass\n"}, "below everything"),
+        ({"utils": ""}, "utils has no place"),
+        ({"helpers__misc": ""}, "helpers has no place"),
         ({"models__decoder": "x = 1\n" * 451}, "451 lines"),
     ],
 )

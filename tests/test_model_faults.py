@@ -8,10 +8,10 @@ import pytest
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
-from fettle.adapters.load import load
 from fettle.data import template
+from fettle.engine.decode import Sampling, generate
+from fettle.engine.load import load
 from fettle.export.gguf import export_gguf
-from fettle.generation import Sampling, generate
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 ENDLESS += "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from fettle.adapters.load import load
+from fettle.engine.load import load
 from fettle.errors import UserError
+from fettle.methods import sft
 from fettle.models.config import config_of
 from fettle.models.save import save_model
-from fettle.training import planning, sft
-from fettle.training.options import PlanOptions, TrainOptions
-from fettle.training.planning import _adapted_matrices
+from fettle.runs import memory_plan as planning
+from fettle.runs.memory_plan import _adapted_matrices
+from fettle.runs.options import PlanOptions, TrainOptions
 
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 

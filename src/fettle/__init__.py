@@ -14,33 +14,33 @@ Names are imported when first used, so that `fettle --help` answers at once.
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fettle.adapters.load import load
     from fettle.adapters.lora import adapt, attach
     from fettle.data import collator, pack, read_rows, split_held_out, tokenize_rows
+    from fettle.engine.decode import Sampling, generate
+    from fettle.engine.load import load
     from fettle.errors import Interrupted, UserError
     from fettle.evaluation.comparison import Comparison
     from fettle.evaluation.side_by_side import compare
     from fettle.export.checkpoint import export_safetensors
     from fettle.export.gguf import export_gguf
     from fettle.export.merge import merge
-    from fettle.generation import Sampling, generate
+    from fettle.methods.pretrain import pretrain, resume_pretraining
+    from fettle.methods.sft import resume_training, train
     from fettle.models.save import save_model
-    from fettle.training.options import PretrainOptions, TrainOptions
-    from fettle.training.outcome import Outcome
-    from fettle.training.pretrain import pretrain, resume_pretraining
-    from fettle.training.sft import resume_training, train
+    from fettle.runs.options import PretrainOptions, TrainOptions
+    from fettle.runs.outcome import Outcome
+    from fettle.version import __version__
 
 _HOME = {
     "Comparison": "fettle.evaluation.comparison",
     "Interrupted": "fettle.errors",
-    "Outcome": "fettle.training.outcome",
-    "PretrainOptions": "fettle.training.options",
-    "Sampling": "fettle.generation",
-    "TrainOptions": "fettle.training.options",
+    "Outcome": "fettle.runs.outcome",
+    "PretrainOptions": "fettle.runs.options",
+    "Sampling": "fettle.engine.decode",
+    "TrainOptions": "fettle.runs.options",
     "UserError": "fettle.errors",
     "adapt": "fettle.adapters.lora",
     "attach": "fettle.adapters.lora",
@@ -48,24 +48,19 @@ _HOME = {
     "compare": "fettle.evaluation.side_by_side",
     "export_gguf": "fettle.export.gguf",
     "export_safetensors": "fettle.export.checkpoint",
-    "generate": "fettle.generation",
-    "load": "fettle.adapters.load",
+    "generate": "fettle.engine.decode",
+    "load": "fettle.engine.load",
     "merge": "fettle.export.merge",
     "pack": "fettle.data",
-    "pretrain": "fettle.training.pretrain",
+    "pretrain": "fettle.methods.pretrain",
     "read_rows": "fettle.data",
-    "resume_pretraining": "fettle.training.pretrain",
-    "resume_training": "fettle.training.sft",
+    "resume_pretraining": "fettle.methods.pretrain",
+    "resume_training": "fettle.methods.sft",
     "save_model": "fettle.models.save",
     "split_held_out": "fettle.data",
     "tokenize_rows": "fettle.data",
-    "train": "fettle.training.sft",
+    "train": "fettle.methods.sft",
 }
-
-try:
-    __version__ = version("fettle-llm")
-except PackageNotFoundError:  # run from its source folder, not installed
-    __version__ = "0+source"  # a version that packaging can read, below every release
 
 __all__ = [  # the keys of _HOME, spelled out for type checkers
     "Comparison",
@@ -97,6 +92,10 @@ __all__ = [  # the keys of _HOME, spelled out for type checkers
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from fettle.version import __version__
+
+        return __version__
     if name not in _HOME:
         raise AttributeError(f"module 'fettle' has no attribute '{name}'")
     return getattr(import_module(_HOME[name]), name)

@@ -16,17 +16,17 @@ from typing import Any
 from rich.console import Console
 
 from fettle import terminal
-from fettle.adapters.load import load
+from fettle.checkpoints.locate import EMBEDDED
+from fettle.engine.decode import generate
+from fettle.engine.load import load
 from fettle.export.checkpoint import export_safetensors
 from fettle.export.gguf import export_gguf
 from fettle.files import require_new_folder, shell_path
-from fettle.generation import generate
-from fettle.models.checkpoint import EMBEDDED
+from fettle.methods.sft import train
+from fettle.runs.options import TrainOptions
+from fettle.runs.outcome import Outcome, show
+from fettle.runs.resume import REPORT
 from fettle.tiny.lessons import lessons, orders
-from fettle.training.options import TrainOptions
-from fettle.training.outcome import Outcome, show
-from fettle.training.resume import REPORT
-from fettle.training.sft import train
 
 ORDER = "Order: 7 red hats for Ana, to be paid by card."
 ORDERS, REHEARSED, ASKED = 1550, 1200, 80

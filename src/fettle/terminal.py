@@ -6,12 +6,13 @@ control characters as visible symbols (␛ for an escape). What is data for anot
 unchanged, unless standard output is a terminal.
 """
 
+import functools
 import sys
-from collections.abc import Iterable
-from typing import TextIO
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TextIO
 
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.segment import Segment
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _KEPT = "\n\t"
 _DELETE, _REPLACEMENT = 0x7F, "\ufffd"
@@ -41,14 +42,22 @@ def give(text: str, *, end: str = "\n") -> None:
     print(visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
-class _CleanConsole(Console):
-    """A console on which only its own styles send control codes, and no text is read as markup."""
-
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        for segment in super().render(renderable, options):
-            yield segment if segment.control else Segment(visible(segment.text), segment.style)
+def console(*, stderr: bool = False) -> "Console":
+    """Return a console for messages, tables and progress bars, on which no text is read as markup."""
+    return _clean_console()(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
-def console(*, stderr: bool = False) -> Console:
-    """Return a console for messages, tables and progress bars."""
-    return _CleanConsole(stderr=stderr, markup=False, emoji=False, highlight=False)
+@functools.cache
+def _clean_console() -> type["Console"]:
+    """The class of a console on which only its own styles send control codes. rich is imported when it is needed."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class CleanConsole(Console):
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+    return CleanConsole

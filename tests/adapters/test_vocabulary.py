@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fettle.adapters.load import load
+from fettle.engine.load import load
 from fettle.errors import UserError
 from fettle.export.checkpoint import export_safetensors
 

@@ -7,10 +7,10 @@ from threading import Thread
 
 import pytest
 
+from fettle.checkpoints.locate import embedded_model
 from fettle.data import template
 from fettle.data.template import render_template
 from fettle.errors import ModelFault, UserError
-from fettle.models.checkpoint import embedded_model
 from fettle.models.load import load_tokenizer
 
 CHAT = [

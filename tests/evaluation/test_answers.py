@@ -2,11 +2,11 @@
 
 import pytest
 
-from fettle.adapters.load import load
 from fettle.data.formats import Row
+from fettle.engine.decode import Sampling, generate
+from fettle.engine.load import load
 from fettle.evaluation import Answer, Question, answer, exact_share, questions
 from fettle.evaluation.answers import LONGEST_ANSWER
-from fettle.generation import Sampling, generate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 

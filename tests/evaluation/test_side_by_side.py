@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fettle.checkpoints.locate import embedded_model
 from fettle.data import Example, read_rows, tokenize_rows
 from fettle.errors import UserError
 from fettle.evaluation import scoring, side_by_side, speed
 from fettle.evaluation.comparison import Comparison, Side
 from fettle.evaluation.side_by_side import compare, size_bytes
-from fettle.models.checkpoint import embedded_model
 from fettle.tiny.lessons import lessons
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")

@@ -9,19 +9,21 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from fettle.adapters.facts import AdapterFacts, write_facts
-from fettle.adapters.load import load
 from fettle.adapters.lora import adapt
+from fettle.checkpoints.adapter_facts import AdapterFacts, write_facts
+from fettle.checkpoints.fingerprint import fingerprint
+from fettle.checkpoints.folder import inspect
+from fettle.checkpoints.locate import EMBEDDED
+from fettle.checkpoints.safetensors_header import read_places
+from fettle.engine.decode import stop_ids
+from fettle.engine.load import load
 from fettle.errors import UserError
 from fettle.export import checkpoint, shards
 from fettle.export.checkpoint import export_folder, export_nf4, export_safetensors
 from fettle.export.compressed import FP8, in_fp8
 from fettle.export.merge import load_merged
-from fettle.generation.decode import stop_ids
-from fettle.models.checkpoint import EMBEDDED, fingerprint, inspect
 from fettle.models.load import load_model, load_tokenizer
 from fettle.models.quantized import save_nf4
-from fettle.models.safetensors_header import read_places
 from fettle.models.save import save_model
 from fettle.quantization.layers import plain_linears, quantize_linears
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from fettle.checkpoints.locate import embedded_model
 from fettle.export.ollama import Turns, go_template, modelfile, turns_of
-from fettle.models.checkpoint import embedded_model
 from fettle.models.load import load_tokenizer
 
 TEMPLATES = {

@@ -11,12 +11,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fettle.adapters.facts import AdapterFacts, write_facts
-from fettle.adapters.load import load
+from fettle.checkpoints.adapter_facts import AdapterFacts, write_facts
+from fettle.checkpoints.fingerprint import fingerprint
+from fettle.engine.load import load
 from fettle.errors import UserError
 from fettle.export.gguf import export_adapter_gguf, export_gguf, verify
 from fettle.export.source import open_source
-from fettle.models.checkpoint import fingerprint
 from fettle.models.load import load_model, load_tokenizer
 from fettle.models.quantized import save_nf4
 from fettle.models.save import save_model
@@ -111,7 +111,7 @@ def test_a_plain_model_is_itself(small_model: Path) -> None:
 
 def test_a_model_is_named_as_its_user_names_it(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by the hash of a hub's snapshot."""
-    monkeypatch.setattr("fettle.adapters.load.locate", lambda name: small_model)
+    monkeypatch.setattr("fettle.engine.load.locate", lambda name: small_model)
     assert open_source("somebody/their-model").name == "their-model"
 
 

@@ -5,8 +5,8 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, Phi3Config
 
 from fettle.adapters.lora import adapt
-from fettle.memory.policies import Policy
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
+from fettle.recompute.policies import Policy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from fettle.checkpoints.folder import inspect
 from fettle.errors import UserError
-from fettle.models.checkpoint import inspect
 from fettle.models.config import config_of
 from fettle.models.load import load_model, load_tokenizer, read_generation, stored_model
 

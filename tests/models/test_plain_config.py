@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from fettle.errors import UserError
-from fettle.memory.shapes import Shapes
 from fettle.models.config import config_of
 from fettle.models.families import FAMILIES, FUSED_ACTIVATIONS
 from fettle.models.plain_config import plain_config
+from fettle.planning.shapes import Shapes
 
 SIZES = {
     "hidden_size": 64,

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fettle.adapters.load import load
+from fettle.engine.load import load
 from fettle.errors import UserError
 from fettle.export.checkpoint import export_safetensors
 from fettle.models.decoder import causal_lm_class

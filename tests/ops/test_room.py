@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fettle.memory.allocator import release_unused
 from fettle.ops.nf4 import Nf4, nf4_dequantize_reference, nf4_quantize
 from fettle.ops.room import ROOM, at_work, scratch
+from fettle.recompute.allocator import release_unused
 
 
 @pytest.fixture(autouse=True)

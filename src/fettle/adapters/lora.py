@@ -18,10 +18,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
+from fettle.checkpoints.folder import ADAPTER_WEIGHTS, read_adapter_config
+from fettle.checkpoints.safetensors_header import read_places
 from fettle.errors import UserError, reason_of
-from fettle.llama_cpp.model import LlamaCppForCausalLM
-from fettle.models.checkpoint import ADAPTER_WEIGHTS, read_adapter_config
-from fettle.models.safetensors_header import read_places
 from fettle.ops import lora_linear
 from fettle.ops.lora_linear import LowRank, Projection
 from fettle.quantization.layers import matrix_of
@@ -93,7 +92,7 @@ def adapt(
     weights are fp32 whatever the model's dtype, as small steps on bf16 weights would be lost by rounding.
     Raises UserError where target_modules names no linear layer of the model, or its output head, and for a GGUF file.
     """
-    if isinstance(model, LlamaCppForCausalLM):
+    if next(model.parameters(), None) is None:
         raise UserError(
             f"{model.name_or_path} is a GGUF file, whose weights cannot be trained: load the folder "
             "or hub name it was made from."

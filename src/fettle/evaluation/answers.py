@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fettle.data import Row, ensure_chat_template, generation_prompt, has_own_chat_template
 from fettle.data.fit import fit, without_ends
 from fettle.data.turns import reasoning_of
+from fettle.engine.decode import BATCH_SIZE, Sampling, complete
 from fettle.errors import ModelFault, UserError
-from fettle.generation import BATCH_SIZE, Sampling, complete
 
 LONGEST_ANSWER = 256
 """Tokens generated at most. A longer expected answer can never be exact, and so does not count."""

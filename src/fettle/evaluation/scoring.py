@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from fettle.data import Example
 from fettle.data.tokenize import NOT_TRAINED
+from fettle.engine.decode import not_finite
 from fettle.files import require_free_space
-from fettle.generation.decode import not_finite
 from fettle.ops.kl_divergence import kl_divergence
 
 OnExample: TypeAlias = Callable[[int, torch.Tensor], None]

@@ -18,18 +18,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from fettle import terminal
-from fettle.adapters.load import base_of, find, load
+from fettle.adapters.found import base_of, find
+from fettle.checkpoints.dtypes import Dtype
+from fettle.checkpoints.folder import is_adapter, weight_files
+from fettle.checkpoints.locate import is_gguf, locate
 from fettle.data import Example, Row, read_rows, tokenize_rows
+from fettle.engine.decode import Model
+from fettle.engine.llama_cpp.gguf_file import GGUFFile, require_gguf
+from fettle.engine.llama_cpp.model import LlamaCppForCausalLM
+from fettle.engine.load import load
 from fettle.errors import UserError
 from fettle.evaluation.answers import Answer, Question, answer, exact_share, questions
 from fettle.evaluation.comparison import Comparison, Side
 from fettle.evaluation.scoring import Distributions, Gap, OnExample, Scores, score
 from fettle.evaluation.speed import measure_speed
-from fettle.generation.decode import Model
-from fettle.llama_cpp.gguf_file import GGUFFile, is_gguf, require_gguf
-from fettle.llama_cpp.model import LlamaCppForCausalLM
-from fettle.models.checkpoint import is_adapter, locate, weight_files
-from fettle.models.config import Dtype
 
 QUESTIONS_AT_ONCE = 16
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from fettle.adapters.load import base_of
+from fettle.adapters.found import base_of
+from fettle.checkpoints.dtypes import Dtype, name_of
+from fettle.checkpoints.folder import is_adapter
+from fettle.checkpoints.locate import locate
 from fettle.errors import UserError
 from fettle.export.shards import ShardWriter
 from fettle.export.source import Source, open_source
 from fettle.files import replace_folder, require_free_space, require_new_folder, write_aside
-from fettle.models.checkpoint import is_adapter, locate
-from fettle.models.config import Dtype
 from fettle.models.load import empty_model
 from fettle.models.quantized import nf4_config
 from fettle.models.save import save_around_weights
@@ -76,7 +77,7 @@ def export_folder(
     with replace_folder(to) if overwrite else write_aside(to) as aside:
         aside.mkdir()
         _write_weights(source, aside, packing)
-        source.config.dtype = str(source.dtype).removeprefix("torch.")
+        source.config.dtype = name_of(source.dtype)
         if packing is not None:
             source.config.quantization_config = packing.config(source.dtype)
         save_around_weights(source.config, source.generation, source.tokenizer, aside)

@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from fettle.checkpoints.folder import is_adapter, read_adapter_config
+from fettle.checkpoints.locate import locate
 from fettle.errors import UserError, reason_of
-from fettle.models.checkpoint import is_adapter, locate, read_adapter_config
 
 CARD = "README.md"
 HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"

@@ -20,10 +20,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fettle.adapters.load import load
 from fettle.adapters.lora import LoraLinear
+from fettle.checkpoints.dtypes import Dtype
+from fettle.engine.load import load
 from fettle.errors import UserError, reason_of
-from fettle.models.config import Dtype
 from fettle.models.modes import evaluating
 from fettle.quantization.layers import dequantize_linears
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from fettle.models.config import Dtype
+    from fettle.checkpoints.dtypes import Dtype
 
 Format = Literal["safetensors", "nf4", "fp8", "w4a16", "gguf", "adapter-gguf"]
 

@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from fettle.models.checkpoint import WEIGHTS, WEIGHTS_INDEX
+from fettle.checkpoints.dtypes import SAFETENSORS
+from fettle.checkpoints.folder import WEIGHTS, WEIGHTS_INDEX
 
 SHARD_BYTES = 5 * 10**9
 """Of a file, at most, as on the hub; a larger tensor has one to itself."""
@@ -22,13 +23,7 @@ ENTRY_BYTES = 256
 
 ALIGNMENT = 8
 
-DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3",
-}
+NAMES = {dtype: name for name, dtype in SAFETENSORS.items()}
 
 
 class ShardWriter:
@@ -76,7 +71,7 @@ class ShardWriter:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         begin, self._written = self._written, self._written + data.nbytes
         place = {"shape": list(tensor.shape), "data_offsets": [begin, self._written]}
-        self._entries[name] = {"dtype": DTYPES[tensor.dtype], **place}
+        self._entries[name] = {"dtype": NAMES[tensor.dtype], **place}
         self._stream.write(data.data)
 
     def _end_file(self) -> None:

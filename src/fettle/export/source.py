@@ -16,13 +16,13 @@ from peft import LoraConfig
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from fettle.adapters.load import Found, find
+from fettle.adapters.found import Found, find
 from fettle.adapters.lora import Shapes, is_plain_lora, require_whole
 from fettle.adapters.lora import adapter_config_of as read_adapter
+from fettle.checkpoints.folder import ADAPTER_WEIGHTS, Checkpoint, is_nf4
+from fettle.engine.decode import stop_ids
 from fettle.errors import UserError
 from fettle.export.merge import load_merged, write_down_context
-from fettle.generation.decode import stop_ids
-from fettle.models.checkpoint import ADAPTER_WEIGHTS, Checkpoint, is_nf4
 from fettle.models.load import empty_model, read_generation
 from fettle.models.quantized import StoredTensors
 from fettle.ops.nf4 import nf4_dequantize, nf4_quantize

@@ -1,21 +1,21 @@
 """A model's config by itself: its shapes can be known where its weights are not."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fettle.errors import UserError, reason_of
-from fettle.models.checkpoint import (
-    EMBEDDED,
+from fettle.checkpoints.dtypes import DTYPES
+from fettle.checkpoints.folder import (
     Checkpoint,
     command_to_finish,
-    embedded_model,
     is_adapter,
     is_nf4,
     read_adapter_config,
     read_config_file,
 )
+from fettle.checkpoints.locate import EMBEDDED, embedded_model
+from fettle.errors import UserError, reason_of
 from fettle.models.families import FUSED_ACTIVATIONS, Family, family_of, option
 from fettle.models.plain_config import plain_config
 
@@ -37,8 +37,6 @@ OPTIONAL = {
     "max_position_embeddings": 2**31,
     "sliding_window": 2**31,
 }
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class StoredModel(NamedTuple):

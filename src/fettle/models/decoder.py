@@ -21,7 +21,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-from fettle.memory.policies import Keeping, Policy, run_layer
 from fettle.models.families import FAMILIES, Family, head_dim_of, option, sliding_window_of
 from fettle.models.graphs import LayerGraphs, adapters_at_work
 from fettle.models.mlp import DecoderMLP
@@ -37,6 +36,7 @@ from fettle.ops import (
     softcap_attention,
 )
 from fettle.ops.attention import KeptAttention
+from fettle.recompute.policies import Keeping, Policy, run_layer
 
 
 class DecoderRMSNorm(nn.Module):

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fettle.checkpoints.dtypes import DTYPES, Dtype
 from fettle.errors import UserError
-from fettle.models.config import DTYPES, Dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

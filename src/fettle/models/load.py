@@ -13,20 +13,21 @@ from typing import Any, Literal
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from fettle.checkpoints.dtypes import DTYPES, SAFETENSORS, Dtype
+from fettle.checkpoints.folder import Checkpoint, inspect, is_nf4, require_tokenizer
+from fettle.checkpoints.safetensors_header import require_content
 from fettle.data.template import start_renderer
 from fettle.errors import UserError, reason_of
-from fettle.models.checkpoint import Checkpoint, inspect, is_nf4, require_tokenizer
-from fettle.models.config import DTYPES, Dtype, StoredModel, read_config
+from fettle.models.config import StoredModel, read_config
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.quantized import load_nf4
 from fettle.models.quiet import without_progress_bars
-from fettle.models.safetensors_header import require_content
 from fettle.quantization.nf4 import STATE_KEY
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Fields of a generation config that say how to sample."""
-
-_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED_AS = ("F32", "BF16", "F16")
+"""What most of a checkpoint's weights may be stored as."""
 
 
 def load_model(
@@ -40,7 +41,7 @@ def load_model(
     """Load a full checkpoint. `name` is what its user and adapters call it (default: the folder).
 
     quantization: "nf4" holds the layers' matrices in four bits; a checkpoint stored so is loaded so in any case.
-    Raises UserError for whatever is wrong with the folder: see `fettle.models.checkpoint`.
+    Raises UserError for whatever is wrong with the folder: see `fettle.checkpoints.folder`.
     """
     checkpoint = inspect(folder)
     stored, generation = stored_model(checkpoint), read_generation(folder)
@@ -239,8 +240,8 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     kinds = (kind for name, (kind, _) in checkpoint.tensors.items() if not name.endswith(scales))
     counts = Counter(kind for kind in kinds if kind != "U8" or not is_nf4(checkpoint))
     kind = counts.most_common(1)[0][0]
-    if kind not in _STORED:
+    if kind not in STORED_AS:
         raise UserError(
             f"{checkpoint.folder}: weights of type {kind} are not supported; expected F32, BF16 or F16."
         )
-    return _STORED[kind]
+    return SAFETENSORS[kind]

@@ -13,26 +13,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from fettle.checkpoints.dtypes import SAFETENSORS, name_of
+from fettle.checkpoints.folder import Checkpoint, is_nf4
+from fettle.checkpoints.safetensors_header import Place, read_places
 from fettle.errors import UserError
-from fettle.memory.allocator import restored_heap, set_heap
-from fettle.models.checkpoint import Checkpoint, is_nf4
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.device import maps_embedding
 from fettle.models.outer_embedding import OuterEmbedding
 from fettle.models.rope import DecoderRotaryEmbedding
-from fettle.models.safetensors_header import Place, read_places
 from fettle.models.save import save_model
 from fettle.ops.nf4 import Nf4, nf4_quantize
 from fettle.quantization.nf4 import STATE_KEY, Nf4Linear, from_tensors
+from fettle.recompute.allocator import restored_heap, set_heap
 
 TABLE = "model.embed_tokens.weight"
-
-_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U8": torch.uint8,
-}
 
 
 def load_nf4(
@@ -76,7 +70,7 @@ def nf4_config(dtype: torch.dtype) -> dict[str, Any]:
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": name_of(dtype),
         "llm_int8_skip_modules": ["lm_head"],
     }
 
@@ -93,9 +87,9 @@ class StoredTensors:
 
     def dtype(self, name: str) -> torch.dtype:
         kind = self.places[name].header.dtype
-        if kind not in _DTYPES:
+        if kind not in SAFETENSORS:
             raise UserError(f"{self.files[name]}: '{name}' is of type {kind}; expected F32, BF16, F16 or U8.")
-        return _DTYPES[kind]
+        return SAFETENSORS[kind]
 
     def read(self, name: str) -> torch.Tensor:
         place, file, dtype = self.places[name], self.files[name], self.dtype(name)

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
+from fettle.checkpoints.locate import embedded_model
+from fettle.engine.llama_cpp.gguf_file import GGUFFile
 from fettle.export.gguf.verify import file_logits
-from fettle.llama_cpp.gguf_file import GGUFFile
-from fettle.models.checkpoint import embedded_model
 from fettle.models.decoder import causal_lm_class
 from fettle.models.families import FAMILIES
 from fettle.models.load import load_tokenizer

@@ -12,14 +12,14 @@ import torch
 from gguf import GGUFReader, GGUFWriter, quants
 from peft import LoraConfig, get_peft_model
 
-from fettle.adapters.load import load
+from fettle.engine.llama_cpp.gguf_file import GGUFFile
+from fettle.engine.llama_cpp.library import library
+from fettle.engine.load import load
 from fettle.errors import UserError
 from fettle.export.gguf import export_adapter_gguf, export_gguf, proof, verify, write_gguf
 from fettle.export.gguf.importance import read_importance
 from fettle.export.gguf.verify import file_logits
 from fettle.export.merge import load_merged, merge
-from fettle.llama_cpp.gguf_file import GGUFFile
-from fettle.llama_cpp.library import library
 from fettle.models.load import load_model, load_tokenizer
 from fettle.models.quantized import save_nf4
 from fettle.models.save import save_model

@@ -10,12 +10,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from fettle.checkpoints.locate import embedded_model
+from fettle.engine.llama_cpp.gguf_file import GGUFFile
 from fettle.errors import UserError
 from fettle.export.gguf import verify, write_gguf
 from fettle.export.gguf.battery import battery
 from fettle.export.gguf.tokenizer import PRE_TOKENIZERS, name_for, template_begins, tokenizer_fields
-from fettle.llama_cpp.gguf_file import GGUFFile
-from fettle.models.checkpoint import embedded_model
 from fettle.models.decoder import causal_lm_class
 from fettle.models.families import FAMILIES
 from fettle.models.load import load_model, load_tokenizer

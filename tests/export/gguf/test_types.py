@@ -8,9 +8,9 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
+from fettle.engine.llama_cpp.library import library
 from fettle.export.gguf.ggml import quantize
 from fettle.export.gguf.types import QUANTIZATIONS, Place, quantization_of, tensor_type
-from fettle.llama_cpp.library import library
 
 K_QUANTS = (Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_XS)
 

@@ -4,15 +4,16 @@ from pathlib import Path
 
 from gguf import GGUFWriter
 
-from fettle.adapters.load import find
+from fettle.adapters.found import find
 from fettle.adapters.lora import adapter_config_of as read_adapter
 from fettle.adapters.lora import is_plain_lora, shapes_in
+from fettle.checkpoints.folder import is_adapter
+from fettle.checkpoints.locate import locate
 from fettle.errors import UserError
 from fettle.export.gguf.metadata import as_stored, gguf_family_of, gguf_name
 from fettle.export.gguf.write import require_name
 from fettle.export.source import adapter_matrices, adapter_scale, require_plain
 from fettle.files import require_new_file, write_aside
-from fettle.models.checkpoint import is_adapter, locate
 
 
 def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) -> Path:

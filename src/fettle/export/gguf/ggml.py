@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 
-from fettle.llama_cpp.library import library
+from fettle.engine.llama_cpp.library import library
 
 CHUNK_WEIGHTS = 2**20
 """Weights widened to fp32 at once, by each thread: 4 MB."""

@@ -12,6 +12,7 @@ from rich.progress import Progress as Bar
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fettle import terminal
+from fettle.engine.llama_cpp.gguf_file import CONTEXT_STEP
 from fettle.export.gguf.importance import read_importance
 from fettle.export.gguf.metadata import ignored_window
 from fettle.export.gguf.proof import print_proof
@@ -21,7 +22,6 @@ from fettle.export.gguf.write import Progress, require_name, shapes_of, write_gg
 from fettle.export.ollama import modelfile
 from fettle.export.source import open_source
 from fettle.files import human_bytes, require_new_file, write_aside
-from fettle.llama_cpp.gguf_file import CONTEXT_STEP
 
 
 def export_gguf(

@@ -8,12 +8,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.data import generation_prompt
+from fettle.engine.llama_cpp.gguf_file import GGUFFile
+from fettle.engine.llama_cpp.tokenizer import LlamaCppTokenizer
 from fettle.errors import UserError
 from fettle.export.gguf.battery import battery
 from fettle.export.gguf.tokenizer import template_begins
 from fettle.export.merge import PROBES
-from fettle.llama_cpp.gguf_file import GGUFFile
-from fettle.llama_cpp.tokenizer import LlamaCppTokenizer
 from fettle.ops.kl_divergence import kl_divergence
 
 NEW_TOKENS = 16

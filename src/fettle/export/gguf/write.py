@@ -18,13 +18,13 @@ from gguf import GGML_QUANT_SIZES, GGUFValueType, GGUFWriter
 from gguf import GGMLQuantizationType as Type
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from fettle.engine.llama_cpp.library import library
 from fettle.errors import UserError
 from fettle.export.gguf.ggml import quantize
 from fettle.export.gguf.metadata import as_stored, factor_tensors, figures_of, gguf_family_of, gguf_name
 from fettle.export.gguf.tokenizer import name_for, tokenizer_fields
 from fettle.export.gguf.types import Place, Quantization, quantization_of, tensor_type
 from fettle.files import require_free_space, write_aside
-from fettle.llama_cpp.library import library
 from fettle.models.load import empty_model
 
 ALIGNMENT = 32

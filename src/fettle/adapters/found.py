@@ -1,0 +1,79 @@
+"""What a model's name stands for, an adapter with its base or a checkpoint, checked before any weight is read."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
+
+from fettle.adapters.lora import Shapes, adapter_config_of, require_fit, shapes_in
+from fettle.adapters.vocabulary import rows_with
+from fettle.checkpoints.adapter_facts import AdapterFacts, facts_for
+from fettle.checkpoints.folder import Checkpoint, inspect, is_adapter, read_adapter_config
+from fettle.checkpoints.locate import locate
+from fettle.errors import UserError
+from fettle.models.config import StoredModel
+from fettle.models.load import empty_model, load_tokenizer, stored_model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a name stands for, checked as far as it can be without reading weights.
+
+    folder: the checkpoint's, or the adapter's; base: the checkpoint's. stored: with the vocabulary that the adapter
+    gives it. shapes: of the adapter's tensors.
+    """
+
+    folder: Path
+    base: Path
+    base_name: str
+    checkpoint: Checkpoint
+    stored: StoredModel
+    tokenizer: PreTrainedTokenizerBase
+    adapter: LoraConfig | None = None
+    facts: AdapterFacts | None = None
+    shapes: Shapes = field(default_factory=dict)
+
+
+def find(name: str | Path) -> Found:
+    """Return what `name` stands for: a checkpoint, or an adapter with its base. Raises UserError for every fault.
+
+    config.json is checked against the weights first: a fault of it would show up as one of the tokenizer.
+    """
+    folder = locate(str(name))
+    if not is_adapter(folder):
+        stored = stored_model(checkpoint := inspect(folder))
+        return Found(
+            folder=folder, base=folder, base_name=remembered_name(str(name)), checkpoint=checkpoint, stored=stored,
+            tokenizer=load_tokenizer(folder, stored.config),
+        )  # fmt: skip
+    base_name, base = base_of(folder)
+    facts = facts_for(folder, base)
+    stored = stored_model(checkpoint := inspect(base))
+    adapter, shapes = adapter_config_of(folder), shapes_in(folder)
+    config = stored.config
+    config.vocab_size = rows_with(config, adapter, shapes, folder)
+    require_fit(empty_model(config), shapes, folder)
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    return Found(
+        folder=folder, base=base, base_name=base_name, checkpoint=checkpoint, stored=stored, adapter=adapter,
+        facts=facts, shapes=shapes, tokenizer=load_tokenizer(folder if has_tokenizer else base, config),
+    )  # fmt: skip
+
+
+def base_of(adapter_folder: Path) -> tuple[str, Path]:
+    """Return the name and the folder of the model an adapter belongs to."""
+    name: str = read_adapter_config(adapter_folder)["base_model_name_or_path"]
+    try:
+        return name, locate(name)
+    except UserError as error:
+        raise UserError(
+            f"{adapter_folder} is an adapter for '{name}', which cannot be opened: {error} If the model has "
+            f"moved, correct base_model_name_or_path in {adapter_folder / 'adapter_config.json'}."
+        ) from error
+
+
+def remembered_name(name: str) -> str:
+    """How a run or an adapter is to name what lies on disk: by its absolute path; a hub name as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name

@@ -1,0 +1,1 @@
+"""What a `--model` names: its folder, its files, its fingerprint. Imports no model code."""

@@ -1,0 +1,69 @@
+"""What fettle notes beside an adapter, in `fettle.json`; PEFT's own files know neither.
+
+base_fingerprint: of the base weights it was trained on, so that another base is refused.
+context_tokens: the context LongRoPE's factors were fixed for in training (see models/rope.py), null where each
+document decided by its own length.
+quantization: how the base's weights were held in training; the adapter belongs to those weights.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from fettle.checkpoints.fingerprint import fingerprint
+from fettle.errors import UserError
+
+FILE = "fettle.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFacts:
+    """The contents of `fettle.json`."""
+
+    base_fingerprint: str
+    context_tokens: int | None = None
+    quantization: Literal["nf4"] | None = None
+
+
+def write_facts(folder: Path, facts: AdapterFacts) -> None:
+    """Write the note into an adapter folder that is being made."""
+    (folder / FILE).write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
+
+
+def read_facts(folder: Path) -> AdapterFacts | None:
+    """Return the note; None beside an adapter that fettle did not train."""
+    file = folder / FILE
+    if not file.exists():
+        return None
+    try:
+        facts = AdapterFacts(**json.loads(file.read_text(encoding="utf-8")))
+        if not _is_as_written(facts):
+            raise TypeError
+        return facts
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{file} is not as fettle wrote it, so whether the base's weights are the right ones is unknown; "
+            "fetch it again, or delete it to do without that check."
+        ) from error
+
+
+def _is_as_written(facts: AdapterFacts) -> bool:
+    context = facts.context_tokens
+    return (
+        isinstance(facts.base_fingerprint, str)
+        and (context is None or (type(context) is int and 0 < context < 2**31))
+        and facts.quantization in (None, "nf4")
+    )
+
+
+def facts_for(folder: Path, base_folder: Path) -> AdapterFacts | None:
+    """Return the note; UserError where the base's weights are not those the adapter was trained on."""
+    facts = read_facts(folder)
+    if facts is not None and facts.base_fingerprint != fingerprint(base_folder):
+        raise UserError(
+            f"{folder}: the adapter was trained on other weights than those now in {base_folder}; "
+            f"put the original base model back, or correct base_model_name_or_path in "
+            f"{folder / 'adapter_config.json'}."
+        )
+    return facts

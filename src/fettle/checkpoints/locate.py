@@ -1,0 +1,136 @@
+"""Find the folder that a `--model` names: a folder, the embedded model, or a hub model, which is downloaded."""
+
+import difflib
+import importlib.resources
+import re
+from pathlib import Path
+from typing import Any
+
+from fettle.checkpoints.folder import PICKLES
+from fettle.errors import UserError
+from fettle.files import require_free_space
+
+EMBEDDED = "fettle-tiny"
+_GGUF_MAGIC = b"GGUF"
+
+# What is fetched from a hub: the top folder's data, nothing that can be run, no second copy of the weights.
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+_HUB_LEFT = ["*/*", "consolidated*"]
+
+
+def locate(name: str) -> Path:
+    """Return the checkpoint folder that `name` means: a folder, "fettle-tiny", or a hub name "owner/name".
+
+    A hub model's data files are downloaded into the hub's cache, or found there.
+    Raises UserError where there is no such folder, or the hub cannot give it.
+    """
+    if not name:
+        raise UserError("the model's name is empty: give a folder or a hub name (owner/name).")
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_there = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # longer than a path may be, an unreadable place, ~nobody
+        raise UserError(f"{name!r} cannot be a folder ({error}): give a folder or a hub name.") from error
+    if is_folder:
+        return path
+    if is_there:
+        raise UserError(_not_a_folder(path))
+    if name == EMBEDDED:
+        return embedded_model()
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return _download(name)
+    raise UserError(_no_such_folder(path))
+
+
+def embedded_model() -> Path:
+    """Return the folder of the model that ships inside the package."""
+    folder = Path(str(importlib.resources.files("fettle"))) / "tiny" / "checkpoint"
+    if not folder.is_dir():
+        raise UserError(f"{EMBEDDED} is missing from this installation ({folder}): install fettle-llm again.")
+    return folder
+
+
+def _not_a_folder(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return (
+            f"{path} is a GGUF file, which is made for running a model (fettle generate, chat and compare open it): "
+            f"give the Hugging Face folder or hub name it was made from."
+        )
+    if any(path.match(pattern) for pattern in PICKLES):
+        return (
+            f"{path} is a file of pickled weights, which fettle never loads: "
+            f"give a folder with the model as safetensors."
+        )
+    return f"{path} is a file, not a model: give the folder that holds config.json, tokenizer and weights."
+
+
+def _no_such_folder(path: Path) -> str:
+    near = difflib.get_close_matches(path.name, _folders_beside(path), n=1)
+    advice = f"did you mean {path.parent / near[0]}?" if near else "a hub model is written owner/name."
+    return f"no such folder: {path}; {advice}"
+
+
+def _folders_beside(path: Path) -> list[str]:
+    if not path.parent.is_dir():
+        return []
+    return [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+
+
+def _download(name: str) -> Path:
+    """Fetch hub model `name`, or find it in the hub's cache; every failure is one sentence."""
+    from huggingface_hub import constants, errors, snapshot_download
+
+    wanted: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": _HUB_LEFT}
+    try:
+        try:
+            files = snapshot_download(name, dry_run=True, **wanted)
+        except errors.DryRunError:  # no answer from the hub: the cache may still have it
+            files = []
+        missing_bytes = sum(file.file_size for file in files if file.will_download)
+        require_free_space(Path(constants.HF_HUB_CACHE), missing_bytes, f"downloading {name}")
+        return Path(snapshot_download(name, **wanted))
+    except UserError:
+        raise
+    except Exception as error:  # the hub's transport library, and so its errors, differ between versions
+        raise UserError(_hub_failure(name, error)) from error
+
+
+def _hub_failure(name: str, error: Exception) -> str:
+    from huggingface_hub import constants, errors
+
+    path = Path(name)
+    near = difflib.get_close_matches(path.name, _folders_beside(path), n=1)
+    hint = f" (did you mean the folder {path.parent / near[0]}?)" if near else ""
+    if isinstance(error, errors.GatedRepoError):
+        return f"{name} is gated on the hub: accept its terms on its page, then log in with `hf auth login`."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"{name} is neither a folder here nor a model on the hub{hint}: check the spelling, "
+            f"and log in with `hf auth login` if it is private."
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        cure = "unset it" if constants.HF_HUB_OFFLINE else "check the network"
+        return (
+            f"{name} is neither a folder here nor in the hub's cache, and {reason}{hint}: {cure}, "
+            f"or give the path of a folder with the model."
+        )
+    first_line = (str(error).splitlines() or [""])[0]
+    return f"{name} could not be downloaded ({type(error).__name__}: {first_line}){hint}: try again later."
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Whether `name` means a GGUF file: by its ending, or by its first bytes (in Ollama's store).
+
+    Raises UserError for a file that cannot be read.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return False
+    if path.suffix.lower() == ".gguf" or not path.is_file():
+        return path.suffix.lower() == ".gguf"
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a model.") from error

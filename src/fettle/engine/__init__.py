@@ -1,0 +1,1 @@
+"""From token ids to answers and scores: PyTorch models and GGUF files."""

@@ -1,0 +1,94 @@
+"""A GGUF file behind the face of a transformers model: `generate` and logits as ever, computed by llama.cpp.
+
+So everything that asks a model for words or probabilities (generate, chat, compare) works with a GGUF file as with a
+checkpoint, and what it shows is what llama.cpp, Ollama and LM Studio will say.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fettle.engine.llama_cpp.gguf_file import GGUFFile, supports_gpu
+from fettle.engine.llama_cpp.tokenizer import LlamaCppTokenizer
+from fettle.errors import UserError
+
+
+class LlamaCppForCausalLM(PreTrainedModel, GenerationMixin):
+    """One text at a time; no gradients. The weights lie in llama.cpp, none in PyTorch."""
+
+    config_class = PreTrainedConfig
+    is_batchable = False
+    """Whether `generate` takes several texts at a time."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        config = PreTrainedConfig(name_or_path=str(file.path))
+        config.max_position_embeddings, config.vocab_size = file.context_length, file.vocab_size
+        super().__init__(config)
+        self.file = file
+
+    @property
+    def device(self) -> torch.device:
+        """Where ids and logits are; llama.cpp computes where it can."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # llama.cpp has its own
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Return `forward`'s inputs for the next token: the whole text, of which only the new end is run."""
+        return {"input_ids": input_ids, "logits_to_keep": 1, "use_cache": True}
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits, fp32 (1, N, vocabulary), of the positions `logits_to_keep` as in transformers (0: all).
+
+        use_cache: of the last position alone; the head shared with the call before is not run again.
+        attention_mask: all ones, as there is no padding in a single text.
+        """
+        (ids,) = input_ids.tolist()
+        if use_cache:
+            return CausalLMOutputWithPast(logits=self.file.next_logits(ids)[None, None])
+        positions = torch.arange(len(ids))
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        chosen = positions[keep]
+        logits = torch.empty(len(chosen), self.file.vocab_size)
+        filled = 0
+        for chunk in self.file.logits(ids, chosen.tolist()):
+            logits[filled : filled + len(chunk)] = chunk
+            filled += len(chunk)
+        return CausalLMOutputWithPast(logits=logits[None])
+
+
+def open_gguf(
+    path: Path, *, dtype: str = "auto", device: str | torch.device | None = None
+) -> tuple[LlamaCppForCausalLM, LlamaCppTokenizer]:
+    """Open a GGUF file in llama.cpp; return it as a model and a tokenizer.
+
+    Raises UserError where it cannot be opened, llama.cpp is not installed, or dtype or device cannot be had.
+    """
+    if dtype != "auto":
+        raise UserError(
+            f"--dtype is {dtype}, but a GGUF file is run in the types it is stored in: leave it out."
+        )
+    if device is not None and torch.device(device).type == "cuda" and not supports_gpu():
+        raise UserError(
+            "--device is cuda, but the installed llama.cpp (xllamacpp) computes on the CPU: use cpu."
+        )
+    file = GGUFFile(path)
+    model, tokenizer = LlamaCppForCausalLM(file), LlamaCppTokenizer(file)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.stop_ids())
+    return model.eval(), tokenizer

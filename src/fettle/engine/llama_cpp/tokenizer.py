@@ -1,0 +1,131 @@
+"""llama.cpp's tokenizer behind the face of a transformers tokenizer: the ids are those the shipped file gets."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from transformers import AddedToken, BatchEncoding, PreTrainedTokenizerBase
+
+from fettle.engine.llama_cpp.gguf_file import GGUFFile
+from fettle.errors import UserError
+
+Span = tuple[int, int]
+
+
+class LlamaCppTokenizer(PreTrainedTokenizerBase):
+    """What fettle asks of a tokenizer; padding and truncation are not part of it."""
+
+    is_fast = True  # it tells where tokens lie in the text
+
+    def __init__(self, file: GGUFFile) -> None:
+        roles = {role: file.special(role) for role in ("bos", "eos", "pad")}
+        named = {f"{role}_token": file.text_of(token) for role, token in roles.items() if token is not None}
+        super().__init__(chat_template=file.chat_template, name_or_path=str(file.path), **named)
+        self._file = file
+
+    def __len__(self) -> int:
+        return self._file.vocab_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self._file.vocab_size
+
+    @cached_property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        """Tokens that stand outside ordinary text, by their ids."""
+        return {
+            token: AddedToken(self._file.text_of(token), special=self._file.is_control(token))
+            for token in self._file.added_tokens()
+        }
+
+    def stop_ids(self) -> list[int]:
+        """The tokens at which llama.cpp ends an answer."""
+        return [token for token in self.added_tokens_decoder if self._file.ends_answer(token)]
+
+    @cached_property
+    def _added_ids(self) -> dict[str, int]:
+        return {str(token): index for index, token in self.added_tokens_decoder.items()}
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Return the id of an added token, or those of several; None for others."""
+        if isinstance(tokens, str):
+            return self._added_ids.get(tokens)
+        return [self._added_ids.get(token) for token in tokens]
+
+    def _encode_plus(  # type: ignore[no-untyped-def]  # the many arguments of the class above
+        self, text, text_pair=None, add_special_tokens=True, return_tensors=None, **kwargs
+    ) -> BatchEncoding:
+        texts = [text] if isinstance(text, str) else text
+        rows = [self._file.tokenize(words, add_special=add_special_tokens) for words in texts]
+        encoded: dict[str, Any] = {"input_ids": rows, "attention_mask": [[1] * len(ids) for ids in rows]}
+        if kwargs.get("return_offsets_mapping"):
+            encoded["offset_mapping"] = [
+                offsets(words, [self._file.piece(token) for token in ids])
+                for words, ids in zip(texts, rows, strict=True)
+            ]
+        if isinstance(text, str) and return_tensors is None:
+            encoded = {name: values[0] for name, values in encoded.items()}
+        return BatchEncoding(encoded, tensor_type=return_tensors)
+
+    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        return self._file.detokenize(ids, with_special=not skip_special_tokens)
+
+
+def offsets(text: str, pieces: Sequence[bytes]) -> list[Span]:
+    """Return which characters of `text` each token stands for, as (start, end), from the bytes of the tokens.
+
+    A space that the tokenizer adds before a word is no part of the text; where it is a token by itself, it stands for
+    the character it precedes, as in `tokenizers`. A special token that is added stands for nothing. White space that a
+    special token takes in belongs to that token. Raises UserError where text and tokens do not match.
+    """
+    data = text.encode()
+    spans: list[Span] = []
+    position, last = 0, -1  # last: the token that white space taken in would belong to
+    for number, piece in enumerate(pieces):
+        end = _end(data, position, piece)
+        if end is None:
+            after = len(data) - len(data[position:].lstrip())
+            end = _end(data, after, piece)
+            if end is None:  # a token that the tokenizer adds
+                end = position
+            else:
+                if last >= 0:
+                    spans[last] = (spans[last][0], after)
+                position = after
+        spans.append((position, end))
+        last = last if _is_added_space(piece, spans[number]) else number
+        position = end
+    if data[position:].strip() or (data and not spans):
+        raise UserError("llama.cpp's tokens cannot be found again in this text; remove the row.")
+    if position < len(data):
+        spans[last] = (spans[last][0], len(data))
+    for number, (piece, following) in enumerate(zip(pieces, spans[1:], strict=False)):
+        if _is_added_space(piece, spans[number]):
+            spans[number] = (following[0], min(following[0] + 1, len(data)))
+    return _in_characters(data, spans)
+
+
+def _is_added_space(piece: bytes, span: Span) -> bool:
+    return piece == b" " and span[0] == span[1]
+
+
+def _end(data: bytes, position: int, piece: bytes) -> int | None:
+    """Where `piece` ends in `data` if it stands at `position`, its leading space perhaps left out."""
+    for form in (piece, piece.removeprefix(b" ")):
+        if data.startswith(form, position):
+            return position + len(form)
+    return None
+
+
+def _in_characters(data: bytes, spans: Sequence[Span]) -> list[Span]:
+    """Turn spans of bytes into spans of characters; a token within a character stands for the whole of it."""
+    index, character_of = -1, []
+    for byte in data:
+        index += byte & 0xC0 != 0x80  # a byte that begins a character
+        character_of.append(index)
+    character_of.append(index + 1)
+    return [
+        (character_of[start], character_of[end - 1] + 1 if end > start else character_of[start])
+        for start, end in spans
+    ]

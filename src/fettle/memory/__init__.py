@@ -1,1 +1,0 @@
-"""What a run keeps in memory, what that costs, and the plan that fits a budget."""

@@ -1,0 +1,142 @@
+"""A new model from nothing: `fettle pretrain`. The embedded model was made so."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+
+from fettle import terminal
+from fettle.data import Row, end_of_turn
+from fettle.errors import UserError
+from fettle.files import shell_path
+from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
+from fettle.models.device import device_of
+from fettle.models.families import FAMILIES
+from fettle.models.save import save_model
+from fettle.runs import resume
+from fettle.runs.defaults import complete, length_limit, require_sensible
+from fettle.runs.job import Job, run
+from fettle.runs.options import Device, PretrainOptions
+from fettle.runs.outcome import Outcome
+from fettle.runs.rows import fingerprints, prepare, read_data, show_data
+from fettle.tiny.tokenizer import train_tokenizer
+
+
+def pretrain(options: PretrainOptions, *, console: Console | None = None) -> Outcome:
+    """Learn a tokenizer and all weights of a new model from `options.data`; leave a full checkpoint in `output`.
+
+    Raises UserError for what the user can mend, before anything is written.
+    """
+    require_sensible(options)
+    options = dataclasses.replace(options, output=resume.new_output(options.output))
+    return run(_prepare(options, {}, console or terminal.console()))
+
+
+def resume_pretraining(output: str | Path, *, console: Console | None = None) -> Outcome | None:
+    """Go on with the interrupted run in `output`; None where it has come to its end already."""
+    output = Path(output).expanduser()
+    options = resume.options_to_resume(output, PretrainOptions)
+    if options is None:
+        return None
+    return run(_prepare(options, resume.read_facts(output), console or terminal.console()))
+
+
+def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) -> Job:
+    asked_steps = options.max_steps
+    rows = read_data(options.data)
+    seen = fingerprints(options)
+    resume.require_unchanged(facts, seen, options)
+    longest = length_limit(options, options.context)
+    tokenizer = _tokenizer(rows, options)
+    material = prepare(options, tokenizer, longest, rows)
+    show_data(material, options, console)
+    device = cast(Device, device_of(options.device).type)
+    set_seed(options.seed)
+    model = new_model(options, tokenizer).to(torch.device(device))
+    parameters = model.num_parameters()
+    options = complete(
+        dataclasses.replace(options, device=device, max_length=longest),
+        packs=len(material.train),
+        parameters=parameters,
+        weight_bytes=model.get_memory_footprint(),
+        is_full=True,
+    )
+    output = shell_path(Path(options.output))
+    return Job(
+        options=options,
+        asked_steps=asked_steps,
+        model=model,
+        tokenizer=tokenizer,
+        material=material,
+        model_name=f"{FAMILIES[options.family].architecture} with {parameters / 1e6:.2f} M weights",
+        method=f"all weights from random, learning rate {options.learning_rate:g}, {device}",
+        command="pretrain",
+        facts=facts | {"fingerprints": seen},
+        finish=lambda: _finish(model, options),
+        save=lambda to: save_model(model, tokenizer, to),
+        last_file="config.json",
+        next_commands=[
+            f'fettle generate --model {output} --prompt "..."',
+            f"fettle train --model {output} --data my_chats.jsonl --output my-model",
+        ],
+        console=console,
+    )
+
+
+def _tokenizer(rows: list[Row], options: PretrainOptions) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = train_tokenizer((text for row in rows for text in _texts(row)), options.vocab_size)
+    except ValueError as error:
+        raise UserError(f"--vocab-size: {error}.") from error
+    tokenizer.model_max_length = options.context
+    return tokenizer
+
+
+def _finish(model: DecoderForCausalLM, options: PretrainOptions) -> None:
+    """Bring the model into the form it is saved in, so that what is scored is what is saved."""
+    model.to(getattr(torch, options.save_dtype))
+    model.config.use_cache = True  # the trainer switches it off
+
+
+def _texts(row: Row) -> list[str]:
+    words = [message["content"] for message in row.messages]
+    return words + [text for text in (row.prompt, row.completion, row.text) if text is not None]
+
+
+def new_model(options: PretrainOptions, tokenizer: PreTrainedTokenizerBase) -> DecoderForCausalLM:
+    """A model of the family's own architecture with random weights in fp32, embedding and head tied."""
+    family = FAMILIES[options.family]
+    if options.hidden_size % options.heads:
+        raise UserError(f"--hidden-size {options.hidden_size} is no multiple of --heads {options.heads}.")
+    if options.hidden_size // options.heads % 2:
+        raise UserError(
+            f"--hidden-size {options.hidden_size} and --heads {options.heads} make heads of "
+            f"{options.hidden_size // options.heads} numbers; rotary positions need an even count."
+        )
+    if options.key_value_heads is not None and options.heads % options.key_value_heads:
+        raise UserError(
+            f"--heads {options.heads} is no multiple of --key-value-heads {options.key_value_heads}."
+        )
+    config = family.config(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=options.intermediate_size,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.key_value_heads or options.heads,
+        max_position_embeddings=options.context,
+        **({"original_max_position_embeddings": options.context} if options.family == "phi3" else {}),
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = causal_lm_class(options.family)(config)
+    stops = [tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)), tokenizer.eos_token_id]
+    model.generation_config = GenerationConfig(
+        eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+    )
+    return model

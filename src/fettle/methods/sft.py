@@ -1,0 +1,165 @@
+"""Supervised fine-tuning with an adapter: `fettle train`, top to bottom."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from fettle import terminal
+from fettle.adapters.found import remembered_name
+from fettle.adapters.lora import adapt
+from fettle.checkpoints.adapter_facts import AdapterFacts, write_facts
+from fettle.checkpoints.dtypes import name_of
+from fettle.checkpoints.fingerprint import fingerprint, tokenizer_fingerprint
+from fettle.checkpoints.folder import inspect, is_adapter
+from fettle.checkpoints.locate import locate
+from fettle.errors import UserError
+from fettle.evaluation import longest_exchange
+from fettle.files import shell_path, sibling
+from fettle.models.decoder import DecoderForCausalLM
+from fettle.models.device import device_of
+from fettle.models.load import load_model, load_tokenizer, stored_model
+from fettle.models.save import save_tokenizer
+from fettle.planning.program import note_program
+from fettle.planning.shapes import Shapes
+from fettle.quantization.layers import is_quantized
+from fettle.recompute.allocator import restored_heap
+from fettle.runs import resume
+from fettle.runs.defaults import complete, length_limit, require_sensible
+from fettle.runs.job import Job, run
+from fettle.runs.memory_plan import follow
+from fettle.runs.options import Device, Quantization, TrainOptions
+from fettle.runs.outcome import Outcome
+from fettle.runs.rows import fingerprints, prepare, read_data, show_data
+
+
+def train(options: TrainOptions, *, console: Console | None = None) -> Outcome:
+    """Fine-tune `options.model` on `options.data`; leave adapter, tokenizer, run file and report in `output`.
+
+    The folder is a plain PEFT adapter. Raises UserError for what the user can mend, before anything is
+    written. Ctrl-C ends the run after the step at hand with a checkpoint; `resume_training` goes on from it.
+    """
+    require_sensible(options)
+    options = dataclasses.replace(options, output=resume.new_output(options.output))
+    note_program()
+    with restored_heap():
+        return run(_prepare(options, {}, console or terminal.console()))
+
+
+def resume_training(output: str | Path, *, console: Console | None = None) -> Outcome | None:
+    """Go on with the interrupted run in `output`, with the options it was started with.
+
+    Ends in the same weights, bit for bit, as a run that was never interrupted. None where the run has come
+    to its end already.
+    """
+    output = Path(output).expanduser()
+    options = resume.options_to_resume(output, TrainOptions)
+    if options is None:
+        return None
+    with restored_heap():
+        return run(_prepare(options, resume.read_facts(output), console or terminal.console()))
+
+
+def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> Job:
+    """Load the model, understand the data, choose what was left open."""
+    folder = _base_folder(options.model)
+    asked_steps = options.max_steps
+    # first: what is wrong with the model is found before a row is read
+    stored = stored_model(inspect(folder))
+    device = device_of(options.device)
+    rows = read_data(options.data)
+    seen = fingerprints(options) | {"model": fingerprint(folder), "tokenizer": tokenizer_fingerprint(folder)}
+    resume.require_unchanged(facts, seen, options)
+    tokenizer = load_tokenizer(folder, stored.config)
+    longest = length_limit(options, stored.config.max_position_embeddings)
+    material = prepare(options, tokenizer, longest, rows)
+    show_data(material, options, console)
+    options = complete(
+        dataclasses.replace(options, device=cast(Device, device.type), max_length=longest),
+        packs=len(material.train),
+        parameters=Shapes.of(stored.config).parameters,
+    )
+    memory = follow(
+        options,
+        stored,
+        device,
+        material.train_lengths,
+        console,
+        material.held_out_lengths,
+        longest_exchange([*material.asked, *material.kept], tokenizer, stored.config.max_position_embeddings),
+    )
+    # its name is its folder, where PEFT looks for its config at each save
+    base = load_model(folder, dtype=memory.work.dtype, device=device, quantization=options.quantization)
+    model = _adapt(base, options)
+    context = fixed_context(base, longest)
+    name = remembered_name(options.model)
+    quantization: Quantization | None = "nf4" if is_quantized(base) else None
+    note = AdapterFacts(base_fingerprint=seen["model"], context_tokens=context, quantization=quantization)
+    dtype = quantization or name_of(base.dtype)
+    result = Path(options.output)
+    output, merged, gguf = map(shell_path, (result, sibling(result, "-merged"), sibling(result, ".gguf")))
+    return Job(
+        options=options,
+        asked_steps=asked_steps,
+        model=model,
+        tokenizer=tokenizer,
+        material=material,
+        model_name=options.model,
+        method=f"LoRA rank {options.rank}, learning rate {options.learning_rate:g}, {device.type}, {dtype}",
+        command="train",
+        facts=facts | {"fingerprints": seen},
+        begin=lambda: base.set_context(context),
+        save=lambda to: _save_adapter(model, tokenizer, name, note, to),
+        last_file="adapter_config.json",
+        next_commands=[
+            f'fettle generate --model {output} --prompt "..."',
+            f"fettle chat --model {output}",
+            f"fettle export --model {output} --format safetensors --to {merged}",
+            f"fettle export --model {output} --format gguf --to {gguf} --verify --ollama",
+            f"vllm serve {merged}",
+        ],
+        console=console,
+        memory=memory,
+    )
+
+
+def _adapt(base: DecoderForCausalLM, options: TrainOptions) -> PeftModel:
+    set_seed(options.seed)  # the adapter's first weights are random
+    return adapt(
+        base,
+        rank=options.rank,
+        alpha=options.alpha,
+        dropout=options.dropout,
+        target_modules=options.target_modules or "all-linear",
+    )
+
+
+def fixed_context(model: DecoderForCausalLM, longest: int) -> int | None:
+    """The context to fix LongRoPE's factors for: the run's, where its rows may pass the original one."""
+    original = model.config.rope_parameters.get("original_max_position_embeddings")
+    return longest if original is not None and longest > original else None
+
+
+def _base_folder(name: str) -> Path:
+    folder = locate(name)
+    if is_adapter(folder):
+        raise UserError(
+            f"--model {name} is an adapter; merge it first (fettle export --model {shell_path(name)} "
+            "--format safetensors --to FOLDER) and train on the merged model."
+        )
+    return folder
+
+
+def _save_adapter(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, base_name: str, note: AdapterFacts, to: Path
+) -> None:
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base_name
+    config.target_modules = sorted(config.target_modules)  # as a set it is in another order in every process
+    model.save_pretrained(str(to), save_embedding_layers=False)
+    (to / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    save_tokenizer(tokenizer, to)
+    write_facts(to, note)

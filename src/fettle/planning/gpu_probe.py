@@ -1,0 +1,163 @@
+"""How fast this device is at this model: one real layer and a piece of its head, run and timed.
+
+A layer's seconds are a fixed part (unpacking, launches), a part by token, and attention, which grows with the
+documents' square and is timed by itself. Two lengths tell the first two apart. Weights are random: none of
+the model's own are needed.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedConfig
+
+from fettle.adapters.lora import adapt
+from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
+from fettle.models.packing import row_documents
+from fettle.ops.token_log_probs import chunk_tokens, token_log_probs
+from fettle.planning.costs import Workload
+from fettle.planning.rates import Line, PairSeconds, Rates, visible_pairs
+from fettle.planning.shapes import Shapes
+from fettle.planning.timing import seconds_of, time_attention, time_product, time_update
+from fettle.quantization.layers import quantize_linears
+from fettle.recompute.policies import Policy
+
+LENGTHS = {"cpu": (128, 512), "cuda": (1024, 4096)}
+ATTENTION_LENGTH = {"cpu": 2048, "cuda": 8192}
+HEAD_ROWS = {"cpu": 65536, "cuda": 32768}
+"""Rows of the head that are timed; the rest goes by proportion."""
+
+
+def probe(
+    config: PreTrainedConfig,
+    shapes: Shapes,
+    work: Workload,
+    device: torch.device,
+    note: Callable[[str], object] = lambda part: None,
+) -> Rates:
+    """Measure. Takes seconds; memory: one layer. note: is told what comes next."""
+    model = _one_layer(config, work, device)
+    note("attention")
+    lengths = (*LENGTHS[device.type], ATTENTION_LENGTH[device.type])
+    attention = {tokens: _attention(tokens, shapes, work, device) for tokens in lengths}
+
+    def line(policy: Policy) -> Line:
+        points = []
+        for tokens in LENGTHS[device.type]:
+            seconds = _time_layer(model, policy, tokens, work, device)
+            pairs = visible_pairs(tokens, shapes.windows[0])
+            share = pairs * attention[tokens].of(policy)
+            points.append((tokens, max(0.1 * seconds, seconds - share)))
+        return Line.through(*points)
+
+    _time_layer(model, Policy.KEEP, LENGTHS[device.type][0], work, device)  # warm-up
+    layers: dict[Policy, Line] = {}
+    for policy in Policy:
+        if policy == Policy.PARK:  # its copies run beside the products
+            layers[policy] = layers[Policy.REDO]
+            continue
+        note(policy.name.lower().replace("_", " "))
+        measured = line(policy)
+        # A leaner policy does the same and more: where it looks faster, that is noise.
+        slower = max([measured, *layers.values()], key=lambda each: each.at(LENGTHS[device.type][1]))
+        layers[policy] = slower
+    note("the rest")
+    return Rates(
+        layers=layers,
+        attention=attention,
+        head=_time_head(shapes, work, device),
+        products=time_product(
+            LENGTHS[device.type][1], shapes.hidden, shapes.intermediate, work.dtype, device
+        ),
+        update=time_update(device),
+    )
+
+
+def _one_layer(config: PreTrainedConfig, work: Workload, device: torch.device) -> DecoderForCausalLM:
+    small = copy.deepcopy(config)
+    small.num_hidden_layers, small.vocab_size, small.pad_token_id = 1, 8, None
+    small.eos_token_id = small.bos_token_id = None
+    if getattr(small, "layer_types", None) is not None:
+        small.layer_types = small.layer_types[:1]
+    with torch.device("meta"):
+        model = causal_lm_class(config.model_type)(small).to(work.dtype)
+    rotary = type(model.model.rotary_emb)(small)
+    model.model.rotary_emb = None
+    model = model.to_empty(device=device)
+    model.model.rotary_emb = rotary.to(device)
+    for parameter in model.parameters():
+        _fill(parameter)
+    if work.is_nf4:
+        quantize_linears(model)
+    targets = "all-linear" if work.targets is None else list(work.targets)
+    adapt(model, rank=work.rank, target_modules=targets)
+    return model.train()
+
+
+def _fill(parameter: torch.Tensor) -> None:
+    """Small random numbers, one block over and over: making billions of them takes longer than the probe."""
+    block = torch.randn(1 << 16, device=parameter.device).mul_(0.02).to(parameter.dtype)
+    flat = parameter.data.view(-1)
+    for start in range(0, flat.numel(), block.numel()):
+        part = flat[start : start + block.numel()]
+        part.copy_(block[: part.numel()])
+
+
+def _time_layer(
+    model: DecoderForCausalLM,
+    policy: Policy,
+    tokens: int,
+    work: Workload,
+    device: torch.device,
+) -> float:
+    x = torch.randn(1, tokens, model.config.hidden_size, device=device).to(work.dtype)
+    grad = torch.randn_like(x)
+    model.set_policies([policy])
+    run = layer_call(model, x.requires_grad_())
+
+    def step() -> None:
+        run().backward(grad)
+
+    if device.type == "cuda":
+        return seconds_of(_recorded(step), device)
+    return seconds_of(step, device)
+
+
+def layer_call(model: DecoderForCausalLM, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A call of the first layer alone on x (1, N, E), one document; what it needs is made beforehand."""
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    cos_sin = model.model.rotary_emb(x, positions, None)
+    documents = row_documents(x, None)
+    layer = model.model.layers[0]
+    return lambda: layer(x, cos_sin=cos_sin, attention_mask=None, documents=documents, past_key_values=None)
+
+
+def _recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """`step` as a CUDA graph, as training runs it: launching kernels one by one would be timed instead."""
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _time_head(shapes: Shapes, work: Workload, device: torch.device) -> float:
+    """One chunk of tokens, as many as the whole vocabulary has: how often the weights are read hangs on that."""
+    rows = min(HEAD_ROWS[device.type], shapes.vocabulary)
+    tokens = min(chunk_tokens(shapes.vocabulary, device.type), LENGTHS[device.type][1])
+    weight = torch.empty(rows, shapes.hidden, device=device, dtype=work.dtype)
+    # as small as a model's: larger logits make probabilities too small for normal numbers, which take 3 times as long
+    _fill(weight)
+    hidden = torch.randn(tokens, shapes.hidden, device=device).to(work.dtype).requires_grad_()
+    labels = torch.zeros(tokens, dtype=torch.long, device=device)
+
+    def run() -> None:
+        token_log_probs(hidden, weight, labels).log_probs.sum().backward()
+
+    run()
+    return seconds_of(run, device) / tokens * shapes.vocabulary / rows
+
+
+def _attention(tokens: int, shapes: Shapes, work: Workload, device: torch.device) -> PairSeconds:
+    size = shapes.query // shapes.heads
+    return time_attention(tokens, (shapes.heads, shapes.key // size), size, work.dtype, device)

@@ -1,0 +1,140 @@
+"""The plan as a table, as JSON, and as advice where nothing fits."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fettle.checkpoints.dtypes import name_of
+from fettle.errors import UserError
+from fettle.files import human_bytes
+from fettle.planning.costs import Workload
+from fettle.planning.plan import Plan, allowed_policies, least_peak
+from fettle.planning.shapes import Shapes
+from fettle.recompute.policies import Policy
+
+NAMES = {
+    Policy.KEEP: "keep everything",
+    Policy.DROP: "redo norms",
+    Policy.REDO_MLP: "redo the MLP",
+    Policy.KEEP_ATTENTION: "redo all but attention",
+    Policy.REDO: "redo the layer",
+    Policy.PARK: "redo the layer, its input parked in host memory",
+}
+
+
+def rows(plan: Plan) -> list[tuple[str, int]]:
+    """Where the memory goes, in bytes; the rows add up to the peak."""
+    return [
+        ("program and libraries", plan.base),
+        ("weights", plan.weights),
+        ("adapters", plan.adapters),
+        ("optimizer", plan.optimizer),
+        ("activations", plan.activations),
+        ("gradients, head and workspace", plan.workspace),
+        *([(f"more during {plan.phase}", plan.other)] if plan.other else []),
+    ]
+
+
+def show_plan(
+    plan: Plan, console: Console, *, work: Workload, budget: int, longest: int | None = None
+) -> None:
+    """Print the table, the policies and what the run will cost."""
+    console.print(_title(work), style="bold", markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=None, padding=(0, 2))
+    table.add_column("part")
+    table.add_column("", justify="right")
+    for name, size in rows(plan):
+        table.add_row(name, human_bytes(size))
+    table.add_section()
+    table.add_row("peak", f"{human_bytes(plan.peak)} of {human_bytes(budget)}", style="bold")
+    console.print(table)
+    layers = ", ".join(f"{count} {NAMES[policy]}" for policy, count in plan.counts().items())
+    limit = f"{100 * plan.share_of_limit:.0f}% of what bare matrix products would allow"
+    lines = [
+        f"layers: {layers}",
+        *_notes(plan.work),
+        f"speed: {rounded_seconds(plan.seconds)} a step of {plan.tokens:,} tokens, "
+        f"{plan.tokens_per_second:,.0f} tokens/s, {limit}",
+    ]
+    if longest is not None:
+        lines.append(f"longest context that fits: {longest:,} tokens")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _title(work: Workload) -> str:
+    dtype = name_of(work.dtype) + (" with NF4 weights" if work.is_nf4 else "")
+    return f"memory on {work.device_type}: rank {work.rank}, {dtype}"
+
+
+def _notes(work: Workload) -> list[str]:
+    """Where memory is saved beside the layers."""
+    notes = []
+    if work.has_outer_embedding:
+        notes.append(
+            "embedding: " + ("in the host's memory" if work.device_type == "cuda" else "read from its file")
+        )
+    if work.returns_memory:
+        notes.append("heap: freed memory goes back at once (leaner, slower)")
+    return notes
+
+
+def rounded_seconds(seconds: float) -> str:
+    """Two figures, never with an exponent: 0.48 s, 1.3 s, 280 s."""
+    rounded = float(f"{seconds:.2g}")
+    return f"{rounded:,.0f} s" if rounded >= 10 else f"{rounded:g} s"
+
+
+def as_dict(plan: Plan, *, budget: int, longest: int) -> dict[str, Any]:
+    """The same as data; bytes and seconds as plain numbers."""
+    return {
+        "budget_bytes": budget,
+        "peak_bytes": plan.peak,
+        "memory_bytes": dict(rows(plan)),
+        "has_outer_embedding": plan.work.has_outer_embedding,
+        "returns_memory": plan.work.returns_memory,
+        "layers": {policy.name.lower(): count for policy, count in plan.counts().items()},
+        "seconds_per_step": plan.seconds,
+        "tokens_per_step": plan.tokens,
+        "tokens_per_second": plan.tokens_per_second,
+        "share_of_limit": plan.share_of_limit,
+        "longest_context_tokens": longest,
+    }
+
+
+def refusal(
+    shapes: Shapes, work: Workload, allowed: tuple[Policy, ...], *, base: int, budget: int, length_option: str
+) -> UserError:
+    """What the least would be, and what each change would save. length_option: the one that sets a row's tokens."""
+    needed = least_peak(shapes, work, allowed, base)
+    advice = []
+    for text, changed, policies in _ways_down(shapes, work, allowed, base, budget, length_option):
+        saved = needed - least_peak(shapes, changed, policies, base)
+        if saved > 0.01 * needed:
+            advice.append(f"{text} saves {human_bytes(saved)}")
+    ways = f"What would bring it down: {'; '.join(advice)}." if advice else "Only a smaller model needs less."
+    return UserError(
+        f"{human_bytes(budget)} of memory is too little: the least this run needs is {human_bytes(needed)}. {ways}"
+    )
+
+
+def _ways_down(
+    shapes: Shapes, work: Workload, allowed: tuple[Policy, ...], base: int, budget: int, length_option: str
+) -> Iterator[tuple[str, Workload, tuple[Policy, ...]]]:
+    """Options that take less memory, as typed, with what they make of the run."""
+    if work.batch_size > 1:
+        size = work.batch_size // 2
+        while size > 1 and least_peak(shapes, work.with_batch_size(size), allowed, base) > budget:
+            size //= 2
+        yield f"--batch-size {size}", work.with_batch_size(size), allowed
+    if not work.is_nf4:
+        yield "--quantization nf4", replace(work, is_nf4=True), allowed
+    if work.rank > 8:
+        yield "--rank 8", replace(work, rank=8), allowed
+    if work.row_tokens > 256:
+        yield f"{length_option} {work.row_tokens // 2}", work.with_tokens(work.tokens // 2), allowed
+    if Policy.REDO not in allowed:
+        yield "without --no-gradient-checkpointing", work, allowed_policies(shapes, work, None)

@@ -1,0 +1,100 @@
+"""What the plan's seconds come from: a device is measured once, and the figures are kept in the user's cache.
+
+A CPU is measured on small parts, whatever the model (planning/cpu_speed.py). On a GPU one layer of the model itself is
+timed (planning/gpu_probe.py), once for each kind of layer.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from rich.console import Console
+
+from fettle.planning.costs import Workload
+from fettle.planning.cpu_speed import CpuSpeed, measure
+from fettle.planning.rates import Rates
+from fettle.planning.shapes import Shapes
+from fettle.planning.speed_cache import QUIET_CORES, Entry, OthersLoad, cache_file, device_key, keep, recall
+from fettle.recompute.allocator import release_unused, restored_heap, set_heap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Speed = TypeVar("Speed", CpuSpeed, Rates)
+GLANCE_SECONDS = 0.2
+"""How long to look whether a machine that was busy when it was measured is quiet now."""
+
+
+def device_rates(
+    config: Callable[[], "PreTrainedConfig"],
+    shapes: Shapes,
+    work: Workload,
+    device: torch.device,
+    *,
+    remeasure: bool,
+    console: Console,
+) -> Rates:
+    """Return the rates for one model, from the cache or measured now; `console` is told of a measurement.
+
+    config: makes transformers' own config of the model, which only timing one of its layers needs.
+    """
+    if device.type == "cpu":
+        key = device_key(device, work.dtype)
+        speed = _recalled(key, CpuSpeed.from_figures, remeasure=remeasure)
+        if speed is None:
+            speed = _measured(key, lambda: measure(work.dtype), device, console)
+        return speed.rates(shapes, work)
+    one_layer = dataclasses.replace(shapes, layers=1, windows=shapes.windows[:1])
+    facts = (one_layer, work.dtype, work.is_nf4, work.rank, sorted(work.targets or ()))
+    key = device_key(device, *facts)
+    rates = _recalled(key, Rates.from_figures, remeasure=remeasure)
+    if rates is not None:
+        return rates
+    from fettle.planning.gpu_probe import (
+        probe,  # which imports PEFT: seconds that a plan on a CPU does not need
+    )
+
+    return _measured(key, lambda: probe(config(), shapes, work, device), device, console)
+
+
+def _recalled(key: str, parse: Callable[[dict[str, Any]], Speed], *, remeasure: bool) -> Speed | None:
+    """Return what the cache has, unless it is to be measured again: on request, or if it was measured on a busy machine
+    that is quiet now."""
+    found = None if remeasure else recall(key)
+    if found is None or (found.was_busy and _is_quiet()):
+        return None
+    try:
+        return parse(found.figures)
+    except (ValueError, KeyError, TypeError, AttributeError):  # edited by hand
+        return None
+
+
+def _is_quiet() -> bool:
+    load = OthersLoad()
+    time.sleep(GLANCE_SECONDS)
+    return load.cores() < QUIET_CORES
+
+
+def _measured(key: str, measure_now: Callable[[], Speed], device: torch.device, console: Console) -> Speed:
+    def tell(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    tell(f"measuring the speed of this {device.type} ...")
+    load = OthersLoad()
+    with restored_heap():
+        if device.type == "cpu":
+            set_heap("reuse")  # as training does
+        speed = measure_now()
+    release_unused()  # what the timed layers took
+    others = load.cores()
+    is_busy = device.type == "cpu" and others >= QUIET_CORES
+    if is_busy:
+        tell(
+            f"other programs used {others:.1f} cores meanwhile: the seconds below may be off. They are measured again "
+            "when the machine is quiet, or with --remeasure."
+        )
+    if not keep(key, Entry(dataclasses.asdict(speed), is_busy)):
+        tell(f"{cache_file()} cannot be written: the speed is measured again by every run.")
+    return speed

@@ -1,0 +1,1 @@
+"""One training run: options, checkpoints and resume, progress, report."""

@@ -1,0 +1,131 @@
+"""What a run leaves on disk so that it can go on after Ctrl-C or kill -9, bit for bit.
+
+    my-model/
+      run.yaml          every option, resolved; written before the first step
+      facts.json        fingerprints of the data and the base weights, the scores before training
+      checkpoints/      checkpoint-N: adapter or weights, optimizer, schedule, random state
+
+A checkpoint is used only if its `complete` mark is there, which is written after everything else in it. Two
+are kept, so that there is a complete one while the next is being written.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import TrainerCallback
+
+from fettle.checkpoints.folder import command_to_finish
+from fettle.errors import UserError
+from fettle.files import LOCK, describe_folder, only_process, require_new_folder, write_aside
+from fettle.options import read
+from fettle.runs.measure import Measurement
+from fettle.runs.options import LoopOptions
+
+RUN_FILE, FACTS_FILE, CHECKPOINTS, MARK = "run.yaml", "facts.json", "checkpoints", "complete"
+REPORT = "report.html"
+"""Written last: a run with one has come to its end."""
+
+Options = TypeVar("Options", bound=LoopOptions)
+
+
+class MarkComplete(TrainerCallback):
+    """Writes the mark into a checkpoint once the trainer has written all the rest."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARK).touch()
+
+
+def new_output(output: str) -> str:
+    """Return where a new run goes, with ~ expanded. Raises UserError where that folder is not free for it."""
+    folder = Path(output).expanduser()
+    if (command := command_to_finish(folder)) and not (folder / REPORT).exists():
+        raise UserError(
+            f"{folder} holds a run that has not ended; go on with it, or name another --output:\n  {command}"
+        )
+    require_new_folder(folder, "a new run")
+    return str(folder)
+
+
+def options_to_resume(output: Path, kind: type[Options]) -> Options | None:
+    """Return the options of the run in `output`, None where it has come to its end. Raises UserError without a run."""
+    require_run(output)
+    if (output / REPORT).exists():
+        if (output / LOCK).exists():  # it was killed after its last file
+            with only_process(output):
+                pass
+        return None
+    return replace(read(kind, output / RUN_FILE), output=str(output))
+
+
+def require_run(output: Path) -> None:
+    """Raise UserError unless `output` holds a run that can be resumed."""
+    if not (output / RUN_FILE).exists():
+        found = describe_folder(output) if output.is_dir() else "nothing"
+        raise UserError(
+            f"{output} holds no run to resume (found {found}, expected {RUN_FILE}); "
+            "give the --output folder of an interrupted run, or leave --resume out to start one."
+        )
+
+
+def last_complete(output: Path) -> Path | None:
+    """Return the newest complete checkpoint, or None; incomplete ones, which a kill left behind, are removed."""
+    found = sorted((output / CHECKPOINTS).glob("checkpoint-*"), key=_step)
+    for folder in found:
+        if not (folder / MARK).exists():
+            shutil.rmtree(folder)
+    complete = [folder for folder in found if folder.exists()]
+    return complete[-1] if complete else None
+
+
+def read_facts(output: Path) -> dict[str, Any]:
+    """Return what was noted of the run so far; empty where it was stopped before there was anything to note.
+
+    Raises UserError for a file that is damaged, or missing although checkpoints were written after it.
+    """
+    file = output / FACTS_FILE
+    if not file.exists():
+        if not any((output / CHECKPOINTS).glob("checkpoint-*")):
+            return {}
+        raise UserError(
+            f"{file} is missing, so nothing says on which data and model the checkpoints beside it were made; "
+            "put it back, or start anew with another --output."
+        )
+    try:
+        facts = dict(json.loads(file.read_text(encoding="utf-8")))
+        if not isinstance(facts.get("fingerprints", {}), dict):
+            raise TypeError("no fingerprints by name")
+        if "before" in facts:
+            Measurement.from_facts(facts["before"])
+        return facts
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{file} is not as fettle wrote it, so the run cannot be resumed to the same result; "
+            "start anew with another --output."
+        ) from error
+
+
+def write_facts(output: Path, facts: dict[str, Any]) -> None:
+    """Note the run's facts, whole or not at all."""
+    with write_aside(output / FACTS_FILE, replace=True) as aside:
+        aside.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def require_unchanged(facts: dict[str, Any], now: dict[str, str], options: LoopOptions) -> None:
+    """Raise UserError where a fingerprint noted when the run began is not today's. now: by option's name."""
+    noted = facts.get("fingerprints", now)
+    for name in now:
+        if noted.get(name) != now[name]:
+            of = "the tokenizer of " if name == "tokenizer" else ""
+            option = "model" if name == "tokenizer" else name
+            raise UserError(
+                f"{of}--{option.replace('_', '-')} {getattr(options, option)} has changed since the run began, so "
+                "it cannot be resumed to the same result; put the old one back, or start anew with another --output."
+            )
+
+
+def _step(folder: Path) -> int:
+    step = folder.name.rpartition("-")[2]
+    return int(step) if step.isdigit() else -1

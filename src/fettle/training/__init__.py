@@ -1,1 +1,0 @@
-"""Training: from options to a result with its proof."""

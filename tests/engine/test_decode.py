@@ -1,0 +1,167 @@
+"""Completions: one by one, in batches, streamed; stock transformers is the oracle."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fettle.engine.decode import Sampling, complete, generate, prompt_text, stop_ids, stream
+from fettle.engine.load import load
+from fettle.errors import UserError
+
+PROMPTS = ["Say 3.", "What is the capital of France?", "Be brief, please. The quick brown fox"]
+SHORT = Sampling(max_new_tokens=10)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+
+
+@pytest.fixture(scope="module")
+def loaded(small_model):
+    return load(small_model, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def stock(small_model):
+    return AutoModelForCausalLM.from_pretrained(small_model).eval()
+
+
+def test_a_batch_of_unequal_prompts_is_answered_as_each_alone(loaded, stock):
+    model, tokenizer = loaded
+    texts = [prompt_text(tokenizer, prompt) for prompt in PROMPTS * 2]
+    expected = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+        output = stock.generate(ids, do_sample=False, max_new_tokens=10, eos_token_id=stops)
+        expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    assert len(set(expected)) == len(PROMPTS)
+    assert complete(model, tokenizer, texts, SHORT, is_rendered=True) == expected
+    assert complete(model, tokenizer, texts, SHORT, is_rendered=True, at_once=2) == expected
+
+
+def test_progress_is_told_and_changes_nothing(loaded):
+    model, tokenizer = loaded
+    texts, counts = [prompt_text(tokenizer, prompt) for prompt in PROMPTS], []
+    told = complete(model, tokenizer, texts, SHORT, is_rendered=True, on_progress=counts.append, at_once=2)
+    assert told == complete(model, tokenizer, texts, SHORT, is_rendered=True)
+    assert counts == sorted(counts)
+    assert counts[0] == pytest.approx(2 / SHORT.max_new_tokens), "a token of two texts"
+    assert len(PROMPTS) - 2 < counts[-1] <= len(PROMPTS)
+
+
+@pytest.mark.parametrize("sampling", [SHORT, Sampling(max_new_tokens=10, temperature=1.3, top_p=0.9, seed=4)])
+def test_streamed_pieces_are_the_whole_answer(loaded, sampling):
+    model, tokenizer = loaded
+    for prompt in PROMPTS:
+        text = prompt_text(tokenizer, prompt)
+        pieces = list(stream(model, tokenizer, text, sampling, is_rendered=True))
+        assert "".join(pieces) == generate(model, tokenizer, prompt, sampling=sampling)
+
+
+def test_what_goes_wrong_while_streaming_is_raised_here(loaded, monkeypatch):
+    model, tokenizer = loaded
+
+    def fail(**_: object) -> None:
+        raise MemoryError("too much")
+
+    monkeypatch.setattr(model, "generate", fail)
+    with pytest.raises(MemoryError, match="too much"):
+        list(stream(model, tokenizer, "Say 3.", SHORT, is_rendered=False))
+
+
+def test_an_answer_ends_at_the_end_of_turn_even_where_the_checkpoint_forgot_it(loaded):
+    """The small model's generation_config.json names <|endoftext|> alone; its template ends turns with <|end|>."""
+    model, tokenizer = loaded
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert stop_ids(model.generation_config.eos_token_id, tokenizer) == [tokenizer.eos_token_id, end]
+    forced = torch.full((1, 1, model.config.vocab_size), -1e4)
+    forced[..., end] = 1e4
+    hook = model.lm_head.register_forward_hook(lambda *_: forced)
+    try:
+        assert generate(model, tokenizer, "Say 3.", sampling=Sampling(max_new_tokens=200)) == ""
+    finally:
+        hook.remove()
+
+
+def test_the_model_is_left_in_the_mode_it_was_in(loaded):
+    model, tokenizer = loaded
+    model.train()
+    generate(model, tokenizer, "Say 3.", sampling=SHORT)
+    assert model.training
+    model.eval()
+    generate(model, tokenizer, "Say 3.", sampling=SHORT)
+    assert not model.training
+
+
+def test_the_space_before_the_first_word_is_kept(loaded):
+    """A raw continuation is to be put behind the prompt as it is."""
+    model, tokenizer = loaded
+    space = tokenizer(" fox", add_special_tokens=False)["input_ids"]
+    answers = iter([*space, tokenizer.eos_token_id])
+
+    def say(*_: object) -> torch.Tensor:
+        forced = torch.full((1, 1, model.config.vocab_size), -1e4)
+        forced[..., next(answers)] = 1e4
+        return forced
+
+    hook = model.lm_head.register_forward_hook(say)
+    try:
+        assert generate(model, tokenizer, "The quick brown", raw=True, sampling=SHORT) == " fox"
+    finally:
+        hook.remove()
+
+
+def test_a_trained_adapter_answers_as_it_was_taught(trained):
+    model, tokenizer = load(trained, device="cpu")
+    assert generate(model, tokenizer, "Say 5.", sampling=SHORT).startswith("Here is")
+
+
+@pytest.mark.parametrize("is_adapter", [False, True], ids=["full model", "adapter"])
+def test_greedy_is_greedy_whatever_the_checkpoint_asks_for(small_model, trained, tmp_path, is_adapter):
+    """Penalties in generation_config.json would forbid the words that the prompt and the training taught."""
+    folder = shutil.copytree(small_model, tmp_path / "model")
+    file = folder / "generation_config.json"
+    penalties = {"repetition_penalty": 8.0, "no_repeat_ngram_size": 2, "min_new_tokens": 5, "num_beams": 2}
+    file.write_text(json.dumps(json.loads(file.read_text()) | penalties))
+    plain, insistent = small_model, folder
+    if is_adapter:
+        plain, insistent = trained, shutil.copytree(trained, tmp_path / "adapter")
+        settings = json.loads((insistent / "adapter_config.json").read_text())
+        settings["base_model_name_or_path"] = str(folder)
+        (insistent / "adapter_config.json").write_text(json.dumps(settings))
+    model, tokenizer = load(insistent, device="cpu")
+    texts = [prompt_text(tokenizer, prompt) for prompt in PROMPTS]
+    sampling = Sampling(max_new_tokens=40)
+    expected = complete(*load(plain, device="cpu"), texts, sampling, is_rendered=True)
+    assert complete(model, tokenizer, texts, sampling, is_rendered=True) == expected
+    for text, answer in zip(texts, expected, strict=True):
+        assert "".join(stream(model, tokenizer, text, sampling, is_rendered=True)) == answer
+    kept = [model.generation_config, *([model.get_base_model().generation_config] if is_adapter else [])]
+    assert {(config.repetition_penalty, config.no_repeat_ngram_size) for config in kept} == {(8.0, 2)}
+
+
+def test_room_in_the_context(loaded):
+    model, tokenizer = loaded
+    with pytest.raises(UserError, match="256"):
+        generate(model, tokenizer, "1 " * 200, raw=True)
+    with pytest.raises(UserError, match="--max-new-tokens"):
+        generate(model, tokenizer, "Say 3.", sampling=Sampling(max_new_tokens=255))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": float("nan")},
+        {"seed": -1},
+    ],
+    ids=str,
+)
+def test_a_sampling_that_cannot_be_meant(values):
+    with pytest.raises(UserError, match=f"--{next(iter(values)).replace('_', '-')}"):
+        Sampling(**values)

@@ -1,0 +1,218 @@
+"""A run that was killed goes on and ends in the same bits."""
+
+import io
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fettle.errors import UserError
+from fettle.files import sha256_of
+from fettle.methods.pretrain import new_model
+from fettle.methods.sft import resume_training, train
+from fettle.models.save import save_model
+from fettle.runs import resume
+from fettle.runs.options import PretrainOptions, TrainOptions
+from fettle.tiny.lessons import lessons
+from fettle.tiny.tokenizer import train_tokenizer
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A small checkpoint and its rows, on disk."""
+    import json
+
+    import torch
+
+    folder = tmp_path_factory.mktemp("material")
+    rows = list(lessons(150, seed=3, split="train"))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = train_tokenizer([m["content"] for row in rows for m in row["messages"]], 350)
+    torch.manual_seed(0)
+    sizes = PretrainOptions(
+        data="", output="", hidden_size=32, intermediate_size=64, layers=2, heads=2, context=256
+    )
+    save_model(new_model(sizes, tokenizer), tokenizer, folder / "model")
+    return folder
+
+
+def command(material: Path, output: Path, *more: str) -> list[str]:
+    start = [sys.executable, "-m", "fettle", "train"]
+    if "--resume" in more:
+        return [*start, "--output", str(output), "--resume"]
+    options = {
+        "--model": material / "model",
+        "--data": material / "rows.jsonl",
+        "--output": output,
+        "--max-steps": STEPS,
+        "--save-steps": 3,
+        "--eval-steps": 5,
+        "--samples": 2,
+        "--dropout": 0.1,  # random numbers in every step: their state must survive too
+        "--gradient-accumulation-steps": 2,
+        "--device": "cpu",
+    }
+    return [*start, *(str(word) for pair in options.items() for word in pair)]
+
+
+def run(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(material):
+    output = material / "whole"
+    done = run(command(material, output))
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def weights(output: Path) -> str:
+    return sha256_of([output / "adapter_model.safetensors"])
+
+
+def wait_for(condition, process, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "the run did not get there"
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_a_random_point_it_ends_in_the_same_bits(material, uninterrupted, seed):
+    output = material / f"killed-{seed}"
+    at = random.Random(seed).choice(range(0, STEPS - 3, 3))
+    process = subprocess.Popen(
+        command(material, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    checkpoints = output / resume.CHECKPOINTS
+    # the folder appears before it is complete, so the kill may fall into the writing of a checkpoint
+    wait_for(lambda: (checkpoints / f"checkpoint-{at}").exists() if at else checkpoints.exists(), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (output / "adapter_config.json").exists()
+
+    again = run(command(material, output, "--resume"))
+    assert again.returncode == 0, again.stderr
+    assert weights(output) == weights(uninterrupted)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(material, uninterrupted):
+    output = material / "interrupted"
+    process = subprocess.Popen(
+        command(material, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: (output / resume.CHECKPOINTS / "checkpoint-3").exists(), process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert f"fettle train --resume --output {output}" in errors
+    assert "Traceback" not in errors
+
+    again = run(command(material, output, "--resume"))
+    assert again.returncode == 0, again.stderr
+    assert weights(output) == weights(uninterrupted)
+
+    finished = run(command(material, output, "--resume"))
+    assert finished.returncode == 0
+    assert "has come to its end" in finished.stdout
+
+
+@pytest.mark.slow
+def test_killed_after_its_last_step_it_makes_no_further_one(material):
+    output = material / "late"
+    words = [*command(material, output), "--schedule", "constant"]  # a further step would move the weights
+    assert run(words).returncode == 0
+    before = weights(output)
+    points = (output / "report.html").read_text().count("<circle")
+    for name in (
+        "report.html",
+        "adapter_config.json",
+    ):  # as a kill between the last step and the end leaves it
+        (output / name).unlink()
+    again = run(command(material, output, "--resume"))
+    assert again.returncode == 0, again.stderr
+    assert weights(output) == before
+    assert (output / "report.html").read_text().count("<circle") == points
+
+
+def test_an_incomplete_checkpoint_is_never_used(tmp_path):
+    for step, is_complete in ((5, True), (10, True), (15, False)):
+        folder = tmp_path / resume.CHECKPOINTS / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "optimizer.pt").write_bytes(os.urandom(8))
+        if is_complete:
+            (folder / resume.MARK).touch()
+    assert resume.last_complete(tmp_path) == tmp_path / resume.CHECKPOINTS / "checkpoint-10"
+    assert not (tmp_path / resume.CHECKPOINTS / "checkpoint-15").exists()
+
+
+@pytest.mark.parametrize("name", ["train", "pretrain"])
+def test_a_new_run_is_not_started_over_one_that_has_not_ended(cli, tmp_path, name):
+    output = tmp_path / "my run"
+    output.mkdir()
+    (output / resume.RUN_FILE).write_text(f"# Repeat this run: fettle {name} --config run.yaml\n")
+    model = ["--model", "x"] if name == "train" else []
+    ended = cli(name, *model, "--data", "x", "--output", output)
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].strip() == f"fettle {name} --resume --output '{output}'"
+
+
+def test_a_run_killed_before_its_run_file_was_written_is_started_again(cli, tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".partial-999999999-run.yaml").touch()
+    ended = cli("train", "--resume", "--output", tmp_path)
+    assert ended.code == 2 and "holds no run to resume (found nothing" in ended.err
+    assert "leave --resume out to start one" in ended.err
+    assert resume.new_output(str(tmp_path)) == str(tmp_path)
+
+
+def test_checkpoints_without_the_facts_of_their_run_are_refused(tmp_path):
+    assert resume.read_facts(tmp_path) == {}
+    (tmp_path / resume.CHECKPOINTS / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"facts\.json is missing"):
+        resume.read_facts(tmp_path)
+
+
+def test_the_lock_of_a_run_killed_after_its_report_goes(tmp_path):
+    for name in (resume.RUN_FILE, resume.REPORT, ".lock"):
+        (tmp_path / name).touch()
+    assert resume.options_to_resume(tmp_path, TrainOptions) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == [resume.REPORT, resume.RUN_FILE]
+
+
+def test_without_a_checkpoint_a_resumed_run_starts_at_its_first_step(small_model, chats, tmp_path):
+    options = TrainOptions(
+        model=str(small_model),
+        data=str(chats),
+        output=str(tmp_path / "run"),
+        max_steps=2,
+        samples=1,
+        device="cpu",
+    )
+    train(options, console=Console(file=io.StringIO()))
+    before = weights(tmp_path / "run")
+    for name in (resume.REPORT, "adapter_config.json"):
+        (tmp_path / "run" / name).unlink()
+    shutil.rmtree(tmp_path / "run" / resume.CHECKPOINTS)
+    console = Console(file=io.StringIO())
+    resume_training(tmp_path / "run", console=console)
+    assert "no checkpoint had been saved yet" in console.file.getvalue()
+    assert weights(tmp_path / "run") == before
+
+
+def test_a_home_folder_is_meant_in_a_run_file_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resume.new_output("~/run") == str(tmp_path / "run")
