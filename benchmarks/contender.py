@@ -311,7 +311,7 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
 def materialise_nf4(model: Any, device: torch.device) -> Any:
     """As `materialise`, each matrix quantised before the next is made; on a CPU the token table lies in a file, as that
     of a checkpoint would."""
-    from fettle.models.outer_embedding import OuterEmbedding
+    from fettle.models.offloaded_embedding import OffloadedEmbedding
     from fettle.quantization.nf4 import Nf4Linear
 
     if device.type == "cpu" and not model.config.tie_word_embeddings:
@@ -319,7 +319,7 @@ def materialise_nf4(model: Any, device: torch.device) -> Any:
         fill("model.embed_tokens.weight", table)
         file = Path(tempfile.mkdtemp()) / "table"
         table.view(torch.uint8).numpy().tofile(file)
-        model.model.embed_tokens = OuterEmbedding.mapped(
+        model.model.embed_tokens = OffloadedEmbedding.mapped(
             file, 0, tuple(table.shape), table.dtype, model.config.pad_token_id
         )
         del table

@@ -6,7 +6,7 @@ from pathlib import Path
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
-from fettle.adapters.lora import Shapes, adapter_config_of, require_fit, shapes_in
+from fettle.adapters.lora import TensorShapes, adapter_config_of, require_fit, shapes_in
 from fettle.adapters.vocabulary import rows_with
 from fettle.checkpoints.adapter_facts import AdapterFacts, facts_for
 from fettle.checkpoints.folder import Checkpoint, inspect, is_adapter, read_adapter_config
@@ -32,7 +32,7 @@ class Found:
     tokenizer: PreTrainedTokenizerBase
     adapter: LoraConfig | None = None
     facts: AdapterFacts | None = None
-    shapes: Shapes = field(default_factory=dict)
+    shapes: TensorShapes = field(default_factory=dict)
 
 
 def find(name: str | Path) -> Found:

@@ -26,7 +26,7 @@ from fettle.ops.lora_linear import LowRank, Projection
 from fettle.quantization.layers import matrix_of
 from fettle.quantization.nf4 import Nf4Linear
 
-Shapes = dict[str, tuple[int, ...]]
+TensorShapes = dict[str, tuple[int, ...]]
 """Of an adapter's tensors, by name."""
 
 PLAIN_OPTIONS = {
@@ -174,7 +174,7 @@ def adapter_config_of(folder: Path) -> LoraConfig:
     return config
 
 
-def shapes_in(folder: Path) -> Shapes:
+def shapes_in(folder: Path) -> TensorShapes:
     """The shapes of an adapter folder's tensors, by name."""
     return {name: place.header.shape for name, place in read_places(folder / ADAPTER_WEIGHTS).items()}
 
@@ -198,7 +198,7 @@ def _use_our_layer(config: LoraConfig) -> None:
     config._register_custom_module({nn.Linear: LoraLinear, Nf4Linear: LoraLinear})
 
 
-def require_fit(model: PreTrainedModel, shapes: Shapes, folder: Path) -> None:
+def require_fit(model: PreTrainedModel, shapes: TensorShapes, folder: Path) -> None:
     """Compare every lora_A and lora_B matrix with the linear layer it is meant for."""
     modules, owner = dict(model.named_modules()), model.name_or_path or "its base"
     for name, shape in shapes.items():
@@ -220,7 +220,7 @@ def require_fit(model: PreTrainedModel, shapes: Shapes, folder: Path) -> None:
             )
 
 
-def require_whole(model: PreTrainedModel, config: LoraConfig, shapes: Shapes, folder: Path) -> None:
+def require_whole(model: PreTrainedModel, config: LoraConfig, shapes: TensorShapes, folder: Path) -> None:
     """Raise UserError where the folder's tensors are not just those that its config makes on the model.
 
     model: one without memory for its weights; it is changed. config: of plain LoRA.
@@ -233,7 +233,7 @@ def require_whole(model: PreTrainedModel, config: LoraConfig, shapes: Shapes, fo
     _require_all(adapted, shapes, folder)
 
 
-def _require_all(adapted: PeftModel, shapes: Shapes, folder: Path) -> None:
+def _require_all(adapted: PeftModel, shapes: TensorShapes, folder: Path) -> None:
     """Raise UserError where the folder's tensors are not exactly those the adapter has; PEFT only warns."""
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     # older releases wrote DoRA's magnitudes without the suffix

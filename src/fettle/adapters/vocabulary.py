@@ -12,16 +12,16 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedConfig
 
-from fettle.adapters.lora import Shapes
+from fettle.adapters.lora import TensorShapes
 from fettle.errors import UserError
 from fettle.models.decoder import DecoderForCausalLM
-from fettle.models.outer_embedding import OuterEmbedding
+from fettle.models.offloaded_embedding import OffloadedEmbedding
 
 _WHOLE = re.compile(r"(embed_tokens|lm_head)\.((modules_to_save|(token_adapter\.)?base_layer)\.)?weight$")
 _PART = re.compile(r"(embed_tokens\.lora_embedding_A|lm_head\.lora_B\.weight)$")
 
 
-def rows_with(config: PreTrainedConfig, adapter: LoraConfig, shapes: Shapes, folder: Path) -> int:
+def rows_with(config: PreTrainedConfig, adapter: LoraConfig, shapes: TensorShapes, folder: Path) -> int:
     """Return how many rows embedding and head have with the adapter: the base's, or those that the adapter brings.
 
     shapes: of the adapter's tensors. Raises UserError where it needs other rows than the base's and does not bring
@@ -44,10 +44,10 @@ def rows_with(config: PreTrainedConfig, adapter: LoraConfig, shapes: Shapes, fol
     return rows.pop()
 
 
-def fit_vocabulary(model: DecoderForCausalLM, rows: int, shapes: Shapes) -> None:
+def fit_vocabulary(model: DecoderForCausalLM, rows: int, shapes: TensorShapes) -> None:
     """Give embedding and head as many rows, and room in memory for what the adapter brings for them."""
     table = model.model.embed_tokens
-    if isinstance(table, OuterEmbedding) and any(".embed_tokens." in name for name in shapes):
+    if isinstance(table, OffloadedEmbedding) and any(".embed_tokens." in name for name in shapes):
         # PEFT writes into parameters, and would pass over a table that is none
         model.model.embed_tokens = nn.Embedding.from_pretrained(
             table.weight.clone(), padding_idx=table.padding_idx

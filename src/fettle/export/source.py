@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from fettle.adapters.found import Found, find
-from fettle.adapters.lora import Shapes, is_plain_lora, require_whole
+from fettle.adapters.lora import TensorShapes, is_plain_lora, require_whole
 from fettle.adapters.lora import adapter_config_of as read_adapter
 from fettle.checkpoints.folder import ADAPTER_WEIGHTS, Checkpoint, is_nf4
 from fettle.engine.decode import stop_ids
@@ -105,7 +105,7 @@ def _adapted(source: Source, found: Found, adapter: LoraConfig) -> None:
     source.tensors = merged
 
 
-def require_plain(config: PreTrainedConfig, adapter: LoraConfig, shapes: Shapes, folder: Path) -> None:
+def require_plain(config: PreTrainedConfig, adapter: LoraConfig, shapes: TensorShapes, folder: Path) -> None:
     """Raise UserError unless a plain adapter is whole, fits the model, and adapts no head that is the embedding."""
     require_whole(empty_model(config), adapter, shapes, folder)
     if config.tie_word_embeddings and any(f".{HEAD}.lora_" in name for name in shapes):

@@ -22,9 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from fettle.models.families import FAMILIES, Family, head_dim_of, option, sliding_window_of
-from fettle.models.graphs import LayerGraphs, adapters_at_work
+from fettle.models.graphs import LayerGraphs, active_adapters
 from fettle.models.mlp import DecoderMLP
-from fettle.models.outer_embedding import OuterEmbedding
+from fettle.models.offloaded_embedding import OffloadedEmbedding
 from fettle.models.packing import find_documents, row_documents
 from fettle.models.projections import project
 from fettle.models.rope import DecoderRotaryEmbedding
@@ -245,10 +245,10 @@ class Decoder(DecoderPreTrainedModel):
         self.graphs: LayerGraphs | None = None
         self.post_init()
 
-    def move_embedding_out(self) -> None:
+    def offload_embedding(self) -> None:
         """Keep the frozen token table in the host's memory, where it is not the head's as well."""
-        if not isinstance(self.embed_tokens, OuterEmbedding):
-            self.embed_tokens = OuterEmbedding(self.embed_tokens.weight, self.embed_tokens.padding_idx)
+        if not isinstance(self.embed_tokens, OffloadedEmbedding):
+            self.embed_tokens = OffloadedEmbedding(self.embed_tokens.weight, self.embed_tokens.padding_idx)
 
     def use_graphs(self, tokens: int) -> None:
         """Replay training's rows of up to `tokens` tokens as CUDA graphs; for frozen embeddings without dropout."""
@@ -260,7 +260,7 @@ class Decoder(DecoderPreTrainedModel):
                 x = layer(x, cos_sin=cos_sin, attention_mask=None, documents=documents, past_key_values=None)
             return x
 
-        self.graphs = LayerGraphs(layers, self.layers.parameters(), tokens, adapters_at_work(self.layers))
+        self.graphs = LayerGraphs(layers, self.layers.parameters(), tokens, active_adapters(self.layers))
 
     @can_return_tuple
     def forward(

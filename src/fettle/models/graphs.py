@@ -93,7 +93,7 @@ class LayerGraphs:
         return found
 
 
-def adapters_at_work(layers: nn.Module) -> Callable[[], Hashable]:
+def active_adapters(layers: nn.Module) -> Callable[[], Hashable]:
     """What tells which adapters are at work: PEFT switches those of all layers together."""
     adapted: Any = next((each for each in layers.modules() if hasattr(each, "disable_adapters")), None)
     return lambda: None if adapted is None else (adapted.disable_adapters, tuple(adapted.active_adapters))

@@ -20,8 +20,8 @@ from fettle.data.template import start_renderer
 from fettle.errors import UserError, reason_of
 from fettle.models.config import StoredModel, read_config
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
+from fettle.models.progress_bars import without_progress_bars
 from fettle.models.quantized import load_nf4
-from fettle.models.quiet import without_progress_bars
 from fettle.quantization.nf4 import STATE_KEY
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")

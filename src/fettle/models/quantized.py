@@ -19,7 +19,7 @@ from fettle.checkpoints.safetensors_header import Place, read_places
 from fettle.errors import UserError
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.device import maps_embedding
-from fettle.models.outer_embedding import OuterEmbedding
+from fettle.models.offloaded_embedding import OffloadedEmbedding
 from fettle.models.rope import DecoderRotaryEmbedding
 from fettle.models.save import save_model
 from fettle.ops.nf4 import Nf4, nf4_quantize
@@ -116,7 +116,7 @@ def _map_embedding(model: DecoderForCausalLM, stored: StoredTensors, dtype: torc
     """Leave the token table in its file, if it lies there as the processor reads it."""
     place = stored.places[TABLE]
     if place.start % dtype.itemsize == 0:
-        model.model.embed_tokens = OuterEmbedding.mapped(
+        model.model.embed_tokens = OffloadedEmbedding.mapped(
             stored.files[TABLE], place.start, place.header.shape, dtype, model.config.pad_token_id
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fettle.models.quiet import without_progress_bars
+from fettle.models.progress_bars import without_progress_bars
 
 PORTABLE_CLASS = "PreTrainedTokenizerFast"
 LOADING_NOTES = ("backend", "is_local", "local_files_only")

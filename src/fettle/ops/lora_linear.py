@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from fettle.ops.dispatch import product_dtype
 from fettle.ops.nf4 import Nf4
-from fettle.ops.room import at_work
+from fettle.ops.scratch import dense_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ def frozen_linear(
     rows: torch.Tensor, weight: torch.Tensor | Nf4, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Rows W^T + bias in the dtype of `rows` (T, inputs)."""
-    with at_work([weight], rows.dtype) as (matrix,):
+    with dense_weights([weight], rows.dtype) as (matrix,):
         return F.linear(rows, matrix, None if bias is None else bias.to(rows.dtype))
 
 
@@ -176,7 +176,7 @@ def _input_gradient(grads: Sequence[torch.Tensor], layers: Sequence[Projection])
     """The frozen matrices' share of the gradient of x, (T, inputs)."""
     total: torch.Tensor | None = None
     for grad, layer in zip(grads, layers, strict=True):
-        with at_work([layer.weight], grad.dtype) as (matrix,):
+        with dense_weights([layer.weight], grad.dtype) as (matrix,):
             total = grad @ matrix if total is None else total.addmm_(grad, matrix)
     assert total is not None
     return total

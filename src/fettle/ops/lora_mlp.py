@@ -26,7 +26,7 @@ from fettle.ops.dispatch import product_dtype
 from fettle.ops.gated_activation import gated_activation_backward, gated_activation_forward
 from fettle.ops.lora_linear import LowRank, Projection
 from fettle.ops.nf4 import dense
-from fettle.ops.room import at_work
+from fettle.ops.scratch import dense_weights
 
 Keep = Literal["gates", "input"]
 
@@ -91,7 +91,7 @@ class _LoraMLP(torch.autograd.Function):
         if keep == "input" and skip_output:
             return output
         dtype = product_dtype(rows)
-        with _linears_at_work(mlp, dtype, has_down=not skip_output) as (*gate_up, down):
+        with _dense_linears(mlp, dtype, has_down=not skip_output) as (*gate_up, down):
             for tile in _tiles(rows):
                 x_tile = rows[tile].to(dtype)
                 gate, up = (linear.forward(x_tile) for linear in gate_up)
@@ -113,7 +113,7 @@ class _LoraMLP(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        with _linears_at_work(mlp, dtype) as (gate, up, down):
+        with _dense_linears(mlp, dtype) as (gate, up, down):
             for tile in _tiles(rows):
                 kept_tile = [whole[tile] for whole in kept]
                 grad_tile = _backward_tile(
@@ -190,13 +190,13 @@ class _Linear:
 
 
 @contextmanager
-def _linears_at_work(
+def _dense_linears(
     mlp: MLP, dtype: torch.dtype, *, has_down: bool = True
 ) -> Iterator[tuple[_Linear, _Linear, _Linear]]:
     """The gate's matrix, the up's and the down's within the block, each with its update; a fused gate and up is halved,
     and its halves share A."""
     layers = [*mlp.gate_up, mlp.down] if has_down else list(mlp.gate_up)
-    with at_work([layer.weight for layer in layers], dtype) as weights:
+    with dense_weights([layer.weight for layer in layers], dtype) as weights:
         linears = [_Linear(layer.update, weight) for layer, weight in zip(layers, weights, strict=True)]
         if len(mlp.gate_up) == 1:
             linears[:1] = _halved(linears[0])

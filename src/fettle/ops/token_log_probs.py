@@ -22,7 +22,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fettle.ops.dispatch import product_dtype
-from fettle.ops.room import scratch
+from fettle.ops.scratch import scratch
 
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**26}
 """Of fp32 logits in a chunk."""

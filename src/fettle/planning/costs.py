@@ -189,8 +189,7 @@ def _per_token_cuda(s: Shapes, policy: Policy) -> tuple[int, int]:
 
 
 def scratch_bytes(shapes: Shapes, work: Workload) -> int:
-    """On a CPU: the memory that matrices at work and the head's chunks share (ops/room.py): an MLP's three matrices, or
-    a chunk's logits."""
+    """On a CPU: the scratch buffer (ops/scratch.py): an MLP's three matrices, or the logits of a chunk of tokens."""
     if work.device_type != "cpu":
         return 0
     return max(_unpacked(work, 3 * shapes.hidden * shapes.intermediate), _head_scratch(shapes, work))

@@ -18,7 +18,7 @@ from fettle.errors import UserError
 from fettle.ops.dispatch import product_dtype
 from fettle.ops.lora_linear import frozen_linear
 from fettle.ops.nf4 import BLOCK, NESTED_BLOCK, TABLE, Nf4, dense, nf4_quantize
-from fettle.ops.room import at_work
+from fettle.ops.scratch import dense_weights
 
 STATE_KEY = "weight.quant_state.bitsandbytes__nf4"
 _PARTS = ("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", STATE_KEY)
@@ -169,6 +169,6 @@ class _Nf4Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows = grads[0].reshape(-1, grads[0].shape[-1])
         dtype = product_dtype(rows)
-        with at_work([ctx.weight], dtype) as (matrix,):
+        with dense_weights([ctx.weight], dtype) as (matrix,):
             grad_x = (rows.to(dtype) @ matrix).to(rows.dtype)
         return grad_x.view(*grads[0].shape[:-1], -1), None, None

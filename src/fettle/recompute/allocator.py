@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from fettle.ops.room import ROOM
+from fettle.ops.scratch import SHARED_BUFFER
 
 Heap = Literal["default", "reuse", "return"]
 """reuse: tensors of up to 2 GB are served from the heap, and what is freed is kept for the next one. return: each
@@ -44,14 +44,14 @@ def restored_heap() -> Iterator[None]:
     try:
         yield
     finally:
-        ROOM.release()
+        SHARED_BUFFER.release()
         set_heap(before)
 
 
 def release_unused() -> None:
     """Hand everything that is free back to the system."""
     gc.collect()
-    ROOM.release()
+    SHARED_BUFFER.release()
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
 

@@ -187,7 +187,7 @@ class Followed:
         self.model = model
         model.set_policies(self.plan.policies)
         if self.plan.work.has_outer_embedding:
-            model.model.move_embedding_out()
+            model.model.offload_embedding()
         if self.plan.work.device_type == "cpu":
             set_heap("return" if self.plan.work.returns_memory else "reuse")
         if can_replay(model) and Policy.PARK not in self.plan.policies:

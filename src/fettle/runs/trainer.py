@@ -25,7 +25,7 @@ from trl import SFTConfig
 
 from fettle.data import collator
 from fettle.models.modes import evaluating
-from fettle.models.quiet import without_progress_bars
+from fettle.models.progress_bars import without_progress_bars
 from fettle.planning.program import peak_memory_bytes, reset_peak_memory
 from fettle.runs.memory_plan import Followed
 from fettle.runs.options import LoopOptions

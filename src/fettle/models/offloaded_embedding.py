@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 
-class OuterEmbedding(nn.Embedding):
+class OffloadedEmbedding(nn.Embedding):
     """As `nn.Embedding` with `weight` (rows, channels) on the CPU, where `.to(device)` leaves it: no parameter, though
     it is saved like one."""
 
@@ -32,7 +32,7 @@ class OuterEmbedding(nn.Embedding):
     @classmethod
     def mapped(
         cls, file: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype, padding_idx: int | None
-    ) -> "OuterEmbedding":
+    ) -> "OffloadedEmbedding":
         """With a table that lies in `file` from byte `start` on. Writing to it changes no file."""
         content = np.memmap(
             file, dtype=np.uint8, mode="c", offset=start, shape=math.prod(shape) * dtype.itemsize
@@ -54,7 +54,7 @@ class OuterEmbedding(nn.Embedding):
             self._mapping.madvise(mmap.MADV_DONTNEED)
         return rows.to(ids.device, non_blocking=True).view(*ids.shape, self.embedding_dim)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "OuterEmbedding":
+    def _apply(self, fn: Any, recurse: bool = True) -> "OffloadedEmbedding":
         """A change of type reaches the table, a change of device does not."""
         dtype = fn(self._table[:0]).dtype
         if dtype != self._table.dtype:
