@@ -53,7 +53,7 @@ def shortage(error: Exception) -> str | None:
     return f"{place}{os.strerror(number)}: {WAYS_OUT[number]}."
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return a library's error as one line for a UserError: its first line, or two where that only announces.
 
     KeyError and the like, whose text alone says nothing, are named.

@@ -254,6 +254,7 @@ def test_an_index_that_disagrees_with_its_shards_is_named(tmp_path: Path) -> Non
         ),
         (sound["weight_map"] | {"mask": "model-00001-of-00003.safetensors"}, "mask is in"),
         (sound["weight_map"] | {"mask": "../model.safetensors"}, "weight_map"),
+        (sound["weight_map"] | {"mask": "a" * 300}, "weight_map"),
         ({}, "weight_map"),
         (["mask"], "weight_map"),
     ):

@@ -72,6 +72,7 @@ def test_a_partial_rotation_counts_where_it_does_in_transformers(folder_of: Any,
         ),
         ({"rope_scaling": {"type": "su", **FACTORS}}, "rope type 'su' is not supported"),
         ({"quantization_config": "nf4"}, "quantization_config is no JSON object"),
+        ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope"),
     ],
     ids=str,
 )
@@ -107,6 +108,17 @@ def test_tokens_without_rows_are_refused(small_model: Path, tmp_path: Path) -> N
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"the tokenizer has 2 tokens that .* no rows .*'<city>'"):
         load_tokenizer(tmp_path, stored.config)
+
+
+@pytest.mark.parametrize("length", ["4096", {"a": 1}])
+def test_a_tokenizer_that_fails_only_when_it_is_used_is_refused(
+    small_model: Path, tmp_path: Path, length: Any
+) -> None:
+    load_tokenizer(small_model).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": length}))
+    with pytest.raises(UserError, match="tokenizer cannot be read"):
+        load_tokenizer(tmp_path)
 
 
 def test_several_chat_templates_need_a_default(small_model: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ cover (several adapters at once, dropout, DoRA, a merged layer) falls back to PE
 """
 
 import copy
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,7 +156,15 @@ def _values_of(folder: Path) -> Iterator[None]:
     """Name adapter_config.json where PEFT raises for values that make no adapter."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        RuntimeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        re.error,
+    ) as error:
         raise UserError(f"{folder / 'adapter_config.json'}: {reason_of(error)}") from error
 
 
@@ -170,6 +179,14 @@ def adapter_config_of(folder: Path) -> LoraConfig:
         raise UserError(
             f"{file}: the adapter's type is {config.peft_type}; "
             "fettle runs LoRA adapters, and PEFT itself the others."
+        )
+    tokens = config.alora_invocation_tokens
+    is_plain_list = isinstance(tokens, list) and all(
+        type(token) is int and 0 <= token < 2**31 for token in tokens
+    )
+    if tokens is not None and not (tokens and is_plain_list):
+        raise UserError(
+            f"{file}: alora_invocation_tokens is {tokens!r}; expected a list of token ids, or null."
         )
     return config
 

@@ -19,6 +19,8 @@ from fettle.files import shell_path
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LONGEST_NAME = 255
+"""Bytes of a file's name, on all common file systems."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 # Pickles that a trainer leaves beside the weights: not the weights themselves.
@@ -142,7 +144,9 @@ def _indexed_files(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
 
 def _is_file_name(value: object) -> bool:
     """A shard stands beside its index: a path that leads elsewhere is no shard's name."""
-    return isinstance(value, str) and value not in ("", ".", "..") and Path(value).name == value
+    if not isinstance(value, str) or len(value.encode(errors="replace")) > LONGEST_NAME:
+        return False
+    return value not in ("", ".", "..") and Path(value).name == value
 
 
 def _check_index(folder: Path, index: dict[str, str] | None, tensor_files: dict[str, Path]) -> None:

@@ -260,8 +260,8 @@ def stop_ids(named: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) 
     if wrong := [stop for stop in stops if type(stop) is not int or not 0 <= stop < 2**31]:
         raise UserError(f"generation_config.json: eos_token_id has {wrong[0]!r}; expected ids of tokens.")
     ends = [tokenizer.eos_token, end_of_turn(tokenizer) if tokenizer.chat_template else None]
-    stops += [tokenizer.convert_tokens_to_ids(token) for token in ends if token is not None]
-    return list(dict.fromkeys(stops))
+    found = (tokenizer.convert_tokens_to_ids(token) for token in ends if token is not None)
+    return list(dict.fromkeys([*stops, *(index for index in found if index is not None)]))
 
 
 def _new_words(tokenizer: PreTrainedTokenizerBase, prompt_ids: torch.Tensor, ids: torch.Tensor) -> str:

@@ -91,7 +91,10 @@ def load_tokenizer(folder: Path, config: PreTrainedConfig | None = None) -> PreT
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False, **given
         )
-    except Exception as error:  # the library raises whatever its parsers do
+        _try(tokenizer)
+    except BaseException as error:  # whatever its parsers raise
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of its Rust code
+            raise
         raise UserError(
             f"{folder}: the tokenizer cannot be read ({reason_of(error)}); expected the tokenizer.json and "
             "tokenizer_config.json of the original checkpoint."
@@ -104,6 +107,13 @@ def load_tokenizer(folder: Path, config: PreTrainedConfig | None = None) -> PreT
     if tokenizer.chat_template:
         start_renderer()
     return tokenizer
+
+
+def _try(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Use the tokenizer once: some faults of its files show only then."""
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError(f"model_max_length is {tokenizer.model_max_length!r}, expected a number")
+    tokenizer.decode(tokenizer("One word,\n and 2 more. ")["input_ids"])
 
 
 def _require_rows(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -> None:

@@ -36,7 +36,8 @@ class DecoderRotaryEmbedding(nn.Module):
 
     def require_usable(self, where: str) -> None:
         """Raise UserError, naming the file `where`, for a rope type or values that give no usable frequencies."""
-        if self.rope_type == "dynamic" or self.rope_type not in {"default", *ROPE_INIT_FUNCTIONS}:
+        known = {"default", *ROPE_INIT_FUNCTIONS} - {"dynamic"}
+        if not isinstance(self.rope_type, str) or self.rope_type not in known:
             raise UserError(
                 f"{where}: rope type '{self.rope_type}' is not supported; "
                 "expected default, linear, llama3, yarn or longrope."
