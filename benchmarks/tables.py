@@ -27,13 +27,13 @@ def main() -> None:
         if content["kind"] == "comparison":
             chart = PAGE.with_name(f"benchmarks-{file.stem}.svg")
             chart.write_text(bars(content["rows"]))
-            text = f"![Seconds a step]({chart.name})\n\n{text}"
+            text = f"![Seconds per step]({chart.name})\n\n{text}"
         page = between_markers(page, file.stem, text)
     PAGE.write_text(page)
 
 
 def between_markers(page: str, name: str, text: str) -> str:
-    """The page with the text between the name's markers, which are added at the end where it has none."""
+    """The page with the text between the name's markers, which are added at the end if it has none."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     block = f"{begin}\n{text}\n{end}"
     if begin not in page:
@@ -63,7 +63,15 @@ def comparison_table(content: dict[str, Any]) -> str:
         for row in content["rows"]
         for is_base in [row["contender"] == "trl"]
     ]
-    head = ["", "seconds a step", "tokens/s", "of the ceiling", "peak, GB", "times as fast", "of TRL's peak"]
+    head = [
+        "",
+        "seconds per step",
+        "tokens/s",
+        "of the ceiling",
+        "peak, GB",
+        "times as fast",
+        "of TRL's peak",
+    ]
     return table(head, rows)
 
 
@@ -81,7 +89,7 @@ def predictions_table(content: dict[str, Any]) -> str:
         rows.append(
             [name, f"{row['peak_bytes'] / 1e9:.2f}", peak_cell, f"{row['seconds']:.2f}", seconds_cell]
         )
-    return table(["", "peak, GB", "predicted", "seconds a step", "predicted"], rows)
+    return table(["", "peak, GB", "predicted", "seconds per step", "predicted"], rows)
 
 
 def ops_table(content: dict[str, Any]) -> str:
@@ -99,7 +107,7 @@ def ops_table(content: dict[str, Any]) -> str:
 
 def gpu_table(content: dict[str, Any]) -> str:
     """Whole models, preference training, and long contexts, a table of each that was measured."""
-    head = ["", "ms a step", "times as fast", "peak, GB", "predicted", "of TRL's peak"]
+    head = ["", "ms per step", "times as fast", "peak, GB", "predicted", "of TRL's peak"]
     contexts = [
         [
             f"{result['name'].split()[0]}, {int(result['name'].split()[1]):,} tokens, rank {rank}",
@@ -115,9 +123,9 @@ def gpu_table(content: dict[str, Any]) -> str:
         ("A row of 2,048 tokens, rank 16:", head, against_trl(content, "models")),
         ("Pairs of 1,024 tokens each, by TRL's DPO trainer:", head, against_trl(content, "preference")),
         (
-            "One row in NF4, Phi-3.5-mini with a budget of 16 GiB, Llama with every layer redone (one to three steps "
-            "each, of which the first two prepare the graph):",
-            ["", "seconds a step", "predicted", "peak, GB", "predicted"],
+            "One row in NF4, Phi-3.5-mini with a budget of 16 GiB, Llama with every layer recomputed (one to three "
+            "steps each, of which the first two prepare the graph):",
+            ["", "seconds per step", "predicted", "peak, GB", "predicted"],
             contexts,
         ),
     ]
@@ -140,7 +148,7 @@ def against_trl(content: dict[str, Any], part: str) -> list[list[str]]:
             memory = (
                 run["memory"] or ""
             )  # a share of TRL's peak in bytes; a refused one was replaced, with a unit
-            label += f", budget {int(memory) / 1e9:.2f} GB" if memory.isdecimal() else ", the leanest"
+            label += f", budget {int(memory) / 1e9:.2f} GB" if memory.isdecimal() else ", the leanest plan"
         rows.append(
             [
                 f"{model}, {label}",
@@ -173,11 +181,22 @@ def watched_table(content: dict[str, Any]) -> str:
     return table(["", "seconds", "peak resident, GB", "without mapped files, GB"], [row])
 
 
+def plan_memory_table(content: dict[str, Any]) -> str:
+    """Whole processes: the peak as `fettle train` and `fettle plan` predict it, against the measured one."""
+    rows = []
+    for row in content["rows"]:
+        peak = row["peak_bytes"]
+        errors = (row[f"{name}_peak_bytes"] / peak - 1 for name in ("predicted", "plan_command"))
+        rows.append([row["case"], f"{peak / 1e6:.0f}", *(f"{error:+.1%}" for error in errors)])
+    return table(["", "peak, MB", "predicted by train", "predicted by plan"], rows)
+
+
 TABLES = {
     "export": watched_table,
     "loading": watched_table,
     "comparison": comparison_table,
     "gpu": gpu_table,
+    "plan memory": plan_memory_table,
     "predictions": predictions_table,
     "ops": ops_table,
 }
@@ -194,7 +213,7 @@ def circumstances_line(content: dict[str, Any]) -> str:
 
 
 def bars(rows: list[dict[str, Any]]) -> str:
-    """An SVG bar chart of the seconds a step."""
+    """An SVG bar chart of the seconds per step."""
     rows = [row for row in rows if "step_seconds" in row]
     longest = max(row["step_seconds"] for row in rows)
     height = BAR * len(rows) + 10
