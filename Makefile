@@ -1,6 +1,7 @@
 # make quickstart   set up and watch a small model learn a skill (a few minutes)
 # make test         set up and run every check
 # make benchmark    compare with TRL on this machine (a few minutes)
+# make docs         build the documentation site into build/site
 #
 # PYTHON=python3.12 picks another Python (3.11 or later); VENV=elsewhere another place for the environment,
 # OUTPUT=again another folder for the quickstart's result.
@@ -16,15 +17,16 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test benchmark lint format clean
+.PHONY: help quickstart test benchmark docs lint format clean
 MAKEFLAGS += --no-print-directory
 
 help:
 	@echo "make quickstart   set up and watch a small model learn a skill (a few minutes)"
 	@echo "make test         set up and run every check: style, types, tests"
 	@echo "make benchmark    compare with TRL on this machine (a few minutes)"
-	@echo "make lint         style and types alone"
-	@echo "make format       bring the code into the common style"
+	@echo "make docs         build the documentation site into build/site"
+	@echo "make lint         style and types only"
+	@echo "make format       apply the common style"
 	@echo "make clean        remove the environment and everything built"
 
 quickstart: $(VENV)/.runtime
@@ -37,6 +39,10 @@ test: lint
 benchmark: $(VENV)/.runtime
 	@$(BIN)/python benchmarks/compare.py --set short
 
+docs: $(VENV)/.docs
+	@$(BIN)/zensical build --clean --strict
+	@echo "The site is in build/site: open build/site/index.html"
+
 lint: $(VENV)/.dev
 	@echo "Checking style and types ..."
 	@$(BIN)/ruff check --quiet .
@@ -48,7 +54,7 @@ format: $(VENV)/.dev
 	@$(BIN)/ruff format --quiet .
 
 clean:
-	@rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .cache
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment. Each step leaves a stamp, and is done again when what it was made from changes.
@@ -71,4 +77,11 @@ $(VENV)/.runtime: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "Installing the tools for checks and tests ..."
 	@$(PIP) --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# Docstrings are read from the source text, so the site needs neither fettle nor PyTorch installed.
+$(VENV)/.docs: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo "Installing the tools for the documentation ..."
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $@.txt
+	@$(PIP) --constraint constraints.txt --requirement $@.txt
 	@touch $@
