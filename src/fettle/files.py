@@ -174,7 +174,11 @@ def only_process(folder: Path) -> Iterator[None]:
     import fcntl
 
     path = folder / LOCK
-    with open(path, "w") as lock:
+    try:
+        lock_file = open(path, "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{path} cannot be opened ({error.strerror}): remove it.") from error
+    with lock_file as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -135,6 +135,13 @@ def test_json_holds_a_list_or_data_or_lines(tmp_path):
         assert [row.messages for row in rows] == [EXPECTED, EXPECTED]
 
 
+def test_a_key_twice_is_refused(tmp_path):
+    """Python's reader would keep the last value alone."""
+    file = write(tmp_path / "rows.jsonl", '{"text": "a", "text": "b"}\n{"text": "c"}\n')
+    with pytest.raises(UserError, match=r"the key 'text' is there twice"):
+        list(read_rows(file))
+
+
 def test_json_lines_may_have_blank_lines_and_a_byte_order_mark(tmp_path):
     rows = read_rows(
         write(tmp_path / "a.jsonl", "\ufeff\n" + json.dumps(CHAT) + "\r\n\r\n" + json.dumps(CHAT))

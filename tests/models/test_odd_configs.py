@@ -73,6 +73,10 @@ def test_a_partial_rotation_counts_where_it_does_in_transformers(folder_of: Any,
         ({"rope_scaling": {"type": "su", **FACTORS}}, "rope type 'su' is not supported"),
         ({"quantization_config": "nf4"}, "quantization_config is no JSON object"),
         ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "rope"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}}, "rope_theta is inf"),
+        ({"attention_dropout": 5}, "attention_dropout is 5"),
     ],
     ids=str,
 )
@@ -80,11 +84,19 @@ def test_a_config_that_makes_no_model_is_refused_from_the_file_alone(
     folder_of: Any, changes: dict[str, Any], message: str
 ) -> None:
     folder, began = folder_of("llama", **changes), time.process_time()
-    with pytest.raises(UserError, match=message):
-        config_of(str(folder))
+    for is_plain in (False, True):  # as `fettle plan` reads it
+        with pytest.raises(UserError, match=message):
+            config_of(str(folder), is_plain=is_plain)
     with pytest.raises(UserError, match=message):
         stored_model(inspect(folder))
     assert time.process_time() - began < 1
+
+
+def test_a_billion_labels_are_passed_over(folder_of: Any) -> None:
+    """They are for classifiers; transformers makes a name for each."""
+    folder, began = folder_of("llama", num_labels=10**9), time.process_time()
+    assert stored_model(inspect(folder)).config.vocab_size == config_of(str(folder)).config.vocab_size
+    assert time.process_time() - began < 2
 
 
 def test_layers_are_counted_before_a_model_is_described(folder_of: Any) -> None:

@@ -134,3 +134,11 @@ def test_what_cannot_be_meant_is_named(values):
 def test_a_size_that_cannot_be_meant_is_named(name):
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is 0"):
         require_sensible(PretrainOptions(data="d", output="o", **{name: 0}))
+
+
+@pytest.mark.parametrize("name", ["model", "data", "eval_data", "keep_data", "output"])
+def test_an_empty_name_is_refused(name: str) -> None:
+    """As `--data "$UNSET"` gives it: the current folder would be taken."""
+    named = {"model": "m", "data": "d", "output": "o"} | {name: ""}
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is empty"):
+        require_sensible(TrainOptions(**named))

@@ -18,6 +18,7 @@ from fettle.files import sha256_of
 from fettle.methods.pretrain import new_model
 from fettle.methods.sft import resume_training, train
 from fettle.models.save import save_model
+from fettle.options import write
 from fettle.runs import resume
 from fettle.runs.options import PretrainOptions, TrainOptions
 from fettle.tiny.lessons import lessons
@@ -154,9 +155,38 @@ def test_an_incomplete_checkpoint_is_never_used(tmp_path):
         folder.mkdir(parents=True)
         (folder / "optimizer.pt").write_bytes(os.urandom(8))
         if is_complete:
-            (folder / resume.MARK).touch()
+            resume.mark_complete(folder)
+    (tmp_path / resume.CHECKPOINTS / "checkpoint-99").touch()
     assert resume.last_complete(tmp_path) == tmp_path / resume.CHECKPOINTS / "checkpoint-10"
     assert not (tmp_path / resume.CHECKPOINTS / "checkpoint-15").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "added"])
+def test_a_damaged_checkpoint_is_never_used(tmp_path, damage):
+    for step in (5, 10):
+        folder = tmp_path / resume.CHECKPOINTS / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "optimizer.pt").write_bytes(b"12345678")
+        (folder / "scheduler.pt").write_bytes(b"1")
+        resume.mark_complete(folder)
+    file = folder / "optimizer.pt"
+    if damage == "gone":
+        (folder / "scheduler.pt").unlink()
+    elif damage == "added":
+        (folder / "rng_state.pth").touch()
+    else:
+        file.write_bytes(b"1234" if damage == "cut" else b"12345679")
+    assert resume.last_complete(tmp_path).name == "checkpoint-5"
+
+
+def test_options_that_changed_since_the_run_began_are_refused(tmp_path):
+    write(TrainOptions(model="m", data="d", output=str(tmp_path)), tmp_path / resume.RUN_FILE)
+    resume.write_facts(tmp_path, {"run_file": resume.run_file_digest(tmp_path)})
+    assert resume.options_to_resume(tmp_path, TrainOptions).rank == 16
+    file = tmp_path / resume.RUN_FILE
+    file.write_text(file.read_text().replace("rank: 16", "rank: 8"))
+    with pytest.raises(UserError, match=r"run\.yaml has been changed"):
+        resume.options_to_resume(tmp_path, TrainOptions)
 
 
 @pytest.mark.parametrize("name", ["train", "pretrain"])

@@ -259,7 +259,9 @@ def _require_all(adapted: PeftModel, shapes: TensorShapes, folder: Path) -> None
         for names in ({name: tuple(t.shape) for name, t in state.items()}, shapes)
     )
     missing = expected.keys() - found.keys()
-    unused = {name for name in found.keys() - expected.keys() if ".lora_" in name}
+    # embeddings and modules saved whole have several spellings, which PEFT resolves
+    others = ("embed_tokens", "lm_head", "modules_to_save", "token_adapter", "trainable_tokens", "base_layer")
+    unused = {name for name in found.keys() - expected.keys() if not any(part in name for part in others)}
     if missing or unused:
         raise UserError(
             f"{folder}: the adapter belongs to another model than {adapted.get_base_model().name_or_path}, or "

@@ -23,6 +23,8 @@ def add_resume(command: argparse.ArgumentParser) -> None:
 def run_options(options: dict[str, Any], kind: Any) -> Any:
     """A run's options, found sensible before the libraries are imported; None where one is to be resumed."""
     is_resumed, config = options.pop("resume"), options.pop("config", None)
+    if is_resumed and not options:
+        raise UserError("--resume needs --output: the folder of the run to go on with.")
     if is_resumed and (config is not None or set(options) != {"output"}):
         raise UserError(
             "--resume takes --output alone: the run goes on with the options it was started with."

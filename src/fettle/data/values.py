@@ -66,10 +66,24 @@ def text(value: Any, where: str, name: str) -> str:
     return value
 
 
+class _Doubled(Exception):
+    """A key that an object has twice: Python would keep the last value without a word."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _Doubled(next(name for name in names if names.count(name) > 1))
+    return found
+
+
 def load_json(content: str) -> Any:
     """`json.loads`, where everything that Python cannot read is a `JSONDecodeError`."""
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=_once)
+    except _Doubled as error:
+        raise json.JSONDecodeError(f"the key {error.args[0]!r} is there twice", content, 0) from None
     except json.JSONDecodeError:
         raise
     except RecursionError:

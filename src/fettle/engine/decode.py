@@ -170,8 +170,8 @@ def not_finite(model: Model) -> ModelFault:
     if model.dtype == torch.float16:
         cure += ", or use --dtype float32, as float16 may overflow"
     return ModelFault(
-        f"{model.name_or_path}: the model's logits are NaN or infinite, so it has no answer; its weights are damaged: "
-        f"{cure}."
+        f"{model.name_or_path}: the model's logits are NaN or infinite, so it has no answer; its weights"
+        f"{' or those of its adapter' if isinstance(model, PeftModel) else ''} are damaged: {cure}."
     )
 
 

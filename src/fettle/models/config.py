@@ -38,6 +38,9 @@ OPTIONAL = {
     "sliding_window": 2**31,
 }
 
+LARGEST_NUMBER = 1e30
+"""Of a rotation's figures; far beyond any that a model has, and within fp32."""
+
 
 class StoredModel(NamedTuple):
     """What a checkpoint stores. dtype: of what is not in NF4; is_nf4: whether the layers' matrices are."""
@@ -73,24 +76,36 @@ def _is_ordinary(content: dict[str, Any]) -> bool:
     pad = content.get("pad_token_id", 32000)  # what Phi-3's class takes if it is left out
     is_padded = pad is None or (isinstance(pad, int) and isinstance(vocabulary, int) and pad < vocabulary)
     is_windowed = content.get("sliding_window", 1) is not None or "layer_types" not in content
-    is_rotated = isinstance(theta, int | float) and theta > 0 and all(map(_is_known_rotation, rotations))
-    return is_padded and is_windowed and is_rotated
+    is_rotated = _is_positive(theta) and all(
+        _is_known_rotation(each, content["model_type"]) for each in rotations
+    )
+    return is_padded and is_windowed and is_rotated and _is_share(content.get("attention_dropout", 0.0))
 
 
-def _is_known_rotation(rotation: Any) -> bool:
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < LARGEST_NUMBER
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1
+
+
+def _is_known_rotation(rotation: Any, model_type: str) -> bool:
     if rotation is None:
         return True
     if not isinstance(rotation, dict):
         return False
-    kind = rotation.get("rope_type", rotation.get("type", "default"))
-    if kind in ("longrope", "su"):
-        factors = (rotation.get("short_factor"), rotation.get("long_factor"))
-        return all(
-            isinstance(each, list) and all(isinstance(n, int | float) for n in each) for each in factors
-        )
-    return kind in ("default", "llama3") and all(
-        isinstance(value, str | int | float) for value in rotation.values()
+    kind, share = (
+        rotation.get("rope_type", rotation.get("type", "default")),
+        rotation.get("partial_rotary_factor"),
     )
+    others = ("rope_type", "type", "partial_rotary_factor", "short_factor", "long_factor")
+    is_sound = all(_is_positive(value) for name, value in rotation.items() if name not in others)
+    is_sound = is_sound and (share is None or (_is_positive(share) and share <= 1))
+    if kind == "longrope" or (kind == "su" and model_type == "phi3"):
+        factors = (rotation.get("short_factor"), rotation.get("long_factor"))
+        return is_sound and all(isinstance(each, list) and all(map(_is_positive, each)) for each in factors)
+    return is_sound and kind in ("default", "llama3")
 
 
 def read_config(checkpoint: Checkpoint) -> Any:
@@ -131,7 +146,7 @@ def _checked_family(checkpoint: Checkpoint) -> Family:
 
 def _current(content: dict[str, Any]) -> dict[str, Any]:
     """Return the content in the words of today's transformers, without what fettle does not follow."""
-    ignored = ("auto_map", "quantization_config", "return_dict")
+    ignored = ("auto_map", "quantization_config", "return_dict", "num_labels", "id2label", "label2id")
     content = {name: value for name, value in content.items() if name not in ignored}
     for name in ("rope_scaling", "rope_parameters"):
         rope = content.get(name)
@@ -172,6 +187,8 @@ def _require_activation(content: dict[str, Any], family: Family, where: str) -> 
 
 def _require_usable(config: Any, where: str) -> None:
     """Raise UserError for values that are each valid and yet make no model."""
+    if not _is_share(dropout := option(config, "attention_dropout", 0.0)):
+        raise UserError(f"{where}: attention_dropout is {dropout!r}; expected a number from 0 to below 1.")
     if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
         raise UserError(
             f"{where}: pad_token_id is {config.pad_token_id} (or left out), and the vocabulary has {config.vocab_size} "

@@ -187,6 +187,11 @@ def require_complete(checkpoint: Checkpoint, config) -> None:  # type: ignore[no
     missing = [name for name in expected if name not in stored and name not in optional]
     plain = stored.keys() & expected.keys() - quantized
     wrong = [name for name in expected if name in plain and tuple(stored[name]) != expected[name]]
+    kinds = {checkpoint.tensors[name].dtype for name in plain} - set(STORED_AS) - {"F64"}
+    if kinds:
+        raise UserError(
+            f"{where}: some weights are stored as {min(kinds)}; expected {', '.join(STORED_AS)}, or bitsandbytes' NF4."
+        )
     if missing:
         raise UserError(
             f"{where}: {len(missing)} of {len(expected)} tensors are missing, '{missing[0]}' the first; "

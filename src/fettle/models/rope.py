@@ -9,6 +9,7 @@ of the whole forward pass, so a short document changes when a long one shares it
   unpacked batch decides by its longest position, as transformers does.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ class DecoderRotaryEmbedding(nn.Module):
                 "expected default, linear, llama3, yarn or longrope."
             )
         rotary_dim, shown = rotary_dim_of(self.config), _shortened(self.config.rope_parameters)
+        theta = self.config.rope_parameters.get("rope_theta", 1.0)
+        if isinstance(theta, bool) or theta == math.inf:
+            raise UserError(f"{where}: rope_theta is {theta}; expected a number above 0.")
         try:
             tables = [self._table(torch.device("cpu"), is_long=is_long)[0] for is_long in self._choices]
         except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:

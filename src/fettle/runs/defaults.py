@@ -23,6 +23,9 @@ MOST_STEPS_AN_EPOCH = 512
 """More updates than this a pass are wasted on noise: large data gets more packs a step."""
 CHECKPOINTED_BYTES = 10**9
 
+LARGEST = 1e9
+"""Of learning rates, epochs and the like."""
+
 _AT_LEAST_ONE = (
     *("max_length", "max_steps", "batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps"),
     *(
@@ -43,14 +46,21 @@ def require_sensible(options: LoopOptions | PlanOptions) -> None:
     memory: str | None = getattr(options, "memory", None)
     if memory is not None:
         parse_bytes(memory)
+    for name in ("model", "data", "eval_data", "keep_data", "output"):
+        if (
+            getattr(options, name, None) == ""
+        ):  # as `--data "$UNSET"` gives it; it would mean the current folder
+            raise UserError(f"--{name.replace('_', '-')} is empty; give a path or a name.")
     for name in _AT_LEAST_ONE:
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; expected 1 or more.")
     for name in ("epochs", "learning_rate", "max_grad_norm", "alpha"):
         value = getattr(options, name, None)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; expected a number above 0.")
+        if value is not None and not 0 < value < LARGEST:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {value}; expected a number above 0, at most a billion."
+            )
     for name in ("eval_fraction", "warmup_ratio", "dropout"):
         share: Any = getattr(options, name, 0.0)
         if not 0 <= share < 1:

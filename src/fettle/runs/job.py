@@ -112,7 +112,8 @@ def _show_cost(job: Job, trainer: Run) -> None:
     if job.memory is None:
         return
     speed = trainer.progress.tokens_per_second
-    for line in job.memory.outcome(_peak_bytes(job, trainer), speed):
+    in_training = peak_memory_bytes(job.model.device)
+    for line in job.memory.outcome(_peak_bytes(job, trainer), in_training, speed):
         job.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -155,6 +156,7 @@ def _before(job: Job, trainer: Run) -> Measurement:
     """The scores before training, taken once: a resumed run finds them noted."""
     if "before" not in job.facts:
         job.facts["before"] = _measure(job, trainer, "before training").as_facts()
+        job.facts["run_file"] = resume.run_file_digest(job.output)
         resume.write_facts(job.output, job.facts)
     return Measurement.from_facts(job.facts["before"])
 

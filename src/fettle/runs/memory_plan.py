@@ -213,9 +213,22 @@ class Followed:
         self.apply_to(self.model)
         return True
 
-    def outcome(self, peak_bytes: int, tokens_per_second: float | None) -> list[str]:
-        """Predicted against measured; a step's seconds at the measured speed."""
-        lines = [f"peak memory: {human_bytes(self.plan.peak)} predicted, {human_bytes(peak_bytes)} measured"]
+    def outcome(
+        self, peak_bytes: int, training_peak_bytes: int, tokens_per_second: float | None
+    ) -> list[str]:
+        """Predicted against measured; a step's seconds at the measured speed.
+
+        If the peak had been reached before the plan was made, only that of training was predicted.
+        """
+        if self.plan.phase == "planning":
+            predicted, measured = human_bytes(self.plan.training), human_bytes(training_peak_bytes)
+            lines = [
+                f"peak memory: {human_bytes(peak_bytes)} while the data was read; "
+                f"in training {predicted} predicted, {measured} measured"
+            ]
+        else:
+            predicted, measured = human_bytes(self.plan.peak), human_bytes(peak_bytes)
+            lines = [f"peak memory: {predicted} predicted, {measured} measured"]
         if tokens_per_second:
             seconds = self.plan.tokens / tokens_per_second
             predicted, measured = rounded_seconds(self.plan.seconds), rounded_seconds(seconds)

@@ -5,10 +5,12 @@
       facts.json        fingerprints of the data and the base weights, the scores before training
       checkpoints/      checkpoint-N: adapter or weights, optimizer, schedule, random state
 
-A checkpoint is used only if its `complete` mark is there, which is written after everything else in it. Two
-are kept, so that there is a complete one while the next is being written.
+A checkpoint is used only if its `complete` mark is there, which is written after everything else in it and lists
+the files with their hashes: one that has been damaged since is not used either. Two are kept, so that there is a
+complete one while the next is being written.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -19,7 +21,7 @@ from transformers import TrainerCallback
 
 from fettle.checkpoints.folder import command_to_finish
 from fettle.errors import UserError
-from fettle.files import LOCK, describe_folder, only_process, require_new_folder, write_aside
+from fettle.files import LOCK, describe_folder, only_process, require_new_folder, sha256_of, write_aside
 from fettle.options import read
 from fettle.runs.measure import Measurement
 from fettle.runs.options import LoopOptions
@@ -35,7 +37,7 @@ class MarkComplete(TrainerCallback):
     """Writes the mark into a checkpoint once the trainer has written all the rest."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARK).touch()
+        mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def new_output(output: str) -> str:
@@ -46,6 +48,10 @@ def new_output(output: str) -> str:
             f"{folder} holds a run that has not ended; go on with it, or name another --output:\n  {command}"
         )
     require_new_folder(folder, "a new run")
+    try:
+        str(folder).encode()
+    except UnicodeError:
+        raise UserError(f"--output {output!r} is not UTF-8 text: choose another name.") from None
     return str(folder)
 
 
@@ -57,7 +63,20 @@ def options_to_resume(output: Path, kind: type[Options]) -> Options | None:
             with only_process(output):
                 pass
         return None
+    noted = read_facts(output).get("run_file")
+    if noted is not None and noted != run_file_digest(output):
+        raise UserError(
+            f"{output / RUN_FILE} has been changed since the run began, so it cannot be resumed to the same result; "
+            "undo that, or start anew with another --output."
+        )
     return replace(read(kind, output / RUN_FILE), output=str(output))
+
+
+def run_file_digest(output: Path) -> str:
+    """Return a SHA-256, in hex, of the run's options; where the run is does not count."""
+    lines = (output / RUN_FILE).read_bytes().splitlines()
+    counted = [line for line in lines if not line.startswith((b"#", b"output:"))]
+    return hashlib.sha256(b"\n".join(counted)).hexdigest()
 
 
 def require_run(output: Path) -> None:
@@ -71,13 +90,38 @@ def require_run(output: Path) -> None:
 
 
 def last_complete(output: Path) -> Path | None:
-    """Return the newest complete checkpoint, or None; incomplete ones, which a kill left behind, are removed."""
-    found = sorted((output / CHECKPOINTS).glob("checkpoint-*"), key=_step)
-    for folder in found:
-        if not (folder / MARK).exists():
-            shutil.rmtree(folder)
-    complete = [folder for folder in found if folder.exists()]
-    return complete[-1] if complete else None
+    """Return the newest complete checkpoint, or None.
+
+    Incomplete ones, which a kill left behind, are removed. So are damaged ones: from an earlier one, or from the first
+    step, the run ends in the same bits.
+    """
+    found = [folder for folder in (output / CHECKPOINTS).glob("checkpoint-*") if folder.is_dir()]
+    for folder in sorted(found, key=_step, reverse=True):
+        if is_complete(folder):
+            return folder
+        shutil.rmtree(folder)
+    return None
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Note that all of the checkpoint is there, and what it is."""
+    with write_aside(checkpoint / MARK, replace=True) as aside:
+        aside.write_text(json.dumps(_hashes(checkpoint), indent=2) + "\n", encoding="utf-8")
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether everything that was saved in the checkpoint is there, unchanged."""
+    try:
+        noted = (checkpoint / MARK).read_text(encoding="utf-8")
+        # fettle 0.1 left the mark empty
+        return noted == "" or bool(json.loads(noted) == _hashes(checkpoint))
+    except (OSError, ValueError):
+        return False
+
+
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    files = sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != MARK)
+    return {file.relative_to(checkpoint).as_posix(): sha256_of([file]) for file in files}
 
 
 def read_facts(output: Path) -> dict[str, Any]:
