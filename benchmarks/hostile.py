@@ -506,7 +506,7 @@ def _words() -> st.SearchStrategy[list[str]]:
 
 def _read_words(words: list[str], folder: Path) -> object:
     """As `fettle plan` does, up to the model."""
-    from fettle.cli import _parser
+    from fettle.cli.main import _parser
     from fettle.options import resolve
     from fettle.runs.defaults import require_sensible
     from fettle.runs.options import PlanOptions

@@ -49,7 +49,7 @@ def test_one_question_is_answered_whatever_it_takes_and_counts() -> None:
 
 @pytest.mark.parametrize("reached", [0, 10**9])
 def test_the_rows_of_a_plan_add_up_to_its_peak(reached: int) -> None:
-    plan = Planner(SHAPES, RATES, base=10**6, reached=reached).plan(WORK, (Policy.REDO,) * 4)
+    plan = Planner(SHAPES, RATES, base=10**6, reached=reached).plan(WORK, (Policy.RECOMPUTE,) * 4)
     assert sum(size for _, size in rows(plan)) == plan.peak
     assert plan.peak == reached if reached else plan.phase == "training"
 

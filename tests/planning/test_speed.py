@@ -1,6 +1,5 @@
 """A device is measured once; what it means for a model follows from the model's shapes."""
 
-import dataclasses
 import io
 import json
 from types import SimpleNamespace
@@ -122,15 +121,15 @@ def test_without_a_place_for_the_cache_it_is_measured_each_time(machine, tmp_pat
 
 
 def test_figures_survive_the_file():
-    assert CpuSpeed.from_figures(json.loads(json.dumps(dataclasses.asdict(MEASURED)))) == MEASURED
+    assert CpuSpeed.from_figures(json.loads(json.dumps(MEASURED.as_figures()))) == MEASURED
     rates = Rates({policy: Line(0.1, 0.2) for policy in Policy}, {64: PairSeconds(1, 2)}, 1.0, 2.0, 3.0)
-    assert Rates.from_figures(json.loads(json.dumps(dataclasses.asdict(rates)))) == rates
+    assert Rates.from_figures(json.loads(json.dumps(rates.as_figures()))) == rates
 
 
 def test_more_work_takes_longer():
     shapes = Shapes.of(CONFIG)
     rates = MEASURED.rates(shapes, Workload(tokens=64))
-    seconds = [rates.layers[policy].at(512) for policy in Policy if policy != Policy.PARK]
+    seconds = [rates.layers[policy].at(512) for policy in Policy if policy != Policy.OFFLOAD]
     assert seconds == sorted(seconds) and seconds[0] < seconds[-1]
     for changes in ({"is_nf4": True}, {"rank": 64}):
         slower = MEASURED.rates(shapes, Workload(tokens=64, **changes))

@@ -1,11 +1,11 @@
-"""What is saved of a redoable output is made again only where that gives the same tensor."""
+"""What is saved of a recomputed output is made again only where that gives the same tensor."""
 
 import torch
 
-from fettle.recompute.norm_outputs import RedoableOutputs
+from fettle.recompute.norm_outputs import RecomputedOutputs
 
 
-def test_gradients_through_views_of_a_redoable_output() -> None:
+def test_gradients_through_views_of_a_recomputed_output() -> None:
     """In its own shape, in another, in part and transposed."""
     torch.manual_seed(0)
     x, weight = torch.randn(4, 4), torch.randn(4, 4, requires_grad=True)
@@ -18,6 +18,6 @@ def test_gradients_through_views_of_a_redoable_output() -> None:
             + (weight * y.T).sum()
         )
 
-    with RedoableOutputs() as redoable:
-        found = torch.autograd.grad(total(redoable.run(torch.sin, x)), weight)
+    with RecomputedOutputs() as outputs:
+        found = torch.autograd.grad(total(outputs.run(torch.sin, x)), weight)
     assert torch.equal(*found, *torch.autograd.grad(total(torch.sin(x)), weight))

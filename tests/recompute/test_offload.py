@@ -2,13 +2,13 @@
 
 import torch
 
-from fettle.recompute.offload import parked
+from fettle.recompute.offload import offloaded
 
 
 def run(x: torch.Tensor, weight: torch.Tensor, *, is_parked: bool) -> tuple[torch.Tensor, ...]:
     x, weight = (t.clone().requires_grad_() for t in (x, weight))
     if is_parked:
-        with parked(x):
+        with offloaded(x):
             out = (x @ weight).tanh() + x.square()
     else:
         out = (x @ weight).tanh() + x.square()
@@ -26,7 +26,7 @@ def test_gradients_are_the_same() -> None:
 
 def test_x_is_saved_as_a_copy_and_other_tensors_as_themselves() -> None:
     x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
-    with parked(x):
+    with offloaded(x):
         out = x @ weight
     saved_x, saved_weight = out.grad_fn._saved_self, out.grad_fn._saved_mat2  # type: ignore[union-attr]
     assert torch.equal(saved_x, x) and saved_x.data_ptr() != x.data_ptr()
@@ -41,7 +41,7 @@ def test_several_layers_one_after_the_other() -> None:
         x = start = torch.ones(3, 6, requires_grad=True)
         for weight in weights:
             if is_parked:
-                with parked(x):
+                with offloaded(x):
                     x = (x @ weight).sin()
             else:
                 x = (x @ weight).sin()

@@ -77,12 +77,12 @@ def test_dropout_is_the_same_when_redone() -> None:
     """PEFT's own forward serves here; its random numbers come again."""
     model = model_of("llama", dropout=0.5)
     _, gradients = step(model, [Policy.KEEP] * 3)
-    for policy in (Policy.REDO, Policy.KEEP_ATTENTION):
+    for policy in (Policy.RECOMPUTE, Policy.KEEP_ATTENTION):
         _, other = step(model, [policy] * 3)
         assert all(torch.equal(gradients[name], other[name]) for name in gradients)
 
 
-def test_a_frozen_mlp_is_redone_without_its_last_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frozen_mlp_is_recomputing_without_its_last_product(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
     whole: Callable[..., torch.Tensor] = mlp_module.lora_mlp
 
@@ -91,14 +91,14 @@ def test_a_frozen_mlp_is_redone_without_its_last_product(monkeypatch: pytest.Mon
         return whole(x, mlp, keep=keep, skip_output=skip_output)
 
     monkeypatch.setattr(mlp_module, "lora_mlp", watch)
-    step(model_of("phi3"), [Policy.REDO] * 3)
+    step(model_of("phi3"), [Policy.RECOMPUTE] * 3)
     assert calls == [False] * 3 + [True] * 3
 
 
 def test_the_trainers_switch_redoes_every_layer() -> None:
     model = model_of("llama").get_base_model()
     model.gradient_checkpointing_enable()
-    assert {layer.policy for layer in model.model.layers} == {Policy.REDO}
+    assert {layer.policy for layer in model.model.layers} == {Policy.RECOMPUTE}
     disable = getattr(model, "activation_checkpointing_disable", None)  # its name before transformers 5.23
     (disable or model.gradient_checkpointing_disable)()
     assert {layer.policy for layer in model.model.layers} == {Policy.KEEP}

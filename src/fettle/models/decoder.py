@@ -188,16 +188,18 @@ class DecoderLayer(nn.Module):
     def compute(self, x: torch.Tensor, keeping: Keeping, **kwargs: Any) -> torch.Tensor:
         """x: (B, N, E). keeping: what the layer's parts may keep for backward."""
         mlp = partial(
-            self.mlp, keep=keeping.mlp, skip_output=keeping.is_redone and not self.has_sandwich_norms
+            self.mlp, keep=keeping.mlp, skip_output=keeping.is_recomputing and not self.has_sandwich_norms
         )
-        attended = self.self_attn(keeping.redoable(self.input_layernorm, x), kept=keeping.attention, **kwargs)
+        attended = self.self_attn(
+            keeping.recomputed(self.input_layernorm, x), kept=keeping.attention, **kwargs
+        )
         if self.has_sandwich_norms:
             x = x + self.residual_dropout(self.post_attention_layernorm(attended))
             return x + self.residual_dropout(
-                self.post_feedforward_layernorm(mlp(keeping.redoable(self.pre_feedforward_layernorm, x)))
+                self.post_feedforward_layernorm(mlp(keeping.recomputed(self.pre_feedforward_layernorm, x)))
             )
         x = x + self.residual_dropout(attended)
-        return x + self.residual_dropout(mlp(keeping.redoable(self.post_attention_layernorm, x)))
+        return x + self.residual_dropout(mlp(keeping.recomputed(self.post_attention_layernorm, x)))
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
@@ -221,7 +223,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
         layers = (module for module in self.modules() if isinstance(module, DecoderLayer))
         for index, layer in enumerate(layers):
-            layer.policy = Policy.REDO if enable and index % every_n_layers == 0 else Policy.KEEP
+            layer.policy = Policy.RECOMPUTE if enable and index % every_n_layers == 0 else Policy.KEEP
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

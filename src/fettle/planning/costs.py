@@ -131,18 +131,17 @@ def kept_by_layer(shapes: Shapes, work: Workload, policy: Policy) -> int:
     """What one layer keeps from forward to backward, its input included."""
     s, hidden = shapes, shapes.hidden
     attention_result = s.query * work.item + 4 * s.heads  # and the fp32 logsumexp
-    if policy >= Policy.REDO:
-        per_token = hidden * work.item if policy == Policy.REDO else 0
-    elif policy == Policy.KEEP_ATTENTION:
-        per_token = hidden * work.item + attention_result
+    if policy.is_recomputed:
+        per_token = 0 if policy.is_offloaded else hidden * work.item
+        per_token += attention_result if policy.attention else 0
     else:
         is_whole = runs_whole_mlp(s, work)
         elements = 2 * hidden + s.query + 2 * s.key  # inputs of both norms; q, k, v
         elements += 2 * hidden if s.has_sandwich_norms else 0
         elements += s.query + s.key if s.has_qk_norm else 0
-        elements += 2 * s.intermediate if policy < Policy.REDO_MLP or not is_whole else 0
+        elements += 2 * s.intermediate if policy.gates or not is_whole else 0
         elements += s.intermediate if not is_whole else 0
-        elements += 2 * hidden if policy == Policy.KEEP else 0
+        elements += 2 * hidden if policy.norms else 0
         elements += work.rank * sum(name.startswith(("q", "k", "v", "o")) for name in s.matrices)  # x A^T
         norms = 4 if s.has_sandwich_norms else 2
         norms += s.heads + s.key * s.heads // s.query if s.has_qk_norm else 0
@@ -158,7 +157,7 @@ def working_bytes(shapes: Shapes, work: Workload, policy: Policy) -> int:
     """
     s, hidden = shapes, shapes.hidden
     tile = min(work.tokens, TILE_TOKENS[work.device_type])
-    inside = (4 if policy < Policy.REDO_MLP else 6) * s.intermediate + hidden
+    inside = (4 if policy.gates else 6) * s.intermediate + hidden
     by_token = _per_token_cuda if work.device_type == "cuda" else _per_token_cpu
     mlp, attention = (work.tokens * each * work.product_item for each in by_token(s, policy))
     mlp += tile * inside * work.product_item
@@ -172,18 +171,18 @@ def working_bytes(shapes: Shapes, work: Workload, policy: Policy) -> int:
 
 def _per_token_cpu(s: Shapes, policy: Policy) -> tuple[int, int]:
     """Elements a token at work in backward: around the MLP's tiles, and in attention."""
-    redone = 3 * s.hidden + 2 * s.query + 2 * s.key if policy >= Policy.KEEP_ATTENTION else 0
-    redone += s.hidden if policy in (Policy.DROP, Policy.REDO_MLP) else 0
+    redone = 3 * s.hidden + 2 * s.query + 2 * s.key if policy.is_recomputed else 0
+    redone += 0 if policy.is_recomputed or policy.norms else s.hidden
     return 2 * s.hidden + redone, 2 * s.hidden + 2 * s.query + 2 * (s.query + 2 * s.key) + redone
 
 
 def _per_token_cuda(s: Shapes, policy: Policy) -> tuple[int, int]:
     """The same on a GPU."""
     more = 2 * s.hidden if s.has_sandwich_norms else 0
-    if policy < Policy.KEEP_ATTENTION:
+    if not policy.is_recomputed:
         return 2 * s.hidden + more // 2, 2 * s.hidden + 3 * s.query + s.key + more
-    redone = s.query if policy >= Policy.REDO else 0  # attention's result
-    fetched = 2 * s.hidden if policy == Policy.PARK else 0
+    redone = 0 if policy.attention else s.query  # attention's result
+    fetched = 2 * s.hidden if policy.is_offloaded else 0
     around_mlp = 6 * s.hidden + s.query + 2 * s.key + redone + fetched + more // 2
     return around_mlp, 4 * s.hidden + 4 * s.query + s.key + redone + fetched + more
 
@@ -250,7 +249,7 @@ class StepMemory:
         if is_cpu and not work.returns_memory:
             # the heap does not close the holes that one part leaves for the next
             gap = {policy: max(size, kept[Policy.KEEP] // 4) for policy, size in kept.items()}
-            working = {p: size if p < Policy.REDO_MLP else 3 * size // 2 for p, size in working.items()}
+            working = {p: size if p.gates else 3 * size // 2 for p, size in working.items()}
             held += _unpacked(work, 3 * shapes.hidden * shapes.intermediate) if work.is_nf4 else 0
         hidden_states = work.tokens * shapes.hidden * work.item
         return cls(is_cpu, kept, working, gap, head_bytes(shapes, work), held, hidden_states)
@@ -262,8 +261,8 @@ class StepMemory:
             gaps = int(HEAP_GAPS * sum(count * self.gap[policy] for policy, count in runs))
             layer = max(self.working[policy] for policy, _ in runs)
             return total, total + gaps + layer + self.head + self.held
-        # A graph holds its input, output, their copies and gradient; where layers are parked there is only the output.
-        copies = 1 if any(policy == Policy.PARK for policy, _ in runs) else 5
+        # A graph holds its input, output, their copies and gradient; if layers are offloaded, only the output.
+        copies = 1 if any(policy.is_offloaded for policy, _ in runs) else 5
         left = total + self.held + copies * self.hidden_states
         peak = left + self.head
         for policy, count in reversed(runs):  # of equal layers the first in backward needs most

@@ -15,7 +15,7 @@ so that a program that shares the processor disturbs them little.
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -66,9 +66,13 @@ class CpuSpeed:
     logit: float
     update: float
 
+    def as_figures(self) -> dict[str, Any]:
+        """Return plain data, for JSON."""
+        return asdict(self)
+
     @classmethod
     def from_figures(cls, figures: Mapping[str, Any]) -> "CpuSpeed":
-        """Undo `dataclasses.asdict`, whose keys JSON has turned into text."""
+        """Undo `as_figures`, whose keys JSON has turned into text."""
         products = {int(width): speed for width, speed in figures["products"].items()}
         attention = {int(tokens): tuple(pair) for tokens, pair in figures["attention"].items()}
         passes = {name: Pass(**figures[name]) for name in ("forward", "backward")}
@@ -102,11 +106,11 @@ class CpuSpeed:
         again = forward + Line(0.0, -products["down_proj"])  # a layer run again leaves its last product out
         layers = {
             Policy.KEEP: keep,
-            Policy.DROP: drop,
-            Policy.REDO_MLP: drop + Line(0.0, gate_up),
+            Policy.RECOMPUTE_NORMS: drop,
+            Policy.RECOMPUTE_MLP: drop + Line(0.0, gate_up),
             Policy.KEEP_ATTENTION: keep + again,
-            Policy.REDO: keep + again,
-            Policy.PARK: keep + again,
+            Policy.RECOMPUTE: keep + again,
+            Policy.OFFLOAD: keep + again,
         }
         pairs = {
             length: PairSeconds(ahead * shapes.query, behind * shapes.query)

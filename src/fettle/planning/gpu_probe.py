@@ -53,8 +53,8 @@ def probe(
     _time_layer(model, Policy.KEEP, LENGTHS[device.type][0], work, device)  # warm-up
     layers: dict[Policy, Line] = {}
     for policy in Policy:
-        if policy == Policy.PARK:  # its copies run beside the products
-            layers[policy] = layers[Policy.REDO]
+        if policy == Policy.OFFLOAD:  # its copies run beside the products
+            layers[policy] = layers[Policy.RECOMPUTE]
             continue
         note(policy.name.lower().replace("_", " "))
         measured = line(policy)

@@ -154,19 +154,19 @@ def allowed_policies(
     shapes: Shapes, work: Workload, gradient_checkpointing: bool | None
 ) -> tuple[Policy, ...]:
     """What the model, the device and the user leave to choose from. Parking needs a host beside the device."""
-    policies = [Policy.KEEP, Policy.DROP]
+    policies = [Policy.KEEP, Policy.RECOMPUTE_NORMS]
     if gradient_checkpointing is not False:
-        policies += [Policy.REDO_MLP] if runs_whole_mlp(shapes, work) else []
-        policies += [Policy.KEEP_ATTENTION, Policy.REDO]
-        policies += [Policy.PARK] if work.device_type == "cuda" else []
+        policies += [Policy.RECOMPUTE_MLP] if runs_whole_mlp(shapes, work) else []
+        policies += [Policy.KEEP_ATTENTION, Policy.RECOMPUTE]
+        policies += [Policy.OFFLOAD] if work.device_type == "cuda" else []
     if gradient_checkpointing:
-        policies = [policy for policy in policies if policy >= Policy.KEEP_ATTENTION]
+        policies = [policy for policy in policies if policy.is_recomputed]
     return tuple(policies)
 
 
 def _choices(layers: int, allowed: tuple[Policy, ...]) -> Iterator[Runs]:
     """All assignments by counts of at most three policies, the leanest first."""
-    kinds = sorted(allowed, reverse=True)
+    kinds = [policy for policy in reversed(Policy) if policy in allowed]
     for chosen in itertools.combinations(kinds, min(3, len(kinds))):
         for cuts in itertools.combinations_with_replacement(range(layers + 1), len(chosen) - 1):
             counts = (last - first for first, last in itertools.pairwise((0, *cuts, layers)))

@@ -1,7 +1,7 @@
 """How fast a device is at one model: what the plan turns policies and tokens into seconds with."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fettle.recompute.policies import Policy
@@ -42,10 +42,17 @@ class Rates:
     products: float
     update: float
 
+    def as_figures(self) -> dict[str, Any]:
+        """Return plain data, for JSON."""
+        layers = {policy.name: asdict(line) for policy, line in self.layers.items()}
+        attention = {str(tokens): asdict(pair) for tokens, pair in self.attention.items()}
+        others = {"head": self.head, "products": self.products, "update": self.update}
+        return {"layers": layers, "attention": attention, **others}
+
     @classmethod
     def from_figures(cls, figures: Mapping[str, Any]) -> "Rates":
-        """Undo `dataclasses.asdict`, whose keys JSON has turned into text."""
-        layers = {Policy(int(policy)): Line(**line) for policy, line in figures["layers"].items()}
+        """Undo `as_figures`."""
+        layers = {Policy[policy]: Line(**line) for policy, line in figures["layers"].items()}
         attention = {int(tokens): PairSeconds(**pair) for tokens, pair in figures["attention"].items()}
         return cls(**{**figures, "layers": layers, "attention": attention})
 
@@ -63,7 +70,7 @@ class PairSeconds:
 
     def of(self, policy: Policy) -> float:
         """What a layer with this policy spends: attention's forward pass is recomputed with the whole layer."""
-        passes = 2 if policy >= Policy.REDO else 1
+        passes = 1 if policy.attention else 2
         return passes * self.forward + self.backward
 
 

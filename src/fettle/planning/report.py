@@ -17,11 +17,11 @@ from fettle.recompute.policies import Policy
 
 NAMES = {
     Policy.KEEP: "keep everything",
-    Policy.DROP: "redo norms",
-    Policy.REDO_MLP: "redo the MLP",
-    Policy.KEEP_ATTENTION: "redo all but attention",
-    Policy.REDO: "redo the layer",
-    Policy.PARK: "redo the layer, its input parked in host memory",
+    Policy.RECOMPUTE_NORMS: "recompute norms",
+    Policy.RECOMPUTE_MLP: "recompute norms and MLP",
+    Policy.KEEP_ATTENTION: "recompute all but attention",
+    Policy.RECOMPUTE: "recompute the layer",
+    Policy.OFFLOAD: "recompute the layer, input offloaded to host memory",
 }
 
 
@@ -136,5 +136,5 @@ def _ways_down(
         yield "--rank 8", replace(work, rank=8), allowed
     if work.row_tokens > 256:
         yield f"{length_option} {work.row_tokens // 2}", work.with_tokens(work.tokens // 2), allowed
-    if Policy.REDO not in allowed:
+    if Policy.RECOMPUTE not in allowed:
         yield "without --no-gradient-checkpointing", work, allowed_policies(shapes, work, None)

@@ -95,6 +95,6 @@ def _measured(key: str, measure_now: Callable[[], Speed], device: torch.device, 
             f"other programs used {others:.1f} cores meanwhile: the seconds below may be off. They are measured again "
             "when the machine is quiet, or with --remeasure."
         )
-    if not keep(key, Entry(dataclasses.asdict(speed), is_busy)):
+    if not keep(key, Entry(speed.as_figures(), is_busy)):
         tell(f"{cache_file()} cannot be written: the speed is measured again by every run.")
     return speed

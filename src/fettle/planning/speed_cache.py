@@ -1,6 +1,6 @@
 """Measured speeds in the user's cache: a device is measured once, and again when it, or a library, has changed.
 
-    ~/.cache/fettle/speed.json     {"version": 1, "entries": {key: {"figures": ..., "was_busy": ...}}}
+    ~/.cache/fettle/speed.json     {"version": 2, "entries": {key: {"figures": ..., "was_busy": ...}}}
 
 A file that cannot be read, or that another version wrote, counts as empty; one that cannot be written is done without.
 """
@@ -20,7 +20,7 @@ import torch
 from fettle.errors import UserError
 from fettle.files import write_aside
 
-VERSION = 1
+VERSION = 2
 QUIET_CORES = 0.3
 """Other programs that use less than this many cores disturb no measurement."""
 

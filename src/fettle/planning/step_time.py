@@ -58,7 +58,7 @@ class StepTime:
             total += first[done + count] - first[done]
             done += count
         # these LayerGraphs refuses
-        is_eager = self.work.has_dropout or any(policy == Policy.PARK for policy, _ in runs)
+        is_eager = self.work.has_dropout or any(policy.is_offloaded for policy, _ in runs)
         if self.work.device_type == "cuda" and is_eager:
             total = max(total, EAGER_SECONDS * done)
         if self.work.returns_memory:

@@ -24,7 +24,7 @@ class _Recipe:
         return output
 
 
-class RedoableOutputs(torch.autograd.graph.saved_tensors_hooks):
+class RecomputedOutputs(torch.autograd.graph.saved_tensors_hooks):
     """Within the block, whoever saves the output of a function called through `run` saves how to redo it.
 
     The function's input must be kept for backward anyway, or nothing is gained.
@@ -35,7 +35,7 @@ class RedoableOutputs(torch.autograd.graph.saved_tensors_hooks):
         # Outputs stay alive until the block ends, so that an address means one tensor.
         self.recipes: dict[int, tuple[torch.Tensor, _Recipe]] = {}
 
-    def __enter__(self) -> "RedoableOutputs":  # type: ignore[override]
+    def __enter__(self) -> "RecomputedOutputs":  # type: ignore[override]
         super().__enter__()  # which itself returns None
         return self
 

@@ -1,6 +1,6 @@
 """Tensors that wait for backward in host memory, moved while the GPU computes.
 
-Copies run on a stream of their own. When one parked tensor is asked for, the one parked before it, which
+Copies run on a stream of their own. When one offloaded tensor is asked for, the one offloaded before it, which
 backward needs next, is already fetched.
 """
 
@@ -55,7 +55,7 @@ class _Parked:
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
 _last: weakref.WeakValueDictionary[torch.device, _Parked] = weakref.WeakValueDictionary()
-"""The tensor parked last, gone once backward has taken it."""
+"""The tensor offloaded last, gone once backward has taken it."""
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
@@ -76,7 +76,7 @@ def _keep_pace(device: torch.device) -> None:
         marks.popleft().synchronize()
 
 
-def parked(x: torch.Tensor) -> AbstractContextManager[None]:
+def offloaded(x: torch.Tensor) -> AbstractContextManager[None]:
     """Within the block, x, where it is saved for backward, is saved in host memory."""
 
     place, shape = x.data_ptr(), x.shape  # not x itself, which would stay alive with the hook

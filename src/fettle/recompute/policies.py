@@ -2,21 +2,21 @@
 
 All give the same losses and gradients. What each keeps, in Phi-3.5's shapes and units of tokens * hidden size:
 
-    KEEP            13.4   everything but the MLP's product, which `lora_mlp` always redoes
-    DROP            11.4   all but norm outputs, which are redone from the norms' inputs
-    REDO_MLP         6     not the MLP's gate and up either
-    KEEP_ATTENTION   2     the layer's input and the attention's result; the projections are redone
-    REDO             1     the layer's input
-    PARK             0     the layer's input, in host memory
+    KEEP             13.4   everything but the MLP's product, which `lora_mlp` always recomputes
+    RECOMPUTE_NORMS  11.4   all but norm outputs, which are recomputed from the norms' inputs
+    RECOMPUTE_MLP     6     not the MLP's gate and up either
+    KEEP_ATTENTION    2     the layer's input and the attention's result; the projections are recomputed
+    RECOMPUTE         1     the layer's input
+    OFFLOAD           0     the layer's input, in host memory
 
-A redone layer runs again in backward (torch.utils.checkpoint), but for its last product: of the MLP only the
-input is needed, as `lora_mlp` redoes the rest itself.
+A recomputed layer runs again in backward (torch.utils.checkpoint), except for its last product: of the MLP only the
+input is needed, as `lora_mlp` recomputes the rest itself.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -24,32 +24,47 @@ from torch.utils.checkpoint import checkpoint
 
 from fettle.ops.attention import KeptAttention
 from fettle.ops.lora_mlp import Keep
-from fettle.recompute.norm_outputs import RedoableOutputs
-from fettle.recompute.offload import parked
+from fettle.recompute.norm_outputs import RecomputedOutputs
+from fettle.recompute.offload import offloaded
 
 
-class Policy(IntEnum):
+@dataclass(frozen=True)
+class Kept:
+    """What a layer keeps for its backward pass.
+
+    norms: the outputs of its norms. gates: of the MLP, gate and up. attention: the attention's result.
+    is_recomputed: the layer's forward pass runs again in backward. is_offloaded: its input waits in host memory.
+    """
+
+    norms: bool
+    gates: bool
+    attention: bool
+    is_recomputed: bool = False
+    is_offloaded: bool = False
+
+
+class Policy(Kept, Enum):
     """In order of memory, from most to least."""
 
-    KEEP = 0
-    DROP = 1
-    REDO_MLP = 2
-    KEEP_ATTENTION = 3
-    REDO = 4
-    PARK = 5
+    KEEP = True, True, True
+    RECOMPUTE_NORMS = False, True, True
+    RECOMPUTE_MLP = False, False, True
+    KEEP_ATTENTION = False, False, True, True
+    RECOMPUTE = False, False, False, True
+    OFFLOAD = False, False, False, True, True
 
 
 @dataclass(slots=True)
 class Keeping:
     """What the parts of a layer may keep in one pass. attention: a place for the attention's result, where
-    it is wanted again; is_redone: this pass only brings back what backward needs."""
+    it is wanted again; is_recomputing: this pass only brings back what backward needs."""
 
     mlp: Keep = "gates"
     attention: KeptAttention | None = None
-    outputs: RedoableOutputs | None = None
-    is_redone: bool = False
+    outputs: RecomputedOutputs | None = None
+    is_recomputing: bool = False
 
-    def redoable(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def recomputed(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Return `function(x)`, which backward will redo instead of finding it saved, where outputs are dropped."""
         return function(x) if self.outputs is None else self.outputs.run(function, x)
 
@@ -62,19 +77,19 @@ class Compute(Protocol):
 
 def run_layer(policy: Policy, compute: Compute, x: torch.Tensor) -> torch.Tensor:
     """Return `compute(x, ...)`, with no more kept for backward than the policy allows."""
-    if policy == Policy.KEEP:
-        return compute(x, Keeping())
-    if policy in (Policy.DROP, Policy.REDO_MLP):
-        with RedoableOutputs() as outputs:
-            return compute(x, Keeping("gates" if policy == Policy.DROP else "input", outputs=outputs))
-    attention = KeptAttention() if policy == Policy.KEEP_ATTENTION else None
-    keeping = Keeping("input", attention)
-    with parked(x) if policy == Policy.PARK else nullcontext():
+    if not policy.is_recomputed:
+        mlp: Keep = "gates" if policy.gates else "input"
+        if policy.norms:
+            return compute(x, Keeping(mlp))
+        with RecomputedOutputs() as outputs:
+            return compute(x, Keeping(mlp, outputs=outputs))
+    keeping = Keeping("input", KeptAttention() if policy.attention else None)
+    with offloaded(x) if policy.is_offloaded else nullcontext():
         output: torch.Tensor = checkpoint(
             *(compute, x, keeping),
             use_reentrant=False,
             preserve_rng_state=not is_capturing(),  # which a graph cannot; it has no dropout
-            context_fn=lambda: (nullcontext(), _redoing(keeping)),
+            context_fn=lambda: (nullcontext(), _recomputing(keeping)),
         )
     return output
 
@@ -85,9 +100,9 @@ def is_capturing() -> bool:
 
 
 @contextmanager
-def _redoing(keeping: Keeping) -> Iterator[None]:
-    keeping.is_redone = True
+def _recomputing(keeping: Keeping) -> Iterator[None]:
+    keeping.is_recomputing = True
     try:
         yield
     finally:
-        keeping.is_redone = False
+        keeping.is_recomputing = False

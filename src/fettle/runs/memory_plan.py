@@ -190,7 +190,7 @@ class Followed:
             model.model.offload_embedding()
         if self.plan.work.device_type == "cpu":
             set_heap("return" if self.plan.work.returns_memory else "reuse")
-        if can_replay(model) and Policy.PARK not in self.plan.policies:
+        if can_replay(model) and Policy.OFFLOAD not in self.plan.policies:
             model.model.use_graphs(self.work.tokens)
         else:
             model.model.graphs = None
