@@ -1,0 +1,57 @@
+"""What a command imports, and that it opens no connection: each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def imported(code: str) -> set[str]:
+    """The top-level modules that are loaded after `code`."""
+    words = (
+        f"{code}\nimport json, sys\nprint(json.dumps(sorted({{m.partition('.')[0] for m in sys.modules}})))"
+    )
+    ended = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    return set(json.loads(ended.stdout.splitlines()[-1]))
+
+
+def test_training_needs_no_library_for_other_formats() -> None:
+    """A GPU machine may have none of them."""
+    found = imported("import fettle.methods.sft, fettle.methods.pretrain, fettle.engine.load")
+    assert "trl" in found and found.isdisjoint({"gguf", "xllamacpp", "compressed_tensors"})
+
+
+@pytest.mark.parametrize("code", ["import fettle", "import fettle.cli"])
+def test_help_is_shown_without_heavy_libraries(code: str) -> None:
+    assert imported(code).isdisjoint({"torch", "transformers", "peft", "trl", "datasets", "rich", "psutil"})
+
+
+NO_NETWORK = """
+import socket, sys
+
+def refuse(self, address):
+    if self.family != socket.AF_UNIX:
+        raise AssertionError(f"a connection to {address}")
+
+socket.socket.connect = socket.socket.connect_ex = refuse
+from fettle.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_nothing_connects_to_the_network(tmp_path: Path) -> None:
+    rows = [{"prompt": "Spell cat.", "completion": f"c, a, t {n}"} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = "train --model fettle-tiny --data rows.jsonl --output out --max-steps 1 --samples 1 --device cpu"
+    for words in (train, "generate --model out --prompt x --max-new-tokens 2 --device cpu"):
+        ended = subprocess.run(
+            [sys.executable, "-c", NO_NETWORK, *words.split()],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        assert ended.returncode == 0, ended.stderr[-2000:]
