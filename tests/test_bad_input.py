@@ -249,17 +249,17 @@ DAMAGE = {
     ),
     "absurd header": (
         _write("model.safetensors", struct.pack("<Q", 2**60) + b"{}"),
-        ["model.safetensors is not a sound safetensors file"],
+        ["model.safetensors is not a valid safetensors file"],
     ),
     "truncated": (_truncate, ["model.safetensors is truncated", "100 bytes missing"]),
-    "corrupt": (_corrupt_header, ["model.safetensors is not a sound safetensors file"]),
+    "corrupt": (_corrupt_header, ["model.safetensors is not a valid safetensors file"]),
     "pickled": (_pickle_instead, ["pytorch_model.bin", "never loads"]),
     "a tensor short": (_drop_a_tensor, ["1 of", "missing", "model.layers.1.mlp.down_proj.weight"]),
     "of another model": (_change_config(hidden_size=64), ["shape", "config.json asks for"]),
     "unknown family": (_change_config(model_type="gpt2"), ["config.json", "'gpt2'", "phi3"]),
     "quantised": (
         _change_config(quantization_config={"quant_method": "gptq", "bits": 4}),
-        ["config.json", "already quantised"],
+        ["config.json", "quantized in a format other than"],
     ),
 }
 
@@ -348,7 +348,7 @@ def test_an_adapter_on_other_weights(refused, adapter_copy, model_copy, tmp_path
     save_file(weights, model_copy / "model.safetensors", {"format": "pt"})
     move_base(adapter_copy, model_copy)
     words = {"generate": ("--prompt", "Hi"), "chat": (), "export": ("--to", tmp_path / "out")}
-    says = ("adapter", "trained on other weights", str(model_copy), "adapter_config.json")
+    says = ("adapter", "trained on different weights from those", str(model_copy), "adapter_config.json")
     refused(command, "--model", adapter_copy, *words[command], says=says)
 
 
@@ -542,7 +542,7 @@ def test_an_empty_prompt(refused, small_model, prompt, raw):
 def test_a_prompt_longer_than_the_context(cli, refused, small_model):
     words = ("generate", "--model", small_model, "--prompt", "Say " + "1 " * 300)
     refused(*words, says=("prompt's 6", "256 tokens"))
-    refused(*words, "--max-new-tokens", 5, says=("5 new ones (--max-new-tokens)", "256 tokens"))
+    refused(*words, "--max-new-tokens", 5, says=("5 new tokens (--max-new-tokens)", "256 tokens"))
     ended = cli("chat", "--model", small_model, stdin="1 " * 300 + "\n")
     assert (ended.code, ended.out) == (0, "")
     assert "256 tokens" in ended.err.splitlines()[-1]
@@ -551,7 +551,7 @@ def test_a_prompt_longer_than_the_context(cli, refused, small_model):
 
 def test_a_prompt_that_leaves_too_little_room(refused, small_model):
     words = ("generate", "--model", small_model, "--prompt", "Say 1.", "--max-new-tokens", 256)
-    refused(*words, says=("256 new ones (--max-new-tokens)", "256 tokens"))
+    refused(*words, says=("256 new tokens (--max-new-tokens)", "256 tokens"))
 
 
 def test_a_prompt_that_is_not_text(refused, small_model):
@@ -685,8 +685,8 @@ def test_a_wrong_merge_is_refused_and_nothing_is_written(refused, trained, chats
 
 BAD_GGUF = [
     ("absent.gguf", None, ["absent.gguf cannot be read (No such file", "GGUF file"]),
-    ("empty.gguf", lambda file: b"", ["empty.gguf is no GGUF file", "expected b'GGUF'"]),
-    ("page.gguf", lambda file: b"<html>", ["page.gguf is no GGUF file: it begins with b'<htm'"]),
+    ("empty.gguf", lambda file: b"", ["empty.gguf is not a GGUF file", "expected b'GGUF'"]),
+    ("page.gguf", lambda file: b"<html>", ["page.gguf is not a GGUF file: it begins with b'<htm'"]),
     ("head.gguf", lambda file: file[:4], "head.gguf is damaged"),
     ("entries.gguf", lambda file: file[:3000], "entries.gguf is damaged"),
     ("cut.gguf", lambda file: file[:-3000], "cut.gguf is damaged"),
@@ -712,7 +712,7 @@ def test_a_bad_gguf_file_is_named(refused, gguf_pair, small_model, chats, tmp_pa
     [
         (("--dtype", "float32"), "--dtype is float32, but a GGUF file"),
         (("--device", "cuda"), "--device is cuda, but the installed llama.cpp"),
-        (("--max-new-tokens", 4000), "more than the model's context of 2048 tokens"),
+        (("--max-new-tokens", 4000), "exceed the model's context of 2048 tokens"),
     ],
 )
 def test_what_a_gguf_file_cannot_do(refused, gguf_pair, words, says):
@@ -720,7 +720,7 @@ def test_what_a_gguf_file_cannot_do(refused, gguf_pair, words, says):
 
 
 def test_a_gguf_file_is_neither_trained_nor_exported(refused, gguf_pair, chats, tmp_path):
-    says = "is a GGUF file, which is made for running a model"
+    says = "is a GGUF file, which can only be run"
     refused("train", "--model", gguf_pair.file, "--data", chats, "--output", tmp_path / "out", says=says)
     refused("export", "--model", gguf_pair.file, "--to", tmp_path / "out", says=says)
 

@@ -16,8 +16,8 @@ from fettle.export.gguf import export_gguf
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 ENDLESS += "{% for m in messages %}{{ m.content }}{% endfor %}"
 COMMANDS = ["generate", "chat", "train", "compare"]
-NAN = "the model's logits are NaN or infinite"
-STOPPED = "the chat template was stopped, because for one chat it takes more than"
+NAN = "the model's logits are NaN or Inf"
+STOPPED = "the chat template was stopped because, on one chat, it takes more than"
 
 
 @pytest.fixture(scope="module")

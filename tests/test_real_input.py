@@ -153,7 +153,7 @@ def test_the_loss_falls(output):
 def test_what_was_understood_is_said(output):
     said = (output / "said.txt").read_text()
     assert re.search(r"\d+ rows \(\d+ Alpaca, \d+ ShareGPT\) became \d+ examples", said)
-    assert re.search(r"\d+ rows cut to 96 tokens", said)
+    assert re.search(r"\d+ rows truncated to 96 tokens", said)
     assert re.search(r"⟦.+", said.partition("trained part between ⟦ and ⟧:")[2])
 
 

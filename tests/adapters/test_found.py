@@ -132,7 +132,7 @@ def test_a_base_whose_weights_have_changed(adapter_folder: Path, base_folder: Pa
     tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01
     save_file(tensors, file, metadata={"format": "pt"})
     message = refusal(adapter_folder)
-    assert "other weights" in message
+    assert "different weights from those" in message
     assert str(base_folder) in message
 
 

@@ -121,7 +121,7 @@ def test_a_template_that_changes_the_words_beyond_recognition_is_refused(familie
     tokenizer = make_like(
         families["chatml"].tokenizer, "{% for m in messages %}{{ m['content'] | title }}{% endfor %}"
     )
-    with pytest.raises(UserError, match=r"cannot be found again|left out"):
+    with pytest.raises(UserError, match=r"cannot be located|dropped"):
         render(tokenizer, TURNS)
 
 

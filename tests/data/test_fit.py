@@ -56,7 +56,7 @@ def test_an_answer_of_weight_0_is_read_and_not_trained_on(family):
     plain = one(family.tokenizer, chat(QUESTION, {**WRONG, "train": True}, QUESTION, ANSWER))
     assert example.input_ids == plain.input_ids
     assert trained_text(family.tokenizer, example).strip() == family.answer("It is Paris.").strip()
-    assert "1 answer not trained on: their weight is 0" in tokenized(family.tokenizer, row).summary.counts()
+    assert "1 answer with weight 0, not trained on" in tokenized(family.tokenizer, row).summary.counts()
 
 
 def test_a_weight_of_0_holds_where_all_tokens_are_trained(family):
@@ -145,13 +145,13 @@ def test_reasoning_that_the_template_leaves_out_of_earlier_answers_is_named(fami
     example = one(tokenizer, chat(QUESTION, thoughtful, QUESTION, thoughtful))
     assert trained_text(tokenizer, example).count("In Europe.") == 1
     summary = tokenized(tokenizer, chat(QUESTION, thoughtful, QUESTION, ANSWER)).summary
-    assert "without effect: `reasoning_content` of messages (1)" in summary.counts()
+    assert "ignored: `reasoning_content` of messages (1)" in summary.counts()
 
 
 def test_reasoning_that_the_template_does_not_write_is_refused(families):
     row = chat(QUESTION, {**ANSWER, "reasoning": "In Europe."})
     with pytest.raises(
-        BadRows, match=r"turn 2 has `reasoning`, which the model's chat template does not write"
+        BadRows, match=r"turn 2 has `reasoning`, which the model's chat template does not render"
     ):
         tokenized(families["phi"].tokenizer, row)
 
@@ -159,11 +159,11 @@ def test_reasoning_that_the_template_does_not_write_is_refused(families):
 def test_other_fields_are_written_by_the_template_or_named(families):
     tokenizer = families["chatml"].tokenizer
     row = chat({**QUESTION, "name": "Ann", "mood": "curious"}, ANSWER)
-    (line,) = [line for line in tokenized(tokenizer, row).summary.counts() if "without effect" in line]
-    assert line == "without effect: `name` of messages (1), `mood` of messages (1)"
+    (line,) = [line for line in tokenized(tokenizer, row).summary.counts() if "ignored" in line]
+    assert line == "ignored: `name` of messages (1), `mood` of messages (1)"
     names = like(tokenizer, tokenizer.chat_template.replace("m['role'] +", "m['role'] + (m.name or '') +"))
     assert names.decode(one(names, row).input_ids).startswith("<|im_start|>userAnn\n")
-    assert "without effect: `mood` of messages (1)" in tokenized(names, row).summary.counts()
+    assert "ignored: `mood` of messages (1)" in tokenized(names, row).summary.counts()
 
 
 # Rendered already
@@ -220,7 +220,7 @@ def test_a_rendered_prompt_gets_the_templates_beginning(families):
         ),
         (
             pair("<|user|>\nHi<|end|>\n", "It is Paris."),
-            r"but not `<\|assistant\|>`, with which an answer begins",
+            r"but not `<\|assistant\|>`, which starts an answer",
         ),
     ],
 )
@@ -266,9 +266,9 @@ def test_all_rows_that_the_template_refuses_are_listed(families):
     read = Rows(rows, Reading(bad=["a.jsonl, line 9: is no row."]))
     left = tokenize_rows(read, tokenizer, max_length=512, skip_bad_rows=True)
     assert [example.where for example in left.examples] == ["a.jsonl, line 2"]
-    assert "3 rows left out that cannot be trained on:" in left.summary.counts()
+    assert "3 bad rows skipped:" in left.summary.counts()
     assert "  a.jsonl, line 9: is no row." in left.summary.counts()
-    with pytest.raises(NothingToTrainOn, match="2 rows left out that cannot be trained on"):
+    with pytest.raises(NothingToTrainOn, match="2 bad rows skipped"):
         tokenized(tokenizer, rows[0], rows[2], skip_bad_rows=True)
 
 
@@ -276,4 +276,4 @@ def test_columns_without_effect_are_in_the_summary(tmp_path, families):
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "Hi", "completion": "Hello!", "source": "web"}))
     rows = read_rows(tmp_path / "a.jsonl")
     counts = tokenize_rows(rows, families["phi"].tokenizer, max_length=512).summary.counts()
-    assert "without effect: column `source` (1)" in counts
+    assert "ignored: column `source` (1)" in counts

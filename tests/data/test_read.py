@@ -58,7 +58,7 @@ def test_alpaca_joins_input_and_keeps_system_and_history(tmp_path):
     row = read_one(tmp_path, record | {"history": [["Hello", "Hello!"]]})
     last = ({"role": "user", "content": "Add.\n\n2 and 2"}, {"role": "assistant", "content": "4"})
     assert row.messages == (SYSTEM, USER, ASSISTANT, *last)
-    assert row.form == "Alpaca"
+    assert row.format == "Alpaca"
 
 
 def test_prompt_and_completion_stay_text(tmp_path):
@@ -76,14 +76,14 @@ def test_forms_may_be_mixed(tmp_path):
     rows = read_rows(
         write(tmp_path / "a.jsonl", [CHAT, {"text": "Hello"}, {"prompt": "a", "completion": "b"}])
     )
-    assert [row.form for row in rows] == ["messages", "text", "prompt / completion"]
+    assert [row.format for row in rows] == ["messages", "text", "prompt / completion"]
 
 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
         ({"question": "a", "answer": "b"}, r"found columns question, answer; expected messages, .* or text"),
-        ({"instruction": "a", "output": None}, r"found column instruction and nothing \(null\) in output"),
+        ({"instruction": "a", "output": None}, r"found column instruction and no value \(null\) in output"),
         ({}, "found no columns"),
         ([1], "found a list; expected an object"),
         ({"messages": []}, "`messages` is empty"),
@@ -104,7 +104,7 @@ def test_forms_may_be_mixed(tmp_path):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT]}, 'type "image_url"'),
         ({"messages": [USER]}, "has no assistant turn"),
         ({"prompt": [USER], "completion": [USER]}, "has no assistant turn"),
-        ({"messages": [USER, {"role": "tool", "content": "4"}]}, 'role "tool", and training on tool calls'),
+        ({"messages": [USER, {"role": "tool", "content": "4"}]}, 'role "tool", but training on tool calls'),
         ({"messages": [USER, ASSISTANT | {"tool_calls": [1]}]}, "has `tool_calls`"),
         ({"conversations": [{"from": "function_call", "value": "f()"}]}, 'role "function_call"'),
         (CHAT | {"tools": [{"name": "f"}]}, "has `tools`"),
@@ -208,11 +208,11 @@ def test_a_folder_is_read_in_order_of_names(tmp_path):
         ("a.json", '{"text": "a"}\n{"text": "b"', "a.json, line 2, column 13: malformed JSON"),
         ("a.json", "4", "expected a list of rows"),
         ("a.csv", 'text,id\na,1\n"b,2\n', "a.csv, line 3: malformed CSV"),
-        ("a.csv", "text,id\na,1\nb,2,3\n", "a.csv, line 3: has 3 cells but the header names 2"),
+        ("a.csv", "text,id\na,1\nb,2,3\n", "a.csv, line 3: has 3 cells, but the header has 2"),
         ("a.csv", "Hello,you\na,b\n", "a.csv, line 2: found columns Hello, you"),
         ("a.parquet", "PAR1 not really", "a.parquet: is not a readable parquet file"),
-        ("a.xlsx", "a", r"a.xlsx: has the ending .xlsx; expected .jsonl, .json, .csv, .parquet, .txt"),
-        ("data", "a", "data: has no file ending"),
+        ("a.xlsx", "a", r"a.xlsx: has the extension .xlsx; expected .jsonl, .json, .csv, .parquet, .txt"),
+        ("data", "a", "data: has no file extension"),
     ],
 )
 def test_a_file_of_no_use_is_refused(tmp_path, name, content, message):
@@ -231,7 +231,9 @@ def test_missing_and_empty_places_are_refused(tmp_path):
 
 
 def test_a_hub_name_without_network_is_refused():
-    with pytest.raises(UserError, match=r"^nobody/nothing-of-this-name: is no file or folder here.*network"):
+    with pytest.raises(
+        UserError, match=r"^nobody/nothing-of-this-name: is not a local file or folder.*network"
+    ):
         read_rows("nobody/nothing-of-this-name")
 
 

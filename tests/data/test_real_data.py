@@ -64,7 +64,7 @@ def test_the_prompt_in_use_is_what_came_before_the_answer_in_training(shared_dat
 @pytest.mark.parametrize("name", ["c4_demo.jsonl", "wiki_demo.txt"])
 def test_text_is_read_whole(shared_data, tokenizer, name):
     rows = read_rows(shared_data / "train" / name)[:20]
-    rows = [type(row)(row.where, row.form, text=(row.text or "")[:50_000]) for row in rows]
+    rows = [type(row)(row.where, row.format, text=(row.text or "")[:50_000]) for row in rows]
     tokenized = tokenize_rows(rows, tokenizer, max_length=512)
     examples = iter(tokenized.examples)
     for row in rows:
@@ -77,7 +77,7 @@ def test_text_is_read_whole(shared_data, tokenizer, name):
 
 def test_a_system_turn_is_kept_by_every_template(shared_data, tokenizer, end):
     (row,) = read_rows(shared_data / "train" / "identity.json")[:1]
-    row = type(row)(row.where, row.form, messages=(SYSTEM, *row.messages))
+    row = type(row)(row.where, row.format, messages=(SYSTEM, *row.messages))
     tokenized = tokenize_rows([row], tokenizer, max_length=512)
     (example,) = tokenized.examples
     assert SYSTEM["content"] in tokenizer.decode(example.input_ids)
@@ -92,7 +92,7 @@ def test_a_system_turn_is_kept_by_every_template(shared_data, tokenizer, end):
     [
         ("dpo_en_demo.json", "row 1: has `chosen` and `rejected`, which is preference data"),
         ("kto_en_demo.json", "row 1: has a true/false `label`, which is preference data"),
-        ("glaive_toolcall_en_demo.json", "row 1: has `tools`, and training on tool calls is not supported"),
+        ("glaive_toolcall_en_demo.json", "row 1: has `tools`, but training on tool calls is not supported"),
         ("sherlock_holmes_1661-8.txt", "line 1141: byte 0xe9 is not UTF-8"),
     ],
 )

@@ -57,7 +57,7 @@ def test_what_was_taken_and_left_out_is_said(tmp_path):
 
 def test_splits_without_train_are_refused(tmp_path):
     fill(tmp_path, "test.jsonl", "validation.jsonl")
-    with pytest.raises(UserError, match="has the splits test, validation, and none of them is `train`"):
+    with pytest.raises(UserError, match="has the splits test, validation, but no single `train` split"):
         read_rows(tmp_path)
 
 
@@ -70,9 +70,7 @@ def test_a_folder_with_only_rows_for_testing_is_refused(tmp_path, split):
     )
     DatasetDict({split: Dataset.from_list([{"text": "exam"}])}).save_to_disk(tmp_path / "saved")
     for folder, name in ((plain, f"my-{split}.jsonl"), (carded, "rows.jsonl"), (tmp_path / "saved", split)):
-        with pytest.raises(
-            UserError, match=rf"has only rows for testing \({name}\), .* give the file .* itself\.$"
-        ):
+        with pytest.raises(UserError, match=rf"has only test rows \({name}\), .* give the file .* itself\.$"):
             read_rows(folder)
         assert len(read_rows(folder / name)) == 1
 
@@ -99,7 +97,7 @@ def test_a_card_with_several_data_sets_is_a_choice_for_the_user(tmp_path):
     fill(tmp_path, "a/train.jsonl", "b/train.jsonl")
     configs = "- config_name: a\n  data_files: a/*\n- config_name: b\n  data_files: b/*"
     (tmp_path / "README.md").write_text(CARD.format(configs=configs))
-    with pytest.raises(UserError, match=r"several data sets \(a, b\)"):
+    with pytest.raises(UserError, match=r"several datasets \(a, b\)"):
         read_rows(tmp_path)
 
 
@@ -125,7 +123,9 @@ def test_what_save_to_disk_wrote_is_read(tmp_path):
     assert read_rows(tmp_path / "both").reading.notes[1] == "left out: test"
     assert fingerprint(tmp_path / "both") == fingerprint(tmp_path / "both" / "train")
     next((tmp_path / "one").glob("*.arrow")).unlink()
-    with pytest.raises(UserError, match=r"is not a whole saved data set: data-0+-of-00002\.arrow is missing"):
+    with pytest.raises(
+        UserError, match=r"is an incomplete saved dataset: data-0+-of-00002\.arrow is missing"
+    ):
         read_rows(tmp_path / "one")
 
 

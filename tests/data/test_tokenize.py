@@ -85,7 +85,7 @@ def test_a_long_chat_is_cut_at_the_end_and_counted(families):
     full = tokenizer.apply_chat_template([QUESTION, long_answer], return_dict=False)
     assert one(tokenized).input_ids == full[:64]
     assert tokenized.summary.cut == 1
-    assert any("1 row cut to 64 tokens" in line for line in tokenized.summary.lines())
+    assert any("1 row truncated to 64 tokens" in line for line in tokenized.summary.lines())
 
 
 def test_rows_with_nothing_to_train_on_are_dropped_and_named(families):
@@ -197,14 +197,14 @@ def test_the_summary_tells_what_was_understood(tmp_path, families):
 
 def test_the_summary_keeps_counts_and_example_apart(families):
     """Words of the example may look like anything, a mark or a count."""
-    words = "1 row cut to 64 tokens\n⟦2 rows⟧"
+    words = "1 row truncated to 64 tokens\n⟦2 rows⟧"
     rows = [chat(QUESTION, {**ANSWER, "content": words}), chat(QUESTION, {**ANSWER, "content": ""})]
     summary = tokenize_rows(rows, families["chatml"].tokenizer, max_length=512).summary
     assert summary.lines() == summary.counts() + summary.example_lines()
     assert not any("⟦" in line or "cut" in line for line in summary.counts())
     assert any("1 row dropped" in line for line in summary.counts())
     heading, *shown = summary.example_lines()
-    assert heading.startswith("the first example")
+    assert heading.startswith("first example")
     assert "\n".join(shown).rstrip().endswith(f"⟦{words}<|im_end|>⟧")
     assert Summary(64).example_lines() == []
 

@@ -78,5 +78,5 @@ def test_counts_beyond_the_file(file, at) -> None:
     content = bytearray(file.read_bytes())
     struct.pack_into("<Q", content, at, 2**60)
     file.write_bytes(content)
-    with pytest.raises(UserError, match="more than it has room for"):
+    with pytest.raises(UserError, match="more than fit into the file"):
         GGUFFile(file)

@@ -106,7 +106,7 @@ def test_a_files_size_is_known_without_opening_it_in_llama_cpp(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(60))
     assert size_bytes(tmp_path / "a.gguf") == 64
     (tmp_path / "b.gguf").write_bytes(b"GGML" + bytes(60))
-    with pytest.raises(UserError, match=r"b\.gguf is no GGUF file"):
+    with pytest.raises(UserError, match=r"b\.gguf is not a GGUF file"):
         size_bytes(tmp_path / "b.gguf")
 
 
@@ -163,7 +163,7 @@ def test_the_command_prints_a_table_or_json(cli, gguf_pair, chats):
     for said in (
         "perplexity",
         "KL(A || B)",
-        "same answer (3 prompts)",
+        "identical answers (3 prompts)",
         "size on disk",
         "(llama.cpp)",
         "3 rows",

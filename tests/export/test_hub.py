@@ -99,7 +99,7 @@ def test_a_broken_record_of_the_run_is_found_before_anything_is_written(
     run = shutil.copytree(trained, tmp_path / "run")
     (run / "run.yaml").write_text(text)
     ended = cli("export", "--model", run, "--to", tmp_path / "merged", "--push", "me/mine")
-    assert ended.code == 2 and "run.yaml: not as a run wrote it" in ended.err
+    assert ended.code == 2 and "run.yaml is malformed" in ended.err
     assert hub.calls == [] and not (tmp_path / "merged").exists()
 
 

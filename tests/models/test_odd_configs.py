@@ -64,14 +64,14 @@ def test_a_partial_rotation_counts_where_it_does_in_transformers(folder_of: Any,
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is larger than 1,000"),
         ({"vocab_size": 10**15}, "vocab_size is larger"),
         ({"hidden_size": 10**30}, "hidden_size is larger"),
-        ({"rope_theta": "10000"}, "no rotary frequencies follow"),
+        ({"rope_theta": "10000"}, "give no rotary frequencies"),
         ({"rope_theta": 0}, "do not fit heads"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5},
             "do not fit heads",
         ),
         ({"rope_scaling": {"type": "su", **FACTORS}}, "rope type 'su' is not supported"),
-        ({"quantization_config": "nf4"}, "quantization_config is no JSON object"),
+        ({"quantization_config": "nf4"}, "quantization_config is not a JSON object"),
         ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": float("nan")}}, "rope"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope"),
@@ -101,7 +101,7 @@ def test_a_billion_labels_are_passed_over(folder_of: Any) -> None:
 
 def test_layers_are_counted_before_a_model_is_described(folder_of: Any) -> None:
     folder, began = folder_of("llama", num_hidden_layers=1000), time.process_time()
-    with pytest.raises(UserError, match=r"the weights have 3 layers, and config\.json asks for 1000"):
+    with pytest.raises(UserError, match=r"the weights have 3 layers, but config\.json says 1000"):
         stored_model(inspect(folder))
     assert time.process_time() - began < 1
 
@@ -110,7 +110,7 @@ def test_numbers_of_thousands_of_digits_are_one_sentence(folder_of: Any) -> None
     folder = folder_of("llama")
     (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": ' + "9" * 5000 + "}")
     for read in (config_of, lambda name: inspect(Path(name))):
-        with pytest.raises(UserError, match=r"config\.json is not JSON text"):
+        with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
             read(str(folder))
 
 
@@ -118,7 +118,7 @@ def test_tokens_without_rows_are_refused(small_model: Path, tmp_path: Path) -> N
     tokenizer, stored = load_tokenizer(small_model), stored_model(inspect(small_model))
     tokenizer.add_tokens(["<city>", "</city>"])
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"the tokenizer has 2 tokens that .* no rows .*'<city>'"):
+    with pytest.raises(UserError, match=r"2 of the tokenizer's tokens have no row .*'<city>'"):
         load_tokenizer(tmp_path, stored.config)
 
 
@@ -137,7 +137,7 @@ def test_several_chat_templates_need_a_default(small_model: Path, tmp_path: Path
     tokenizer = load_tokenizer(small_model)
     tokenizer.chat_template = {"tool_use": "{{ messages }}", "rag": "{{ messages }}"}
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"named rag, tool_use, and none is called default"):
+    with pytest.raises(UserError, match=r"named rag, tool_use, but none is named default"):
         load_tokenizer(tmp_path)
 
 

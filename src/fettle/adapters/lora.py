@@ -178,7 +178,7 @@ def adapter_config_of(folder: Path) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise UserError(
             f"{file}: the adapter's type is {config.peft_type}; "
-            "fettle runs LoRA adapters, and PEFT itself the others."
+            "expected LoRA (use PEFT itself for other types)."
         )
     tokens = config.alora_invocation_tokens
     is_plain_list = isinstance(tokens, list) and all(
@@ -225,7 +225,7 @@ def require_fit(model: PreTrainedModel, shapes: TensorShapes, folder: Path) -> N
         layer = modules.get(target)
         if not isinstance(layer, nn.Linear):
             raise UserError(
-                f"{folder}: the adapter belongs to another model: it adapts '{target}', and "
+                f"{folder}: the adapter belongs to another model: it adapts '{target}', but "
                 f"{owner} has no such linear layer."
             )
         found, expected = (shape[1], layer.in_features) if part[0] == "A" else (shape[0], layer.out_features)
@@ -233,7 +233,7 @@ def require_fit(model: PreTrainedModel, shapes: TensorShapes, folder: Path) -> N
             side = "inputs" if part[0] == "A" else "outputs"
             raise UserError(
                 f"{folder}: the adapter belongs to another model: it expects {found} {side} at '{target}', "
-                f"and {owner} has {expected}."
+                f"but {owner} has {expected}."
             )
 
 
@@ -266,10 +266,10 @@ def _require_all(adapted: PeftModel, shapes: TensorShapes, folder: Path) -> None
         raise UserError(
             f"{folder}: the adapter belongs to another model than {adapted.get_base_model().name_or_path}, or "
             f"its adapter_config.json to another adapter: '{min(missing or unused)}' is "
-            f"{'missing from' if missing else 'of no use in'} its weights."
+            f"{'missing from' if missing else 'unexpected in'} its weights."
         )
     if wrong := [name for name in expected if expected[name] != found[name]]:
         raise UserError(
-            f"{folder}: the adapter's weights and its adapter_config.json are of different adapters: '{wrong[0]}' has "
-            f"shape {found[wrong[0]]}, and the config asks for {expected[wrong[0]]}; fetch both again."
+            f"{folder}: the adapter's weights and its adapter_config.json belong to different adapters: '{wrong[0]}' "
+            f"has shape {found[wrong[0]]}, but the config implies {expected[wrong[0]]}; fetch both again."
         )

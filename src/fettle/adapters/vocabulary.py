@@ -37,9 +37,9 @@ def rows_with(config: PreTrainedConfig, adapter: LoraConfig, shapes: TensorShape
     needed = {"embed_tokens"} if is_tied else {"embed_tokens", "lm_head"}
     if len(rows) > 1 or not needed <= whole.keys():
         raise UserError(
-            f"{folder}: the adapter was trained with {max(rows):,} tokens and its base has {config.vocab_size:,}, but "
-            f"it does not hold all rows of {' and '.join(sorted(needed))}: save it again with "
-            "save_embedding_layers=True."
+            f"{folder}: the adapter was trained with a vocabulary of {max(rows):,} tokens and its base has "
+            f"{config.vocab_size:,}, but it does not contain all rows of {' and '.join(sorted(needed))}: save it again "
+            "with save_embedding_layers=True."
         )
     return rows.pop()
 

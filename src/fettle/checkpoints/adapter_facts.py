@@ -43,8 +43,8 @@ def read_facts(folder: Path) -> AdapterFacts | None:
         return facts
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{file} is not as fettle wrote it, so whether the base's weights are the right ones is unknown; "
-            "fetch it again, or delete it to do without that check."
+            f"{file} is malformed, so the base model's weights cannot be checked; "
+            "fetch it again, or delete it to skip that check."
         ) from error
 
 
@@ -62,8 +62,8 @@ def facts_for(folder: Path, base_folder: Path) -> AdapterFacts | None:
     facts = read_facts(folder)
     if facts is not None and facts.base_fingerprint != fingerprint(base_folder):
         raise UserError(
-            f"{folder}: the adapter was trained on other weights than those now in {base_folder}; "
-            f"put the original base model back, or correct base_model_name_or_path in "
+            f"{folder}: the adapter was trained on different weights from those now in {base_folder}; "
+            f"restore the original base model, or correct base_model_name_or_path in "
             f"{folder / 'adapter_config.json'}."
         )
     return facts

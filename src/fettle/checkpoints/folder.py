@@ -62,7 +62,7 @@ def inspect(folder: Path) -> Checkpoint:
         for name, place in read_places(file).items():
             if name in tensors:
                 raise UserError(
-                    f"{file} holds {name}, which {tensor_files[name].name} holds too: fetch the model again."
+                    f"{file} contains {name}, and so does {tensor_files[name].name}: fetch the model again."
                 )
             tensors[name], tensor_files[name] = place.header, file
             weight_bytes += place.end - place.start
@@ -86,12 +86,10 @@ def require_tokenizer(folder: Path) -> None:
     others = [name for name in _OTHER_TOKENIZERS if (folder / name).exists()]
     if others:  # what transformers makes of them depends on further libraries, and may give other ids
         raise UserError(
-            f"{folder} has its tokenizer only as {_list(others)}, and fettle reads tokenizer.json alone: fetch the "
+            f"{folder} has its tokenizer only as {_list(others)}, but fettle reads only tokenizer.json: fetch the "
             "tokenizer.json of the same model, or of another one with the same tokenizer."
         )
-    raise UserError(
-        f"{folder} has no tokenizer: put the model's tokenizer.json and tokenizer_config.json there."
-    )
+    raise UserError(f"{folder} has no tokenizer: add the model's tokenizer.json and tokenizer_config.json.")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -109,7 +107,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(
-            f"{file} does not name the model the adapter belongs to: "
+            f"{file} does not name the adapter's base model: "
             f'set "base_model_name_or_path" to its folder or hub name.'
         )
     read_places(_require_weights(folder, ADAPTER_WEIGHTS))
@@ -153,7 +151,7 @@ def _check_index(folder: Path, index: dict[str, str] | None, tensor_files: dict[
     for name, file_name in (index or {}).items():
         if tensor_files.get(name) != folder / file_name:
             raise UserError(
-                f"{folder / WEIGHTS_INDEX} says {name} is in {file_name}, but that file does not hold it: "
+                f"{folder / WEIGHTS_INDEX} says {name} is in {file_name}, but that file does not contain it: "
                 f"fetch the model's files again, all from one version."
             )
 
@@ -184,9 +182,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"no such folder: {folder}")
     if not file.exists():
         if command := command_to_finish(folder):
-            raise UserError(
-                f"{folder} holds a run that was stopped before its end, not a model yet: finish it with {command}"
-            )
+            raise UserError(f"{folder} is an unfinished run, not a model: finish it with {command}")
         raise UserError(f"{folder} is not a model folder: it has no config.json.")
     return read_config_file(file)
 
@@ -217,12 +213,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(
             f"{file} is malformed JSON at line {error.lineno}, column {error.colno} ({error.msg}): "
-            f"mend it or fetch it again."
+            f"fix it or fetch it again."
         ) from error
     except (ValueError, RecursionError) as error:  # no UTF-8, numbers of thousands of digits, nested too deep
-        raise UserError(f"{file} is not JSON text: fetch it again.") from error
+        raise UserError(f"{file} is not valid JSON: fetch it again.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} holds a JSON {type(content).__name__} where an object was expected.")
+        raise UserError(f"{file} contains a JSON {type(content).__name__}; expected an object.")
     return content
 
 

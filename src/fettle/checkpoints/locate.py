@@ -30,7 +30,7 @@ def locate(name: str) -> Path:
         path = Path(name).expanduser()
         is_folder, is_there = path.is_dir(), path.exists()
     except (OSError, RuntimeError) as error:  # longer than a path may be, an unreadable place, ~nobody
-        raise UserError(f"{name!r} cannot be a folder ({error}): give a folder or a hub name.") from error
+        raise UserError(f"{name!r} is not a valid path ({error}): give a folder or a hub name.") from error
     if is_folder:
         return path
     if is_there:
@@ -46,22 +46,22 @@ def embedded_model() -> Path:
     """Return the folder of the model that ships inside the package."""
     folder = Path(str(importlib.resources.files("fettle"))) / "tiny" / "checkpoint"
     if not folder.is_dir():
-        raise UserError(f"{EMBEDDED} is missing from this installation ({folder}): install fettle-llm again.")
+        raise UserError(f"{EMBEDDED} is missing from this installation ({folder}): reinstall fettle-llm.")
     return folder
 
 
 def _not_a_folder(path: Path) -> str:
     if path.suffix == ".gguf":
         return (
-            f"{path} is a GGUF file, which is made for running a model (fettle generate, chat and compare open it): "
+            f"{path} is a GGUF file, which can only be run (with fettle generate, chat and compare): "
             f"give the Hugging Face folder or hub name it was made from."
         )
     if any(path.match(pattern) for pattern in PICKLES):
         return (
-            f"{path} is a file of pickled weights, which fettle never loads: "
+            f"{path} is a pickle, which fettle never loads as it can run any code: "
             f"give a folder with the model as safetensors."
         )
-    return f"{path} is a file, not a model: give the folder that holds config.json, tokenizer and weights."
+    return f"{path} is a file, not a model: give the folder with config.json, tokenizer and weights."
 
 
 def _no_such_folder(path: Path) -> str:
@@ -105,14 +105,14 @@ def _hub_failure(name: str, error: Exception) -> str:
         return f"{name} is gated on the hub: accept its terms on its page, then log in with `hf auth login`."
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"{name} is neither a folder here nor a model on the hub{hint}: check the spelling, "
+            f"{name} is neither a local folder nor a model on the hub{hint}: check the spelling, "
             f"and log in with `hf auth login` if it is private."
         )
     if isinstance(error, errors.LocalEntryNotFoundError):
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         cure = "unset it" if constants.HF_HUB_OFFLINE else "check the network"
         return (
-            f"{name} is neither a folder here nor in the hub's cache, and {reason}{hint}: {cure}, "
+            f"{name} is neither a local folder nor in the hub's cache, and {reason}{hint}: {cure}, "
             f"or give the path of a folder with the model."
         )
     first_line = (str(error).splitlines() or [""])[0]

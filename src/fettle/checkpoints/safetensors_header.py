@@ -61,7 +61,7 @@ def read_places(file: Path) -> dict[str, Place]:
     data_start = 8 + length
     places = {name: _parse_entry(file, name, entry, data_start) for name, entry in entries.items()}
     if not places:
-        raise UserError(f"{file} holds no tensors: fetch it again.")
+        raise UserError(f"{file} contains no tensors: fetch it again.")
     _check_contiguous(file, places, data_start, size)
     return places
 
@@ -75,7 +75,7 @@ def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
         raise _corrupt(file, "its header is not a JSON object")
     notes = entries.pop("__metadata__", {})
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise _corrupt(file, "its __metadata__ is not a table of texts")
+        raise _corrupt(file, "its __metadata__ is not a map of strings to strings")
     return entries
 
 
@@ -99,7 +99,7 @@ def _check_contiguous(file: Path, places: dict[str, Place], data_start: int, siz
     expected = data_start
     for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].end)):
         if place.start != expected:
-            raise _corrupt(file, f"{name} starts at byte {place.start}, where {expected} was expected")
+            raise _corrupt(file, f"{name} starts at byte {place.start}, expected {expected}")
         expected = place.end
     if size < expected:
         raise _truncated(file, expected, size)
@@ -125,11 +125,11 @@ def require_content(file: Path) -> None:
 
 
 def _corrupt(file: Path, finding: str) -> UserError:
-    return UserError(f"{file} is not a sound safetensors file ({finding}): fetch it again.")
+    return UserError(f"{file} is not a valid safetensors file ({finding}): fetch it again.")
 
 
 def _truncated(file: Path, expected: int, found: int) -> UserError:
     return UserError(
-        f"{file} is truncated: {human_bytes(found)} of {human_bytes(expected)} are there "
+        f"{file} is truncated: it has {human_bytes(found)} of {human_bytes(expected)} "
         f"({expected - found} bytes missing); fetch it again."
     )

@@ -203,8 +203,8 @@ def _locate(
         position, is_whole = end + shared, shared == len(piece)
     if len(spans) < len(order) or position != len(text):
         raise UserError(
-            "the model's chat template rewrites this chat so that its turns cannot be found again, and what "
-            "to train on is unknown; remove the row."
+            "the model's chat template changes the text of this chat, so its turns cannot be located for the "
+            "loss mask; remove the row."
         )
     return spans
 

@@ -54,7 +54,7 @@ def fit(
     noted = Counter() if noted is None else noted
     if row.prompt is not None and row.completion is not None and uses_turns:
         if _is_rendered(row.prompt, row.completion, tokenizer):
-            noted["written in the chat template already, and taken as they are"] += 1
+            noted["already rendered in the chat template, used as they are"] += 1
             return _as_rendered(row, row.prompt, row.completion, tokenizer)
         turns = ({"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion})
         row = replace(row, messages=turns, prompt=None, completion=None)
@@ -92,20 +92,22 @@ def _end_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str,
 def _fit_turn(turn: Message, number: int, tokenizer: PreTrainedTokenizerBase, noted: Counter[str]) -> Message:
     words = without_ends(turn["content"], tokenizer)
     if words != turn["content"]:
-        noted["words that end in an end token, which is not written a second time"] += 1
+        noted["end token at the end of a turn, removed because the chat template adds it"] += 1
     bos = tokenizer.bos_token
     if bos and words.lstrip().startswith(bos) and not (bos == "<s>" and "</s>" in words):
         words = words.lstrip().removeprefix(bos)
-        noted["words that begin with the beginning-of-text token, which is not written a second time"] += 1
+        noted[
+            "beginning-of-text token at the start of a turn, removed because the chat template adds it"
+        ] += 1
     template = layout(tokenizer)
     tags = {*template.tags, bos, tokenizer.eos_token, template.end_of_turn} - {None, *_HTML}
     if found := sorted(tag for tag in tags if tag and tag in words):
         raise UserError(
             f"turn {number} contains {' and '.join(f'`{tag}`' for tag in found)}, which the model's chat template "
-            "writes itself; give the words alone, or a whole rendered chat as `prompt` and `completion` or as `text`."
+            "adds itself; remove it, or give the whole rendered chat as `prompt` and `completion` or as `text`."
         )
     if foreign := _FOREIGN.search(words):
-        noted[f"words with `{foreign[0]}` of another model's chat template, which is read as plain text"] += 1
+        noted[f"`{foreign[0]}` of another model's chat template, treated as plain text"] += 1
     return turn if words == turn["content"] else {**turn, "content": words}
 
 
@@ -120,11 +122,11 @@ def _fit_reasoning(
             known = layout(tokenizer).reasoning
             if known is None:
                 raise UserError(
-                    f"turn {number} has `{name}`, which the model's chat template does not write, so it would be lost; "
-                    "put it into the content (as <think>...</think>), or remove it."
+                    f"turn {number} has `{name}`, which the model's chat template does not render, so it would be "
+                    "lost; move it into the content (as <think>...</think>), or remove it."
                 )
             if known != name:
-                noted[f"reasoning in `{name}`, which the chat template writes as its `{known}`"] += 1
+                noted[f"reasoning in `{name}`, passed to the chat template as `{known}`"] += 1
                 turn = {known if field == name else field: value for field, value in turn.items()}
         fitted.append(turn)
     return tuple(fitted)
@@ -143,8 +145,8 @@ def _as_rendered(row: Row, prompt: str, completion: str, tokenizer: PreTrainedTo
     if template.header not in prompt + completion:
         found = next(tag for tag in sorted(template.tags) if tag in prompt + completion)
         raise UserError(
-            f"contains `{found}` of the model's chat template, but not `{template.header}`, with which an "
-            "answer begins; give the words alone, or the whole rendered prompt."
+            f"contains `{found}` of the model's chat template, but not `{template.header}`, which starts an "
+            "answer; give the plain text, or the whole rendered prompt."
         )
     if template.bos and not prompt.lstrip().startswith(template.bos):
         prompt = template.bos + prompt

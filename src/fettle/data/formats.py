@@ -59,7 +59,7 @@ Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
+class _Format:
     """A form: the columns it must have, those it may have, and how a record of it becomes a row."""
 
     columns: tuple[str, ...]
@@ -75,11 +75,13 @@ def to_row(record: Any, where: str) -> Row:
     filled = {name: value for name, value in present.items() if not _is_absent(name, value)}
     _refuse_preferences(filled, where)
     _refuse_tools_and_media(filled, where)
-    form = _form(present, filled)
-    if form is None:
-        raise UserError(_unknown_form(record, present, where))
-    row = form.convert(present, where)
-    others = {name: value for name, value in filled.items() if name not in (*form.columns, *form.optional)}
+    format_ = _detect_format(present, filled)
+    if format_ is None:
+        raise UserError(_unknown_format(record, present, where))
+    row = format_.convert(present, where)
+    others = {
+        name: value for name, value in filled.items() if name not in (*format_.columns, *format_.optional)
+    }
     return _with_other_columns(row, others, where)
 
 
@@ -87,25 +89,25 @@ def _is_absent(name: str, value: Any) -> bool:
     return is_absent_list(value) if name in LISTS else is_absent(value)
 
 
-def _form(present: Record, filled: Record) -> _Form | None:
+def _detect_format(present: Record, filled: Record) -> _Format | None:
     """The first form whose columns are all there, at least one of them with something in it.
 
     So a table that keeps a `text` or `prompt` column beside the chat it came from is a chat, and an empty answer
     is an empty answer rather than a reason to read the row in another form.
     """
-    complete = [form for form in _FORMS if all(column in present for column in form.columns)]
-    begun = (form for form in complete if any(column in filled for column in form.columns))
+    complete = [format_ for format_ in _FORMATS if all(column in present for column in format_.columns)]
+    begun = (format_ for format_ in complete if any(column in filled for column in format_.columns))
     return next(begun, complete[0] if complete else None)
 
 
-def _unknown_form(record: Record, present: Record, where: str) -> str:
+def _unknown_format(record: Record, present: Record, where: str) -> str:
     empty = {
         str(name): "null" if value is None else "NaN" for name, value in record.items() if is_null(value)
     }
     return (
         f"{where}: found {listed('column', present)}"
         + (
-            f" and nothing ({' or '.join(sorted(set(empty.values())))}) in {', '.join(empty)}"
+            f" and no value ({' or '.join(sorted(set(empty.values())))}) in {', '.join(empty)}"
             if empty
             else ""
         )
@@ -123,8 +125,8 @@ def _refuse_preferences(filled: Record, where: str) -> None:
         return
     found = " and ".join(f"`{printable(name)}`" for name in pair) or f"a true/false `{label}`"
     raise UserError(
-        f"{where}: has {found}, which is preference data; supervised training would learn the rejected "
-        "answers too, so keep only the good answers, as `messages` or `prompt` and `completion`."
+        f"{where}: has {found}, which is preference data; supervised training would also learn the rejected "
+        "answers, so keep only the good answers, as `messages` or `prompt` and `completion`."
     )
 
 
@@ -132,13 +134,13 @@ def _refuse_tools_and_media(filled: Record, where: str) -> None:
     for name in filled:
         if name in TOOLS:
             raise UserError(
-                f"{where}: has `{name}`, and training on tool calls is not supported; leave these rows out, "
-                f"or remove the `{name}` column if the answers do not use them."
+                f"{where}: has `{name}`, but training on tool calls is not supported; remove these rows, "
+                f"or the `{name}` column if the answers do not use it."
             )
         if name in MEDIA:
             raise UserError(
-                f"{where}: has `{name}`, and only text is trained on; leave these rows out, or remove the "
-                f"`{name}` column if the words do not refer to it."
+                f"{where}: has `{name}`, but fettle trains on text only; remove these rows, or the "
+                f"`{name}` column if the text does not refer to it."
             )
 
 
@@ -157,7 +159,7 @@ def _from_alpaca(record: Record, where: str) -> Row:
     for pair in listing(record.get("history", []), where, "history"):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise UserError(
-                f"{where}: `history` holds {kind(pair)}; expected pairs of [request, answer], both text."
+                f"{where}: `history` contains {kind(pair)}; expected pairs of [request, answer], both text."
             )
         messages += _turn_pair(*(text(words, where, "history") for words in pair))
     request = "\n\n".join(part for part in (request, extra) if part.strip())
@@ -168,26 +170,26 @@ def _from_alpaca(record: Record, where: str) -> Row:
 def _from_prompt(record: Record, where: str) -> Row:
     prompt = parsed(record["prompt"], where, "prompt")
     completion = parsed(record["completion"], where, "completion")
-    form = "prompt / completion"
+    format_ = "prompt / completion"
     if not isinstance(prompt, list | tuple) and not isinstance(completion, list | tuple):
         prompt, completion = text(prompt, where, "prompt"), text(completion, where, "completion")
-        return Row(where, form, prompt=prompt, completion=completion)
+        return Row(where, format_, prompt=prompt, completion=completion)
     context = turns(prompt, where, "prompt", role_of_text="user")
     answer = turns(completion, where, "completion", role_of_text="assistant")
     _require_assistant(answer, where)
-    return Row(where, form, messages=context + answer, completion_turns=len(answer))
+    return Row(where, format_, messages=context + answer, completion_turns=len(answer))
 
 
 def _from_text(record: Record, where: str) -> Row:
     return Row(where, "text", text=text(record["text"], where, "text"))
 
 
-_FORMS = [
-    _Form(("messages",), _from_messages),
-    _Form(("conversations",), _from_sharegpt),
-    _Form(("instruction", "output"), _from_alpaca, optional=("input", "history")),
-    _Form(("prompt", "completion"), _from_prompt),
-    _Form(("text",), _from_text),
+_FORMATS = [
+    _Format(("messages",), _from_messages),
+    _Format(("conversations",), _from_sharegpt),
+    _Format(("instruction", "output"), _from_alpaca, optional=("input", "history")),
+    _Format(("prompt", "completion"), _from_prompt),
+    _Format(("text",), _from_text),
 ]
 
 
@@ -207,12 +209,12 @@ def _require_whole_question(row: Row, others: Record, where: str) -> None:
     Where the question holds its words, it is what the question was made from. A column of messages is complete, but
     for earlier exchanges in a `history`.
     """
-    is_complete = row.form in ("messages", "ShareGPT", "text")
+    is_complete = row.format in ("messages", "ShareGPT", "text")
     for name in ("history", *(SYSTEM if row.text is not None else ())) if is_complete else QUESTION:
         if name in others and not _holds(row, others[name]):
             raise UserError(
-                f"{where}: has `{name}`, which a row of the form {row.form} has no place for, so its words would be "
-                "lost; put them into the question, or remove the column."
+                f"{where}: has `{name}`, which the {row.format} format does not use, so its text would be "
+                "lost; move it into the question, or remove the column."
             )
 
 
@@ -225,8 +227,8 @@ def _with_system(row: Row, others: dict[str, Any], where: str) -> Row:
     words = {*found.values(), *(m["content"] for m in chat.messages if m["role"] == "system")}
     if len({each.strip() for each in words}) > 1:
         raise UserError(
-            f"{where}: has {' and '.join(f'`{name}`' for name in found)} and another system text, with different "
-            "words; keep one of them."
+            f"{where}: has {' and '.join(f'`{name}`' for name in found)} and a different system text as well; "
+            "keep one of them."
         )
     if any(turn["role"] == "system" for turn in chat.messages):
         return row
@@ -245,21 +247,23 @@ def _with_reasoning(row: Row, others: dict[str, Any], where: str) -> Row:
     row = _as_chat(row)
     answers = [turn for turn in row.messages[-(row.completion_turns or 1) :] if turn["role"] == "assistant"]
     if (
-        row.form in ("messages", "ShareGPT", "text")
+        row.format in ("messages", "ShareGPT", "text")
         or len(answers) != 1
         or answers[0] is not row.messages[-1]
     ):
         raise UserError(
-            f"{where}: has a column `{names[0]}`, and nothing says to which answer it belongs; make it a field of "
-            "that turn, or remove it."
+            f"{where}: has a column `{names[0]}`, but it is not clear which answer it belongs to; make it a field "
+            "of that turn, or remove it."
         )
     answer = answers[0]
     if "</think>" in answer["content"]:
         raise UserError(
-            f"{where}: has a column `{names[0]}`, and the answer has reasoning in <think> too; keep one of them."
+            f"{where}: has a column `{names[0]}`, but the answer contains reasoning in <think> too; keep one of them."
         )
     if own := [name for name in names if answer.get(name, found[name]) != found[name]]:
-        raise UserError(f"{where}: has a column `{own[0]}`, and the answer has another; keep one of them.")
+        raise UserError(
+            f"{where}: has a column `{own[0]}`, but the answer has a different `{own[0]}`; keep one of them."
+        )
     return replace(row, messages=(*row.messages[:-1], with_one_reasoning({**answer, **found}, where)))
 
 
@@ -298,6 +302,6 @@ def _turn_pair(request: str, answer: str) -> list[Message]:
 def _require_assistant(messages: tuple[Message, ...], where: str) -> None:
     if not any(message["role"] == "assistant" for message in messages):
         raise UserError(
-            f"{where}: has no assistant turn, so there is nothing to learn from; "
+            f"{where}: has no assistant turn, so there is nothing to train on; "
             "add an answer or remove the row."
         )

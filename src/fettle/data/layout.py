@@ -124,8 +124,8 @@ def require_all_turns(messages: Sequence[Message], order: Sequence[Slot]) -> Non
     for index, message in enumerate(messages):
         if message["content"].strip() and (index, "content") not in order:
             raise UserError(
-                f'turn {index + 1} (role "{message["role"]}") is left out by the model\'s chat template, '
-                "which says nothing of it; remove the turn or the row."
+                f'turn {index + 1} (role "{message["role"]}") is silently dropped by the model\'s chat template; '
+                "remove the turn or the row."
             )
 
 

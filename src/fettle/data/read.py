@@ -73,7 +73,7 @@ def fingerprint(source: str | Path) -> str:
 def _all_records(source: str | Path, reading: Reading) -> Iterator[tuple[Any, str, str]]:
     """The records of the source, their places, and how to mend a number in place of text there."""
     if _is_hub_name(source):
-        reading.notes.append(f"read the split train of {source} on the hub")
+        reading.notes.append(f"read the split train of {source} from the hub")
         yield from ((*record, _IN_TABLES) for record in _hub_records(str(source)))
         return
     found = data_files(Path(source))
@@ -101,8 +101,7 @@ def _decode(content: bytes, name: str) -> str:
         raise UserError(f"{name}: the file is UTF-16; save it as UTF-8.")
     if b"\0" in content:
         raise UserError(
-            f"{name}: the file is binary, not text; expected UTF-8 text as its ending "
-            f"{Path(name).suffix} says."
+            f"{name}: the file is binary; expected UTF-8 text, as its extension {Path(name).suffix} implies."
         )
     try:
         return content.decode("utf-8-sig")
@@ -125,7 +124,7 @@ def _read_json_lines(content: bytes, name: str, reading: Reading) -> Records:
             yield (
                 UserError(
                     f"{where}, column {error.colno}: malformed JSON ({error.msg}); "
-                    "expected one complete object on each line (a file that is one JSON list is named .json)."
+                    "expected one complete object per line (a file that is one JSON list must be named .json)."
                 ),
                 where,
             )
@@ -141,7 +140,7 @@ def _read_json(content: bytes, name: str, reading: Reading) -> Records:
             return
         raise UserError(
             f"{name}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}); "
-            "mend it there, or check that the file is complete."
+            "fix it there, or check that the file is complete."
         ) from None
     if isinstance(data, dict) and isinstance(data.get("data"), list):
         data = data["data"]
@@ -176,14 +175,14 @@ def _read_csv(content: bytes, name: str, reading: Reading) -> Records:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         columns = reader.fieldnames or []
         if twice := next((column for column in columns if columns.count(column) > 1), None):
-            raise UserError(f"{name}, line 1: names the column {printable(twice)} twice; rename one of them.")
+            raise UserError(f"{name}, line 1: has two columns named {printable(twice)}; rename one of them.")
         line = reader.line_num + 1
         for record in reader:
             where = f"{name}, line {line}"
             if None in record:
                 cells = len(columns) + len(record[None])
-                message = f"{where}: has {cells} cells but the header names {len(columns)}; "
-                yield UserError(message + "put cells that hold a separator in double quotes."), where
+                message = f"{where}: has {cells} cells, but the header has {len(columns)}; "
+                yield UserError(message + "put cells that contain the separator in double quotes."), where
             else:
                 yield record, where
             line = reader.line_num + 1
@@ -215,7 +214,7 @@ def _table(load: Callable[[], Any], name: str, kind: str) -> Records:
         records: Iterable[Any] = load().to_pylist()
     except Exception as error:  # damaged files make pyarrow raise a dozen kinds
         raise UserError(
-            f"{name}: is not a readable {kind} file ({reason_of(error)}); download or write it anew."
+            f"{name}: is not a readable {kind} file ({reason_of(error)}); download or write it again."
         ) from None
     yield from ((record, f"{name}, row {number}") for number, record in enumerate(records, start=1))
 
@@ -257,6 +256,6 @@ def _hub_records(name: str) -> Records:
     except Exception as error:  # the hub client raises a dozen kinds; the user needs one sentence
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"{name}: is no file or folder here, and its train split cannot be had from the hub ({reason}); "
+            f"{name}: is not a local file or folder, and its train split cannot be loaded from the hub ({reason}); "
             "check the name and the network, or give a local file."
         ) from None

@@ -24,7 +24,7 @@ class Row:
     """
 
     where: str
-    form: str
+    format: str
     messages: tuple[Message, ...] = ()
     completion_turns: int | None = None
     prompt: str | None = None

@@ -56,11 +56,10 @@ def data_files(source: Path) -> Files:
         raise UserError(f"{path_name(source)}: cannot be read ({error.strerror}).") from None
     if not is_there:
         raise UserError(
-            f"{path_name(source)}: there is no such file or folder; check the path "
-            "(or give a hub dataset as owner/name)."
+            f"{path_name(source)}: no such file or folder; check the path, or give a hub dataset as owner/name."
         )
     if source.suffix.lower() not in SUFFIXES:
-        found = f"the ending {printable(source.suffix)}" if source.suffix else "no file ending"
+        found = f"the extension {printable(source.suffix)}" if source.suffix else "no file extension"
         raise UserError(f"{path_name(source.name)}: has {found}; expected {EXTENSIONS}.")
     return Files([(source, path_name(source.name))], [])
 
@@ -82,11 +81,11 @@ def train_split(splits: Mapping[str, Any], place: str) -> str:
             return choice[0]
     if len(names) == 1:
         raise UserError(
-            f"{place}: has only rows for testing ({_listed(splits[names[0]])}), and of a folder only those for "
-            "training are read; to read these, give the file (or the folder of the split) itself."
+            f"{place}: has only test rows ({_listed(splits[names[0]])}), but only the training split of a folder is "
+            "read; to read these, give the file (or the folder of the split) itself."
         )
     raise UserError(
-        f"{place}: has the splits {', '.join(printable(name) for name in names)}, and none of them is `train` alone; "
+        f"{place}: has the splits {', '.join(printable(name) for name in names)}, but no single `train` split; "
         "give the files of the split to train on."
     )
 
@@ -176,7 +175,7 @@ def _card_splits(source: Path, usable: Sequence[Path]) -> dict[str, list[Path]]:
     if len(configs) > 1 and len(default) != 1:
         names = ", ".join(printable(str(each.get("config_name"))) for each in configs)
         raise UserError(
-            f"{path_name(source)}: its README.md names several data sets ({names}) and no default; give the files "
+            f"{path_name(source)}: its README.md lists several datasets ({names}) and no default; give the files "
             "of one of them."
         )
     chosen = (default or configs)[0]
@@ -216,7 +215,7 @@ def _saved_splits(source: Path) -> Files:
     found = [name for name in splits if Path(name).name == name and (source / name / "state.json").is_file()]
     if not found:
         raise UserError(
-            f"{path_name(source)}: dataset_dict.json names no split that is there; save it again."
+            f"{path_name(source)}: dataset_dict.json lists no split that exists; save the dataset again."
         )
     split = train_split({name: [Path(name)] for name in found}, path_name(source))
     files = [Path(split) / file for file in _saved_files(source / split)]
@@ -234,9 +233,9 @@ def _saved_files(folder: Path) -> list[Path]:
     files = [Path(name) for name in names if isinstance(name, str) and Path(name).name == name]
     missing = [file.name for file in files if not (folder / file).is_file()]
     if missing or not files:
-        reason = f"{printable(missing[0])} is missing" if missing else "its state.json names no files"
+        reason = f"{printable(missing[0])} is missing" if missing else "its state.json lists no files"
         raise UserError(
-            f"{path_name(folder)}: is not a whole saved data set: {reason}; copy or save it again."
+            f"{path_name(folder)}: is an incomplete saved dataset: {reason}; copy or save it again."
         )
     return files
 
@@ -246,6 +245,6 @@ def _json(path: Path) -> Mapping[str, Any]:
         content = load_json(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path_name(path)}: is not readable JSON ({error}); save the data set again."
+            f"{path_name(path)}: is not readable JSON ({error}); save the dataset again."
         ) from None
     return content if isinstance(content, Mapping) else {}

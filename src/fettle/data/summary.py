@@ -41,7 +41,7 @@ class Summary:
     folded_system: int = 0
     end_of_turn: str | None = None
     has_chats: bool = False
-    forms: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
     dropped: list[tuple[str, str]] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     untrained: int = 0
@@ -61,7 +61,7 @@ class Summary:
 
     def counts(self) -> list[str]:
         """Return what was read, what it became, and what was changed or dropped on the way."""
-        forms = ", ".join(f"{count:,} {form}" for form, count in self.forms.most_common())
+        forms = ", ".join(f"{count:,} {form}" for form, count in self.formats.most_common())
         share = self.trained_tokens / max(self.tokens, 1)
         lines = [
             f"{_count(self.rows, 'row')} ({forms}) became {_count(self.examples, 'example')}",
@@ -74,29 +74,27 @@ class Summary:
         if not self.example:
             return []
         marked = "".join(_marked(segment) for segment in self.example)
-        return ["the first example, its trained part between ⟦ and ⟧:", *marked.splitlines()]
+        return ["first example, trained part between ⟦ and ⟧:", *marked.splitlines()]
 
     def _changes(self) -> list[str]:
         lines = []
         if self.has_chats and self.end_of_turn is None:
-            lines.append(
-                "the chat template ends an answer with no token of its own: the model may not learn to stop"
-            )
+            lines.append("the chat template has no end-of-turn token: the model may not learn to stop")
         if self.cut:
-            lines.append(f"{_count(self.cut, 'row')} cut to {self.max_length:,} tokens")
+            lines.append(f"{_count(self.cut, 'row')} truncated to {self.max_length:,} tokens")
         if self.split:
             lines.append(f"{_count(self.split, 'text')} split into windows of {self.max_length:,} tokens")
         if self.folded_system:
             chats = _count(self.folded_system, "chat")
             lines.append(
-                f"{chats}: system text moved into the user turn, for the template has no place for it"
+                f"{chats}: system text moved into the user turn, as the chat template has no system turn"
             )
         if self.untrained:
-            lines.append(f"{_count(self.untrained, 'answer')} not trained on: their weight is 0")
+            lines.append(f"{_count(self.untrained, 'answer')} with weight 0, not trained on")
         lines += [f"{_count(count, 'row')}: {what}" for what, count in self.noted.most_common()]
         if self.unused:
             names = (f"{name} ({count:,})" for name, count in self.unused.most_common())
-            lines.append(f"without effect: {', '.join(names)}")
+            lines.append(f"ignored: {', '.join(names)}")
         return lines + self.losses()
 
     def losses(self) -> list[str]:
@@ -116,7 +114,7 @@ class Summary:
 
     def bad_rows(self) -> str:
         """Return how many rows were left out because they cannot be trained on, "" where none."""
-        return f"{_count(len(self.bad), 'row')} left out that cannot be trained on" if self.bad else ""
+        return f"{_count(len(self.bad), 'bad row')} skipped" if self.bad else ""
 
     def reasons(self) -> str:
         """Return the reasons for which rows were dropped, with how often each, the commonest first."""

@@ -42,7 +42,7 @@ EXPANSION = 20
 _LIMITS = {
     "memory": f"it needs more than {MEMORY_BYTES // 2**30} GiB of memory",
     "depth": "it recurses or nests too deeply",
-    "length": f"it writes more than {LONGEST_TEXT:,} characters beyond {EXPANSION} for each of the chat",
+    "length": f"it writes more than {LONGEST_TEXT:,} characters plus {EXPANSION} per character of the chat",
     "time": f"it takes more than {CPU_SECONDS:.0f} seconds of CPU time",
 }
 
@@ -83,9 +83,9 @@ def render_template(
         raise ModelFault(
             f"{source}: the chat template is not valid Jinja ({reply['syntax']}); fix it or fetch the file again."
         )
-    reason = _LIMITS.get(reply["limit"], f"it ended the process that renders it ({reply['limit']})")
+    reason = _LIMITS.get(reply["limit"], f"it crashed the process that renders it ({reply['limit']})")
     raise ModelFault(
-        f"{source}: the chat template was stopped, because for one chat {reason}; fix it or fetch the file again."
+        f"{source}: the chat template was stopped because, on one chat, {reason}; fix it or fetch the file again."
     )
 
 
@@ -100,7 +100,7 @@ def _encodable(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
         text.encode()
     except UnicodeEncodeError:
         raise ModelFault(
-            f"{_source(tokenizer)}: the chat template writes half a surrogate pair, which is not text: fix it "
+            f"{_source(tokenizer)}: the chat template writes a lone surrogate, which is not valid text: fix it "
             "or fetch the file again."
         ) from None
     return text

@@ -82,13 +82,13 @@ def tokenize_rows(
     """
     if max_length < 2:
         raise UserError(
-            f"max_length is {max_length}; expected at least 2, for a token is predicted from another."
+            f"max_length is {max_length}; expected at least 2, as each token is predicted from those before it."
         )
     if not tokenizer.is_fast:
         raise UserError(
-            "The tokenizer has no tokenizer.json, which marks where tokens lie in the text; add one."
+            "The tokenizer has no tokenizer.json, which is needed to map tokens to characters; add one."
         )
-    summary = Summary(max_length, rows=len(rows), forms=Counter(row.form for row in rows))
+    summary = Summary(max_length, rows=len(rows), formats=Counter(row.format for row in rows))
     uses_turns = has_own_chat_template(tokenizer)
     if any(row.messages or (uses_turns and row.prompt is not None) for row in rows):
         ensure_chat_template(tokenizer)
@@ -114,7 +114,7 @@ def _count(examples: list[Example], summary: Summary) -> None:
         reasons = [reason for reason in (summary.reasons(), summary.bad_rows()) if reason]
         raise NothingToTrainOn(
             f"Nothing is left to train on: {len(summary.dropped):,} of {summary.rows:,} rows dropped, "
-            f"{'; '.join(reasons) or 'there are no rows'}; mend the data or raise max_length.",
+            f"{'; '.join(reasons) or 'there are no rows'}; fix the data or raise max_length.",
             summary.bad,
         )
     summary.examples = len(examples)
@@ -194,7 +194,7 @@ def _plain_examples(
         reason = (
             f"its completion begins after the first {limit:,} tokens"
             if len(ids) > limit
-            else "it is one token"
+            else "it has only one token"
         )
         summary.dropped.append((row.where, reason))
         return []

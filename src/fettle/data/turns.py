@@ -102,9 +102,7 @@ def trained(fields: Mapping[str, Any], where: str) -> bool | None:
             continue
         number = _number(value)
         if number not in (0, 1):
-            raise UserError(
-                f"{where}: `{name}` is {kind(value)}; expected 0 or 1 (false or true), as words are trained on or not."
-            )
+            raise UserError(f"{where}: `{name}` is {kind(value)}; expected 0 or 1 (or false or true).")
         said[name] = bool(number)
     if len(set(said.values())) > 1:
         raise UserError(f"{where}: {' and '.join(f'`{name}`' for name in said)} contradict each other.")
@@ -145,14 +143,14 @@ def _refuse_tools(present: Mapping[str, Any], role: Any, where: str) -> None:
     if field or (isinstance(role, str) and role.lower() in TOOL_ROLES):
         found = f"`{field}`" if field else f'role "{role}"'
         raise UserError(
-            f"{where}: has {found}, and training on tool calls is not supported; leave this row out."
+            f"{where}: has {found}, but training on tool calls is not supported; remove this row."
         )
     for name in (*MEDIA, *MASKS):
         if not is_absent_list(present.get(name)):
             reason = (
-                "and only text is trained on; leave this row out"
+                "but fettle trains on text only; remove this row"
                 if name in MEDIA
-                else "which says what to train on within a turn and is not supported; "
+                else "which masks parts of a turn and is not supported; "
                 "use `weight` 0 or 1 for whole turns, or remove it"
             )
             raise UserError(f"{where}: has `{name}`, {reason}.")
@@ -166,14 +164,12 @@ def _content(value: Any, where: str, name: str) -> str:
     for part in value:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             found = f"a part of type {kind(part.get('type'))}" if isinstance(part, Mapping) else kind(part)
-            raise UserError(
-                f"{where}: `{name}` holds {found}; expected text parts only, or leave this row out."
-            )
+            raise UserError(f"{where}: `{name}` contains {found}; expected text parts only; remove this row.")
         others = [name for name, each in part.items() if name not in ("type", "text") and not is_absent(each)]
         if others:
             raise UserError(
                 f"{where}: a text part of `{name}` also has {listed('field', others)}, which would be lost; "
-                "remove it, or leave this row out."
+                "remove it, or the row."
             )
         words.append(text(part.get("text"), where, name))
     return "".join(words)
@@ -186,7 +182,7 @@ def with_one_reasoning(made: Message, where: str) -> Message:
         text(made[name], where, name)
     if len({made[name] for name in names}) > 1:
         found = " and ".join(f"`{name}`" for name in names)
-        raise UserError(f"{where}: has {found} with different words; keep one of them.")
+        raise UserError(f"{where}: has {found} with different text; keep one of them.")
     return {name: value for name, value in made.items() if name not in names[1:]}
 
 

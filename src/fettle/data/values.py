@@ -60,7 +60,7 @@ def text(value: Any, where: str, name: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where}: `{name}` holds half a character (a lone surrogate) at position {error.start}; "
+            f"{where}: `{name}` contains a lone surrogate (half a character) at position {error.start}; "
             "remove it."
         ) from None
     return value

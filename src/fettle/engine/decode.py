@@ -58,9 +58,7 @@ class Sampling:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens is {self.max_new_tokens}; expected 1 or more.")
         if not 0 <= self.temperature < math.inf:  # a NaN must not pass
-            raise UserError(
-                f"--temperature is {self.temperature}; expected 0 (always the likeliest token) or more."
-            )
+            raise UserError(f"--temperature is {self.temperature}; expected 0 (greedy decoding) or more.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p is {self.top_p}; expected a number above 0, at most 1.")
         if self.seed is not None and not 0 <= self.seed < 2**32:
@@ -94,7 +92,7 @@ def prompt_text(
         raise UserError("The prompt is empty; give at least one word.")
     if not is_chat(tokenizer, raw):
         if system is not None:
-            raise UserError("--system needs a model with a chat template, and no --raw.")
+            raise UserError("--system needs a model with a chat template, and cannot be combined with --raw.")
         return prompt
     messages = [{"role": "system", "content": system}] if system else []
     return generation_prompt(tokenizer, [*messages, {"role": "user", "content": prompt}])
@@ -170,7 +168,7 @@ def not_finite(model: Model) -> ModelFault:
     if model.dtype == torch.float16:
         cure += ", or use --dtype float32, as float16 may overflow"
     return ModelFault(
-        f"{model.name_or_path}: the model's logits are NaN or infinite, so it has no answer; its weights"
+        f"{model.name_or_path}: the model's logits are NaN or Inf, so its weights"
         f"{' or those of its adapter' if isinstance(model, PeftModel) else ''} are damaged: {cure}."
     )
 
@@ -227,8 +225,8 @@ def _room(model: Model, prompt_tokens: int, sampling: Sampling) -> int:
     wanted = sampling.max_new_tokens or max(1, min(room, LONGEST_COMPLETION))
     if wanted > room:
         raise UserError(
-            f"The prompt's {prompt_tokens} tokens and {wanted} new ones (--max-new-tokens) are more than the model's "
-            f"context of {context} tokens; shorten one of them."
+            f"The prompt's {prompt_tokens} tokens and {wanted} new tokens (--max-new-tokens) exceed the model's "
+            f"context of {context} tokens; reduce one of them."
         )
     return wanted
 
@@ -258,7 +256,7 @@ def stop_ids(named: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) 
     """The tokens at which a model has finished: those its generation config names, and the template's end of turn."""
     stops = [] if named is None else list(named) if isinstance(named, list) else [named]
     if wrong := [stop for stop in stops if type(stop) is not int or not 0 <= stop < 2**31]:
-        raise UserError(f"generation_config.json: eos_token_id has {wrong[0]!r}; expected ids of tokens.")
+        raise UserError(f"generation_config.json: eos_token_id has {wrong[0]!r}; expected token ids.")
     ends = [tokenizer.eos_token, end_of_turn(tokenizer) if tokenizer.chat_template else None]
     found = (tokenizer.convert_tokens_to_ids(token) for token in ends if token is not None)
     return list(dict.fromkeys([*stops, *(index for index in found if index is not None)]))

@@ -71,7 +71,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
     for name, left, right in _figures(a, b):
         table.add_row(name, Text(left), Text(right))
     console.print(table)
-    table = _table("A against B", "")
+    table = _table("A vs. B", "")
     for name, figure in _distances(comparison):
         table.add_row(name, Text(figure))
     console.print()
@@ -84,7 +84,7 @@ def _figures(a: Side, b: Side) -> list[tuple[str, str, str]]:
     rows = [
         ("perplexity", f"{a.perplexity:,.4f}", f"{b.perplexity:,.4f}"),
         ("tokens scored", f"{a.tokens:,}", f"{b.tokens:,}"),
-        ("answers right to the letter", _share(a.exact_share), _share(b.exact_share)),
+        ("exact match", _share(a.exact_share), _share(b.exact_share)),
         ("size on disk", human_bytes(a.size_bytes), human_bytes(b.size_bytes)),
     ]
     for name in ("prompt", "generated"):
@@ -98,9 +98,9 @@ def _distances(comparison: Comparison) -> list[tuple[str, str]]:
     where = f" ({comparison.kl_tokens:,} tokens)" if kl is not None else ""
     return [
         (f"KL(A || B) per token{where}", "–" if kl is None else f"{kl:.2e} nats"),
-        ("same likeliest token", _share(comparison.top_agreement, digits=2)),
-        (f"same answer ({comparison.answers} prompts)", _share(comparison.equal_answers)),
-        ("tokens before they differ, or the end", "–" if before is None else f"{before:.1f}"),
+        ("top-1 agreement", _share(comparison.top_agreement, digits=2)),
+        (f"identical answers ({comparison.answers} prompts)", _share(comparison.equal_answers)),
+        ("mean tokens before the first difference", "–" if before is None else f"{before:.1f}"),
     ]
 
 

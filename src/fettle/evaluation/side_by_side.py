@@ -217,17 +217,17 @@ def _notes(gap: Gap, examples: int, answers: int) -> tuple[str, ...]:
     notes = []
     if gap.unequal == examples:
         notes.append(
-            "The tokenizers or chat templates differ, so no row has the same tokens: KL and equal likeliest tokens "
+            "The tokenizers or chat templates differ, so no row has the same tokens: KL and top-1 agreement "
             "are left out, and perplexities, being per token, cannot be compared."
         )
     elif gap.unequal:
         notes.append(
-            f"{gap.unequal} of {examples} examples have other tokens in B: left out of KL and top-1."
+            f"{gap.unequal} of {examples} examples have different tokens in B: left out of KL and top-1 agreement."
         )
     if gap.unequal < examples and not gap.has_equal_vocabulary:
-        notes.append("The vocabularies are of different sizes: KL is left out.")
+        notes.append("The vocabularies differ in size: KL is left out.")
     if not answers:
-        notes.append("No row has a prompt and an answer, so no answers are compared.")
+        notes.append("No row has both a prompt and an answer, so no answers are compared.")
     return tuple(notes)
 
 

@@ -103,7 +103,7 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     found = tensor.to(dtype)
     if dtype == torch.float16 and tensor.dtype != dtype and not found.isfinite().all():
         raise UserError(
-            f"The tensor {name} holds numbers beyond fp16's range (65,504); nothing was written: use --dtype bfloat16."
+            f"The tensor {name} has values beyond fp16's range (65,504); nothing was written: use --dtype bfloat16."
         )
     return found
 
@@ -111,13 +111,13 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def require_place(name: str | Path, to: Path, overwrite: bool) -> None:
     """Raise UserError where the folder `to` is not free for an export, or is what is to be exported."""
     if Path.cwd().is_relative_to(to.resolve()):
-        raise UserError(f"--to is {str(to)!r}, a folder that this command runs in: name a new one.")
+        raise UserError(f"--to is {str(to)!r}, which contains the current directory: choose another folder.")
     require_new_folder(to, "the exported model", replace=overwrite)
     if overwrite and to.is_dir():
         folder = locate(str(name))
         sources = [folder, base_of(folder)[1]] if is_adapter(folder) else [folder]
         if any(to.samefile(each) for each in sources):
-            raise UserError(f"--to is {to}, from which the model is read: name another folder.")
+            raise UserError(f"--to is {to}, which the model is read from: choose another folder.")
 
 
 def require_disk(to: Path, source: Source, matrix_bytes: float) -> None:

@@ -60,8 +60,8 @@ def export_four_bits(name: str, to: Path, *, data: str, report: Report, overwrit
     model, tokenizer, rows = _opened(name, to, data, FOUR_BITS_BYTES, overwrite)
     if all(linear.in_features % GROUP for linear in plain_linears(model).values()):
         raise UserError(
-            f"{name}: w4a16 takes {GROUP} inputs at a time, which divides the width of none of its matrices; use "
-            "--format fp8 or nf4."
+            f"{name}: w4a16 quantizes inputs in groups of {GROUP}, which divides the width of none of its matrices; "
+            "use --format fp8 or nf4."
         )
     before = _loss_before(model, rows, name)
     stored, narrow = _in_four_bits(model, rows.calibration, report)
@@ -92,16 +92,14 @@ def _loss_before(model: DecoderForCausalLM, rows: Rows, name: str) -> float:
     loss = mean_loss(model, rows.held_out)
     if not math.isfinite(loss):
         raise UserError(
-            f"{name}: its loss on rows of --data is {loss}: weights that are no numbers, or activations beyond "
-            "their type's range; nothing was written."
+            f"{name}: its loss on rows of --data is {loss}: its weights contain NaN or Inf, or its activations "
+            "overflow; nothing was written."
         )
     return loss
 
 
 def _tell_loss(before: float, after: float, report: Report) -> None:
-    report(
-        f"loss on rows that were not calibrated on: {before:.4f} before, {after:.4f} after ({after - before:+.4f})"
-    )
+    report(f"loss on held-out rows: {before:.4f} before, {after:.4f} after ({after - before:+.4f})")
 
 
 @torch.no_grad()
@@ -132,7 +130,9 @@ def _in_four_bits(
             assert isinstance(linear, nn.Linear)
             if linear.in_features % GROUP:
                 narrow.append(full)
-                report(f"{full} keeps its type: its {linear.in_features} inputs are no multiple of {GROUP}")
+                report(
+                    f"{full} is not quantized: its {linear.in_features} inputs are not a multiple of {GROUP}"
+                )
                 continue
             found = gptq(linear.weight.data, curvature, linear.weight.dtype)
             linear.weight.data.copy_(found.dense())

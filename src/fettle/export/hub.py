@@ -27,7 +27,7 @@ def require_hub(name: str) -> None:
         Exception
     ) as error:  # no network, no token, a token that has run out: the library has a class for each
         raise UserError(
-            f"--push {name}: the hub does not know who asks, or is out of reach ({reason_of(error)}): log in with "
+            f"--push {name}: not logged in to the hub, or the hub cannot be reached ({reason_of(error)}): log in with "
             "`hf auth login`, or export without --push."
         ) from error
 
@@ -52,7 +52,7 @@ def push(files: Sequence[Path], name: str, card: str) -> str:
     except Exception as error:  # whatever the hub or the network says
         again = " and ".join(f"`hf upload {name} {file}`" for file in files)
         raise UserError(
-            f"the upload to {name} failed ({reason_of(error)}); what was exported is here: push it again with {again}."
+            f"the upload to {name} failed ({reason_of(error)}), but the export is complete: upload it with {again}."
         ) from error
     return f"https://huggingface.co/{name}"
 
@@ -107,8 +107,8 @@ def _settings(folder: Path) -> str | None:
         options = dict(yaml.safe_load(file.read_text(encoding="utf-8")) or {})
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(
-            f"{file}: not as a run wrote it ({reason_of(error)}), and the model card tells of the run: mend it, or "
-            "delete it to push without."
+            f"{file} is malformed ({reason_of(error)}), but the model card quotes it: fix it, or delete it to push "
+            "without it."
         ) from error
     kept = (
         "rank",

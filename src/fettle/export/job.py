@@ -17,7 +17,7 @@ def export(options: ExportOptions) -> list[Path]:
     for name, formats in ONLY_FOR.items():
         if getattr(options, name) not in (None, False, "auto") and options.format not in formats:
             option, expected = name.replace("_", "-"), " or ".join(formats)
-            raise UserError(f"--{option} belongs to --format {expected}, and --format is {options.format}.")
+            raise UserError(f"--{option} requires --format {expected}, but --format is {options.format}.")
     if options.push is None:
         return _write(options)
     card = model_card(options.model, options.to.name, options.push, options.format)  # its faults come first
@@ -55,9 +55,7 @@ def _compressed(options: ExportOptions) -> Path:
     from fettle.export.compressed import export_four_bits, export_fp8
 
     if options.format == "w4a16" and options.data is None:
-        raise UserError(
-            "--format w4a16 rounds weights by what they see: give rows of yours, --data FILE (a hundred or so)."
-        )
+        raise UserError("--format w4a16 needs calibration rows: add --data FILE (about 100 rows).")
     write: Callable[..., Path] = export_fp8 if options.format == "fp8" else export_four_bits
     return write(
         options.model, options.to, data=options.data, report=terminal.give, overwrite=options.overwrite

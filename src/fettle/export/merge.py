@@ -64,7 +64,7 @@ def merge(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
         merged = model.merge_and_unload()  # not PEFT's safe_merge, which rounds twice
     except (RuntimeError, ValueError, NotImplementedError) as error:  # kinds of LoRA that PEFT cannot merge
         raise UserError(
-            f"The adapter cannot be merged ({reason_of(error)}): use it as it is, on its base."
+            f"The adapter cannot be merged ({reason_of(error)}): use it unmerged, with its base model."
         ) from error
     require_rows(merged, rows)
     require_logits(probe_logits(merged, tokenizer), logits, merged.dtype)
@@ -84,7 +84,7 @@ def expected_rows(model: PeftModel) -> dict[str, torch.Tensor]:
         rows = _merged_rows(layer)
         if not rows.isfinite().all():
             raise UserError(
-                f"The adapter's weights for '{name}' are not numbers (NaN or infinite): its training went astray; "
+                f"The adapter's weights for '{name}' contain NaN or Inf: its training diverged; "
                 "train again with a lower --learning-rate."
             )
         expected[name] = rows
@@ -137,7 +137,7 @@ def require_logits(after: list[torch.Tensor], before: list[torch.Tensor], dtype:
     """Raise UserError where the logits of a text differ beyond rounding (see LOGIT_TOLERANCE)."""
     difference = max(relative_difference(a, b) for a, b in zip(after, before, strict=True))
     if not difference <= LOGIT_TOLERANCE[dtype]:
-        what = f"its logits (by {difference:.2%}, where {LOGIT_TOLERANCE[dtype]:.2%} is allowed)"
+        what = f"its logits (by {difference:.2%}; {LOGIT_TOLERANCE[dtype]:.2%} is allowed)"
         raise _refusal(what, dtype)
 
 
@@ -159,5 +159,5 @@ def _refusal(what: str, dtype: torch.dtype) -> UserError:
     advice = "" if dtype == torch.float32 else ", or merge with --dtype float32"
     return UserError(
         f"The merged model differs from the adapter model in {what} by more than rounding to "
-        f"{str(dtype).removeprefix('torch.')} explains; nothing was written. Use the adapter as it is{advice}."
+        f"{str(dtype).removeprefix('torch.')} explains; nothing was written. Use the adapter unmerged{advice}."
     )

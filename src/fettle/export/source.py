@@ -74,8 +74,8 @@ def _finite(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> Iterat
         lowest, highest = tensor.aminmax()  # a NaN is both; a tenth of isfinite's time
         if not (lowest.isfinite() and highest.isfinite()):
             raise UserError(
-                f"{folder}: the tensor {name} holds numbers that are none (NaN or infinite), so nothing was written: "
-                "its training went astray or the file is damaged; take an earlier checkpoint, or fetch it again."
+                f"{folder}: the tensor {name} contains NaN or Inf, so nothing was written: training diverged or the "
+                "file is damaged; use an earlier checkpoint, or fetch it again."
             )
         yield name, tensor
 
@@ -110,8 +110,8 @@ def require_plain(config: PreTrainedConfig, adapter: LoraConfig, shapes: TensorS
     require_whole(empty_model(config), adapter, shapes, folder)
     if config.tie_word_embeddings and any(f".{HEAD}.lora_" in name for name in shapes):
         raise UserError(
-            f"{folder}: it adapts '{HEAD}', whose weights are the embedding's in this model and cannot be changed "
-            "alone: use the adapter as it is in PEFT, or train one without the output head."
+            f"{folder}: it adapts '{HEAD}', which is tied to the embedding in this model and cannot be merged alone: "
+            "use the adapter unmerged in PEFT, or train one without the output head."
         )
 
 
@@ -132,8 +132,8 @@ def adapter_matrices(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Te
                 a, b = file.get_tensor(name), file.get_tensor(name.replace(".lora_A.", ".lora_B."))
                 if not (a.isfinite().all() and b.isfinite().all()):
                     raise UserError(
-                        f"{folder}: the adapter holds numbers that are none (NaN or infinite): its training went "
-                        "astray; train again with a lower --learning-rate."
+                        f"{folder}: the adapter contains NaN or Inf: its training diverged; train again with a lower "
+                        "--learning-rate."
                     )
                 yield f"{target}.weight", a, b
 
@@ -170,6 +170,6 @@ def _generation(base: Path, config: PreTrainedConfig, tokenizer: PreTrainedToken
     generation = read_generation(base) or GenerationConfig.from_model_config(config)
     ends = generation.eos_token_id or []
     if not all(type(each) is int for each in (ends if isinstance(ends, list) else [ends])):
-        raise UserError(f"{file}: eos_token_id is {ends!r}; expected a token's number, or a list of such.")
+        raise UserError(f"{file}: eos_token_id is {ends!r}; expected a token id or a list of token ids.")
     generation.eos_token_id = stop_ids(generation.eos_token_id, tokenizer) or None
     return generation

@@ -133,11 +133,13 @@ def _checked_family(checkpoint: Checkpoint) -> Family:
     where = f"{checkpoint.folder}/config.json"
     family = family_of(checkpoint.config["model_type"], where)
     if not isinstance(checkpoint.quantization_config or {}, dict):
-        raise UserError(f"{where}: quantization_config is no JSON object; fetch the model's own config.json.")
+        raise UserError(
+            f"{where}: quantization_config is not a JSON object; fetch the model's own config.json."
+        )
     if checkpoint.quantization_config and not is_nf4(checkpoint):
         raise UserError(
-            f"{where}: the checkpoint is already quantised, in another way than bitsandbytes' NF4; "
-            "fettle needs the original one in bf16, fp16 or fp32."
+            f"{where}: the checkpoint is quantized in a format other than bitsandbytes' NF4; "
+            "use the original checkpoint in bf16, fp16 or fp32."
         )
     _require_sizes(checkpoint.config, where)
     _require_activation(checkpoint.config, family, where)
@@ -164,17 +166,15 @@ def _require_sizes(content: dict[str, Any], where: str) -> None:
         if value is None and name in OPTIONAL:
             continue
         if name not in content:
-            raise UserError(
-                f"{where}: no {name} in it; expected the model's own config.json, with all sizes."
-            )
+            raise UserError(f"{where}: {name} is missing; fetch the model's own config.json.")
         if type(value) is not int or value < 1:
             raise UserError(f"{where}: {name} is {value!r}; expected a whole number, 1 or more.")
         if value > largest:
-            raise UserError(f"{where}: {name} is larger than {largest:,}, the most that fettle accepts.")
+            raise UserError(f"{where}: {name} is larger than {largest:,}, the maximum that fettle accepts.")
     heads, shared = content["num_attention_heads"], content.get("num_key_value_heads")
     if shared is not None and heads % shared:
         raise UserError(
-            f"{where}: num_key_value_heads is {shared}, and {heads} attention heads cannot share so many evenly."
+            f"{where}: num_key_value_heads is {shared}; expected a divisor of num_attention_heads, {heads}."
         )
 
 
@@ -182,7 +182,9 @@ def _require_activation(content: dict[str, Any], family: Family, where: str) -> 
     """Raise UserError for an activation that transformers does not know."""
     name = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
     if content.get(name) is not None and not _is_activation(content[name]):
-        raise UserError(f"{where}: {name} is {content[name]!r}, which transformers does not know.")
+        raise UserError(
+            f"{where}: {name} is {content[name]!r}; expected an activation that transformers has."
+        )
 
 
 def _require_usable(config: Any, where: str) -> None:
@@ -191,12 +193,12 @@ def _require_usable(config: Any, where: str) -> None:
         raise UserError(f"{where}: attention_dropout is {dropout!r}; expected a number from 0 to below 1.")
     if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
         raise UserError(
-            f"{where}: pad_token_id is {config.pad_token_id} (or left out), and the vocabulary has {config.vocab_size} "
-            "tokens; expected the number of one of them, or null."
+            f"{where}: pad_token_id is {config.pad_token_id} (or missing), but the vocabulary has {config.vocab_size} "
+            "tokens; expected the id of one of them, or null."
         )
     if "sliding_attention" in (option(config, "layer_types") or ()) and config.sliding_window is None:
         raise UserError(
-            f"{where}: sliding_window is null, and some layers need one; expected a number of tokens."
+            f"{where}: sliding_window is null, but some layers use one; expected a number of tokens."
         )
     from fettle.models.rope import (
         DecoderRotaryEmbedding,  # it imports transformers, which a plan does without
@@ -222,19 +224,17 @@ def _config_file(name: str) -> Path:
     if is_adapter(path):
         return _config_file_of_base(path)
     if command := command_to_finish(path):
-        raise UserError(
-            f"{path} holds a run that was stopped before its end, not a model yet: finish it with {command}"
-        )
+        raise UserError(f"{path} is an unfinished run, not a model: finish it with {command}")
     if path.exists() or name.count("/") != 1:
-        raise UserError(f"{name}: no config.json there; give a model's folder or a hub name (owner/name).")
+        raise UserError(f"{name}: no config.json found; give a model's folder or a hub name (owner/name).")
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # the hub's transport library, and so its errors, differ between versions
         raise UserError(
-            f"{name} is neither a folder here nor to be had from the hub ({type(error).__name__}): "
-            "give a folder that holds the model's config.json."
+            f"{name} is neither a local folder nor available from the hub ({type(error).__name__}): "
+            "give a folder with the model's config.json."
         ) from error
 
 

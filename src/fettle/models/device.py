@@ -28,7 +28,7 @@ def device_of(name: str | torch.device | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device is '{device}'; expected cpu or cuda.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device is '{device}', and PyTorch finds no such device here; use cpu.")
+        raise UserError(f"--device is '{device}', but PyTorch finds no such device; use cpu.")
     return device
 
 

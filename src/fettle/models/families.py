@@ -126,7 +126,7 @@ def family_of(model_type: str, where: str) -> Family:
     """Return the family named by config.json's `model_type`; `where` names the checkpoint in the error."""
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise UserError(f"{where}: model_type '{model_type}' is not a family fettle knows; it knows {known}.")
+        raise UserError(f"{where}: model_type '{model_type}' is not supported; expected one of {known}.")
     return FAMILIES[model_type]
 
 

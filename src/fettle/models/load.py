@@ -122,8 +122,8 @@ def _require_rows(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -
     if beyond:
         index, token = beyond[0]
         raise UserError(
-            f"{folder}: the tokenizer has {len(beyond):,} tokens that the model's embedding has no rows for (it has "
-            f"{rows:,}; {token!r} is number {index}): save the model with its embedding resized "
+            f"{folder}: {len(beyond):,} of the tokenizer's tokens have no row in the model's embedding, which has "
+            f"{rows:,} rows (the first is {token!r} with id {index}): save the model with its embedding resized "
             "(resize_token_embeddings in transformers; an adapter with save_embedding_layers=True in PEFT), or use the "
             "tokenizer that the weights came with."
         )
@@ -134,8 +134,8 @@ def _require_default_template(tokenizer: PreTrainedTokenizerBase, folder: Path) 
     templates = tokenizer.chat_template
     if isinstance(templates, dict) and "default" not in templates:
         raise UserError(
-            f"{folder}: its chat templates are named {', '.join(sorted(templates))}, and none is called default; "
-            "give that name to the one that chats are to be written in."
+            f"{folder}: its chat templates are named {', '.join(sorted(templates))}, but none is named default; "
+            "rename the one to use to default."
         )
 
 
@@ -167,7 +167,7 @@ def read_generation(folder: Path) -> GenerationConfig | None:
         generation.validate(strict=True)
     except Exception as error:  # whatever its parsing and its checks raise
         raise UserError(
-            f"{file} cannot be used ({reason_of(error)}): correct it, fetch it again, or delete it to do without."
+            f"{file} cannot be used ({reason_of(error)}): fix it, fetch it again, or delete it."
         ) from error
     return generation
 
@@ -194,18 +194,18 @@ def require_complete(checkpoint: Checkpoint, config) -> None:  # type: ignore[no
         )
     if missing:
         raise UserError(
-            f"{where}: {len(missing)} of {len(expected)} tensors are missing, '{missing[0]}' the first; "
-            "the checkpoint is incomplete or its config.json is another model's."
+            f"{where}: {len(missing)} of {len(expected)} tensors are missing, the first is '{missing[0]}'; "
+            "the checkpoint is incomplete or its config.json belongs to another model."
         )
     if wrong:
         raise UserError(
-            f"{where}: tensor '{wrong[0]}' has shape {tuple(stored[wrong[0]])}, and config.json asks for "
-            f"{expected[wrong[0]]}; the weights and config.json are of different models."
+            f"{where}: tensor '{wrong[0]}' has shape {tuple(stored[wrong[0]])}, but config.json implies "
+            f"{expected[wrong[0]]}; the weights and config.json belong to different models."
         )
     if extra:
         raise UserError(
-            f"{where}: {len(extra)} tensors have no place in a {config.model_type} model, "
-            f"'{min(extra)}' the first; config.json is another model's."
+            f"{where}: {len(extra)} tensors do not belong to a {config.model_type} model, "
+            f"the first is '{min(extra)}'; config.json belongs to another model."
         )
 
 
@@ -215,9 +215,9 @@ def _require_layers(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
     found = max((int(number[1]) + 1 for number in numbers if number), default=0)
     if found != config.num_hidden_layers:
         raise UserError(
-            f"{checkpoint.folder}: the weights have {found} layers, and config.json asks for "
+            f"{checkpoint.folder}: the weights have {found} layers, but config.json says "
             f"{config.num_hidden_layers} (num_hidden_layers); the checkpoint is incomplete or its "
-            "config.json is another model's."
+            "config.json belongs to another model."
         )
 
 
@@ -227,8 +227,8 @@ def _require_quantized(checkpoint: Checkpoint, expected: Iterable[str]) -> set[s
     quantized = {state.removesuffix(STATE_KEY) + "weight" for state in states if state in checkpoint.tensors}
     if is_nf4(checkpoint) and not quantized:
         raise UserError(
-            f"{checkpoint.folder}/config.json: quantization_config says NF4, and no stored tensor is in it; take that "
-            "entry out if the weights are the original ones, or fetch the checkpoint again."
+            f"{checkpoint.folder}/config.json: quantization_config says NF4, but no tensor is stored in it; remove "
+            "that entry if the weights are not quantized, or fetch the checkpoint again."
         )
     return quantized
 
@@ -239,7 +239,7 @@ def empty_model(config: PreTrainedConfig, where: str = "config.json") -> Decoder
         with torch.device("meta"):
             return causal_lm_class(config.model_type)(config)
     except Exception as error:  # a value that passed as valid and yet makes no model
-        raise UserError(f"{where}: no model can be made of it: {reason_of(error)}") from error
+        raise UserError(f"{where}: does not describe a valid model: {reason_of(error)}") from error
 
 
 def stored_model(checkpoint: Checkpoint) -> StoredModel:

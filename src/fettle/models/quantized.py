@@ -132,15 +132,14 @@ def _nf4_layer(name: str, linear: nn.Linear, stored: StoredTensors, dtype: torch
         nf4 = nf4_quantize(stored.read(f"{name}.weight").to(dtype))
         if not math.isfinite(nf4.offset):
             raise UserError(
-                f"{stored.files[f'{name}.weight']}: '{name}.weight' holds numbers that are none (NaN or infinite); "
-                "fetch the checkpoint again."
+                f"{stored.files[f'{name}.weight']}: '{name}.weight' contains NaN or Inf; fetch the checkpoint again."
             )
         return Nf4Linear(nf4, bias)
     nf4, where = stored.nf4(name)
     if nf4.shape != linear.weight.shape:
         raise UserError(
-            f"{where} has shape {tuple(nf4.shape)}, and config.json asks for {tuple(linear.weight.shape)}; "
-            "the weights and config.json are of different models."
+            f"{where} has shape {tuple(nf4.shape)}, but config.json implies {tuple(linear.weight.shape)}; "
+            "the weights and config.json belong to different models."
         )
     return Nf4Linear(nf4, bias)
 

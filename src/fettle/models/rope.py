@@ -51,7 +51,7 @@ class DecoderRotaryEmbedding(nn.Module):
             tables = [self._table(torch.device("cpu"), is_long=is_long)[0] for is_long in self._choices]
         except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
             raise UserError(
-                f"{where}: no rotary frequencies follow from its rope parameters {shown}: {reason_of(error)}."
+                f"{where}: its rope parameters {shown} give no rotary frequencies: {reason_of(error)}."
             ) from error
         is_whole = all(table.isfinite().all() and 2 * len(table) == rotary_dim for table in tables)
         if not is_whole or rotary_dim > head_dim_of(self.config):

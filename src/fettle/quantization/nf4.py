@@ -123,7 +123,7 @@ def from_tensors(tensors: dict[str, torch.Tensor], where: str) -> Nf4:
         facts = json.loads(bytes(tensors[STATE_KEY].tolist()))
         found = facts["quant_type"], facts["blocksize"], facts.get("nested_blocksize", NESTED_BLOCK)
         if found != ("nf4", BLOCK, NESTED_BLOCK):
-            raise UserError(f"{where}: quantised as {found}; expected nf4 in blocks of {BLOCK}.")
+            raise UserError(f"{where}: quantized as {found}; expected nf4 in blocks of {BLOCK}.")
         is_nested = "nested_offset" in facts
         nf4 = Nf4(
             tensors["weight"],
@@ -137,7 +137,9 @@ def from_tensors(tensors: dict[str, torch.Tensor], where: str) -> Nf4:
         _require_sizes(nf4)
         return nf4
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: its 4-bit weights are incomplete or malformed ({error!r}).") from error
+        raise UserError(
+            f"{where}: its 4-bit weights are incomplete or malformed ({error!r}); fetch the checkpoint again."
+        ) from error
 
 
 def _require_sizes(nf4: Nf4) -> None:

@@ -98,9 +98,9 @@ def with_adapter(base: Path, adapter: Path) -> GGUFFile:
         (["--to", "there.gguf"], "already there: name another file, or give --overwrite"),
         (["--to", "there.gguf", "--format", "adapter-gguf"], "already there"),
         (["--importance-matrix", "there.gguf"], "not a readable importance matrix"),
-        (["--dtype", "float16"], "--dtype belongs to --format safetensors or nf4, and --format is gguf"),
-        (["--format", "safetensors", "--verify"], "--verify belongs to --format gguf"),
-        (["--format", "adapter-gguf"], "holds no adapter"),
+        (["--dtype", "float16"], "--dtype requires --format safetensors or nf4, but --format is gguf"),
+        (["--format", "safetensors", "--verify"], "--verify requires --format gguf"),
+        (["--format", "adapter-gguf"], "is not an adapter"),
     ],
 )
 def test_what_cannot_be_is_refused(cli, small_model, tmp_path, monkeypatch, words, message) -> None:
@@ -133,14 +133,14 @@ def test_an_interrupted_export_leaves_no_file(small_model: Path, tmp_path: Path,
 
 def test_matrices_too_narrow_for_a_quantization_are_told(cli, small_model, tmp_path) -> None:
     ended = cli(*to_gguf(small_model, tmp_path / "m.gguf"), "--quantization", "q4_k_m", "q8_0")
-    assert ended.code == 0 and "matrices get a larger type, as its blocks of 256" in ended.out
+    assert ended.code == 0 and "matrices use a larger type, as blocks of 256" in ended.out
     assert "q8_0: " not in ended.out
 
 
 def test_an_adapter_alone_is_no_model_to_run(cli, trained, tmp_path) -> None:
     export_adapter_gguf(trained, file := tmp_path / "adapter.gguf")
     ended = cli("generate", "--model", file, "--prompt", "Hi")
-    assert ended.code == 2 and "is a LoRA adapter alone" in ended.err
+    assert ended.code == 2 and "is a LoRA adapter without its base model" in ended.err
 
 
 def test_a_window_that_llama_cpp_ignores_is_told(cli, small_model, tmp_path) -> None:
@@ -148,7 +148,7 @@ def test_a_window_that_llama_cpp_ignores_is_told(cli, small_model, tmp_path) -> 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 100}))
     words = ("export", "--format", "gguf", "--quantization", "f16", "--to", tmp_path / "m.gguf", "--model")
-    assert "sliding window: beyond 100 tokens" in cli(*words, folder).out
+    assert "sliding window: results differ beyond 100 tokens" in cli(*words, folder).out
     assert "sliding window" not in cli(*words, small_model, "--overwrite").out
 
 
@@ -162,14 +162,14 @@ def test_a_file_that_says_other_things_fails_the_proof(
     words = ("export", "--model", small_model, "--format", "gguf", "--to", tmp_path / "m.gguf", "--verify")
     ended = cli(*words, "--quantization", kind)
     assert ended.code == code and (tmp_path / "m.gguf").exists()
-    assert ("m.gguf does not say what the model says" in ended.err) is (code == 1)
+    assert ("m.gguf does not match the model" in ended.err) is (code == 1)
 
 
 def test_a_file_without_the_chat_template_fails_the_proof(cli, small_model, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("fettle.export.gguf.tokenizer._template", lambda *given: None)
     words = ("export", "--model", small_model, "--format", "gguf", "--to", tmp_path / "m.gguf", "--verify")
     ended = cli(*words, "--quantization", "f16")
-    assert ended.code == 1 and "m.gguf has no chat template, and the model has one" in ended.err
+    assert ended.code == 1 and "m.gguf has no chat template, but the model has one" in ended.err
 
 
 def test_an_activation_that_llama_cpp_does_not_compute_is_refused(cli, small_model, tmp_path) -> None:
@@ -198,12 +198,12 @@ def write_importance(file: Path, entries: dict[str, tuple[np.ndarray, float]]) -
         (
             "blk.0.ffn_down.weight",
             7,
-            "7 importances for blk.0.ffn_down.weight, and this model has 64 columns there",
+            "7 values for blk.0.ffn_down.weight, but this model has 64 columns",
         ),
         (
             "blk.9.ffn_down.weight",
             64,
-            "64 importances for blk.9.ffn_down.weight, and this model has no such tensor",
+            "64 values for blk.9.ffn_down.weight, but this model has no such tensor",
         ),
     ],
 )
@@ -221,7 +221,7 @@ def test_importances_that_are_no_numbers_are_refused(small_model, tmp_path) -> N
     sums = np.ones(64, dtype=np.float32)
     sums[5] = np.nan
     write_importance(tmp_path / "i.gguf", {"blk.0.ffn_down.weight": (sums, 1.0)})
-    with pytest.raises(UserError, match=r"importances for blk\.0\.ffn_down\.weight are not all numbers"):
+    with pytest.raises(UserError, match=r"values for blk\.0\.ffn_down\.weight contain NaN or Inf"):
         export_gguf(small_model, tmp_path / "m.gguf", importance=tmp_path / "i.gguf")
     assert not (tmp_path / "m.gguf").exists()
 

@@ -72,7 +72,7 @@ def reshaped(tensors):
     ("change", "message"),
     [
         (without("model.norm.weight"), "output_norm.weight among them"),
-        (reshaped, "the config asks for"),
+        (reshaped, "the config implies"),
         (lambda tensors: [*tensors, ("model.visual.weight", torch.zeros(2))], "no name for it"),
         (lambda tensors: ((key, tensor * 1e9) for key, tensor in tensors), "beyond fp16's range"),
     ],

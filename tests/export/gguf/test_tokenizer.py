@@ -185,5 +185,5 @@ def test_only_decomposed_text_is_cut_otherwise_where_the_tokenizer_composes_it(m
 
 
 def test_a_cut_that_llama_cpp_does_not_know_is_refused():
-    with pytest.raises(UserError, match=r"a rule that .* does not know"):
+    with pytest.raises(UserError, match=r"a pattern that .* does not support"):
         tokenizer_fields(byte_level(r"\s+"), 1280)

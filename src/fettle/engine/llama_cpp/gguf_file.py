@@ -59,8 +59,8 @@ class GGUFFile:
         header = read_header(path)
         if header.entries.get("general.type") == "adapter":
             raise UserError(
-                f"{path} is a LoRA adapter alone: give the folder it was made from, or run it beside a GGUF file of "
-                f"its base, llama-server -m BASE.gguf --lora {path.name}."
+                f"{path} is a LoRA adapter without its base model: give the folder it was made from, or run it with a "
+                f"GGUF file of its base: llama-server -m BASE.gguf --lora {path.name}."
             )
         self.path = path
         self._llama = library()
@@ -76,7 +76,7 @@ class GGUFFile:
         if self._llama.llama_model_has_encoder(self._model) or not self._llama.llama_model_has_decoder(
             self._model
         ):
-            raise UserError(f"{path} is no model that continues text (architecture {self.architecture}).")
+            raise UserError(f"{path} is not a text generation model (architecture {self.architecture}).")
         self._vocabulary = self._llama.llama_model_get_vocab(self._model)
         self.vocab_size: int = self._llama.llama_vocab_n_tokens(self._vocabulary)
         self.context_length: int = self._llama.llama_model_n_ctx_train(self._model)
@@ -118,7 +118,7 @@ class GGUFFile:
             self._vocabulary, data, len(data), ids, len(ids), add_special, True
         )
         if count < 0:
-            raise UserError(f"{self.path}: llama.cpp cannot cut a text of {len(data):,} bytes into tokens.")
+            raise UserError(f"{self.path}: llama.cpp cannot tokenize a text of {len(data):,} bytes.")
         return list(ids[:count])
 
     def detokenize(self, ids: Sequence[int], *, with_special: bool) -> str:
@@ -257,7 +257,7 @@ def require_gguf(path: Path) -> None:
     head = _head(path)
     if head != MAGIC:
         raise UserError(
-            f"{path} is no GGUF file: it begins with {head!r}, expected {MAGIC!r}; fetch or export it again."
+            f"{path} is not a GGUF file: it begins with {head!r}, expected {MAGIC!r}; fetch or export it again."
         )
 
 

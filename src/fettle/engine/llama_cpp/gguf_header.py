@@ -88,7 +88,7 @@ def _check_entries(header: Header) -> None:
     heads = size("attention.head_count", most=width or 2**16) if has_attention else None
     groups = size("attention.head_count_kv", heads, most=heads or 2**16)
     if heads and groups and heads % groups:
-        raise _Malformed(f"{heads} attention heads cannot share {groups} heads of keys and values")
+        raise _Malformed(f"{groups} key-value heads do not divide {heads} attention heads")
     key = size("attention.key_length", width // heads if width and heads else None, most=2**16)
     size("attention.value_length", most=2**16)
     size("rope.dimension_count", most=key or 2**16)
@@ -102,7 +102,7 @@ def _check_entries(header: Header) -> None:
             raise _Malformed(f"{name} has {arrays[name]:,} items for {tokens:,} tokens")
     shape = header.tensors.get("token_embd.weight")
     if tokens is not None and shape is not None and shape[-1] != tokens:
-        raise _Malformed(f"it has {tokens:,} tokens and an embedding for {shape[-1]:,}")
+        raise _Malformed(f"it has {tokens:,} tokens, but its embedding has {shape[-1]:,} rows")
 
 
 class _Reader:
@@ -128,7 +128,7 @@ class _Reader:
     def entry(self, found: Header) -> None:
         name = self.text(LONGEST_NAME)
         if name in found.entries or name in found.arrays:
-            raise _Malformed(f"{name!r} is there twice")
+            raise _Malformed(f"{name!r} appears twice")
         kind = self.number("I")
         if kind == _ARRAY:
             found.arrays[name] = self.array(name)
@@ -158,7 +158,7 @@ class _Reader:
             self.require(self.plausible(length, least=_SIZES[kind], what=f"items in {name!r}") * _SIZES[kind])
             self.at += length * _SIZES[kind]
         else:
-            raise _Malformed(f"{name!r} holds items of type {kind}")
+            raise _Malformed(f"{name!r} has items of type {kind}, which GGUF does not define")
         return length
 
     def tensor(self, found: Header) -> tuple[str, int, int]:
@@ -169,13 +169,13 @@ class _Reader:
         shape = tuple(self.number("Q") for _ in range(dimensions))
         kind, offset = self.number("I"), self.number("Q")
         if name in found.tensors:
-            raise _Malformed(f"tensor {name!r} is there twice")
+            raise _Malformed(f"tensor {name!r} appears twice")
         try:
             block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         except (ValueError, KeyError):
-            raise _Malformed(f"tensor {name!r} is of type {kind}, which is not known") from None
+            raise _Malformed(f"tensor {name!r} is of unknown type {kind}") from None
         if 0 in shape or shape[0] % block:
-            raise _Malformed(f"tensor {name!r} has shape {shape}, in blocks of {block}")
+            raise _Malformed(f"tensor {name!r} has shape {shape}, not a multiple of its block size {block}")
         found.tensors[name] = shape
         return name, offset, math.prod(shape) // block * block_bytes
 
@@ -186,10 +186,10 @@ class _Reader:
         start = -(-self.at // alignment) * alignment
         for name, offset, size in places:
             if offset % alignment:
-                raise _Malformed(f"tensor {name!r} begins at an odd place, {offset}")
+                raise _Malformed(f"tensor {name!r} begins at {offset}, which is not aligned to {alignment}")
             if start + offset + size > len(self.data):
                 raise _Malformed(
-                    f"tensor {name!r} ends {start + offset + size - len(self.data):,} bytes after the file"
+                    f"tensor {name!r} ends {start + offset + size - len(self.data):,} bytes after the file's end"
                 )
 
     # --- parts ---------------------------------------------------------------------------------------------
@@ -214,9 +214,9 @@ class _Reader:
     def plausible(self, count: int, least: int, what: str) -> int:
         """Return `count`, if as many things of at least `least` bytes fit into what follows."""
         if count * least > len(self.data) - self.at:
-            raise _Malformed(f"it claims {count:,} {what}, more than it has room for")
+            raise _Malformed(f"it claims {count:,} {what}, more than fit into the file")
         return count
 
     def require(self, size: int) -> None:
         if self.at + size > len(self.data):
-            raise _Malformed("it ends within its head")
+            raise _Malformed("it ends within its header")

@@ -117,7 +117,7 @@ def library() -> ctypes.CDLL:
         ) from error
     if (sizes := tuple(llama.llama_context_default_params().sizes)) != DEFAULT_SIZES:
         raise UserError(
-            f"The installed xllamacpp has another interface than fettle knows (a context begins with {sizes}, expected "
+            f"The installed xllamacpp has an unknown interface (its context parameters begin with {sizes}, expected "
             f"{DEFAULT_SIZES}): pip install xllamacpp=={TESTED_RELEASE}."
         )
     llama.llama_log_set(_keep, None)

@@ -82,11 +82,11 @@ def open_gguf(
     """
     if dtype != "auto":
         raise UserError(
-            f"--dtype is {dtype}, but a GGUF file is run in the types it is stored in: leave it out."
+            f"--dtype is {dtype}, but a GGUF file runs in the types it is stored in: leave --dtype out."
         )
     if device is not None and torch.device(device).type == "cuda" and not supports_gpu():
         raise UserError(
-            "--device is cuda, but the installed llama.cpp (xllamacpp) computes on the CPU: use cpu."
+            "--device is cuda, but the installed llama.cpp (xllamacpp) runs only on the CPU: use cpu."
         )
     file = GGUFFile(path)
     model, tokenizer = LlamaCppForCausalLM(file), LlamaCppTokenizer(file)

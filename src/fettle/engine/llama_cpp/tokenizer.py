@@ -97,7 +97,7 @@ def offsets(text: str, pieces: Sequence[bytes]) -> list[Span]:
         last = last if _is_added_space(piece, spans[number]) else number
         position = end
     if data[position:].strip() or (data and not spans):
-        raise UserError("llama.cpp's tokens cannot be found again in this text; remove the row.")
+        raise UserError("llama.cpp's tokens cannot be aligned with this text; remove the row.")
     if position < len(data):
         spans[last] = (spans[last][0], len(data))
     for number, (piece, following) in enumerate(zip(pieces, spans[1:], strict=False)):

@@ -26,12 +26,12 @@ def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) 
     require_new_file(to, replace=overwrite)
     folder = locate(str(name))
     if not is_adapter(folder):
-        raise UserError(f"{folder} holds no adapter: give the output of fettle train, or use --format gguf.")
+        raise UserError(f"{folder} is not an adapter: give the output of fettle train, or use --format gguf.")
     adapter = read_adapter(folder)
     if not is_plain_lora(adapter, shapes := shapes_in(folder)):
         raise UserError(
-            f"{folder}: llama.cpp applies plain LoRA of one rank alone, and this adapter is more (DoRA, biases, "
-            "embeddings, whole modules, PiSSA, ranks by layer or the like): export the merged model, --format gguf."
+            f"{folder}: llama.cpp supports only plain LoRA of one rank, but this adapter has more (DoRA, biases, "
+            "embeddings, whole modules, PiSSA, ranks per layer or the like): export the merged model, --format gguf."
         )
     config = find(name).stored.config
     require_plain(config, adapter, shapes, folder)

@@ -19,19 +19,18 @@ def read_importance(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Import
     holds a NaN.
     """
     if not (found := _means(path)):
-        raise UserError(f"{path}: no importances in it; expected llama-imatrix's .gguf.")
+        raise UserError(f"{path}: contains no importance matrix; expected a .gguf file from llama-imatrix.")
     for name, means in found.items():
         width = shapes[name][-1] if name in shapes else None
         if len(means) != width:
-            expected = "no such tensor" if width is None else f"{width} columns there"
+            expected = "no such tensor" if width is None else f"{width} columns"
             raise UserError(
-                f"{path}: made for another model: it has {len(means)} importances for {name}, and this model has "
-                f"{expected}; run llama-imatrix on this one."
+                f"{path}: made for another model: it has {len(means)} values for {name}, but this model has "
+                f"{expected}; run llama-imatrix on this model."
             )
         if not np.isfinite(means).all():
             raise UserError(
-                f"{path}: its importances for {name} are not all numbers; run llama-imatrix again, with a sound "
-                "model."
+                f"{path}: its values for {name} contain NaN or Inf; run llama-imatrix again, with an undamaged model."
             )
     return found
 
@@ -46,7 +45,7 @@ def _means(path: Path) -> dict[str, np.ndarray]:
         }
     except Exception as error:  # whatever the reader's parsing raises
         raise UserError(
-            f"{path}: not a readable importance matrix ({reason_of(error)}); expected llama-imatrix's .gguf."
+            f"{path}: not a readable importance matrix ({reason_of(error)}); expected a .gguf file from llama-imatrix."
         ) from error
     means = {}
     for owner in (name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)):

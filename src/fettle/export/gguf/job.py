@@ -76,7 +76,7 @@ def _window_line(config: PreTrainedConfig) -> str | None:
     """What to say where llama.cpp leaves the model's sliding window out."""
     if (window := ignored_window(config)) is None:
         return None
-    return f"llama.cpp does not heed this model's sliding window: beyond {window:,} tokens the file differs."
+    return f"llama.cpp ignores this model's sliding window: results differ beyond {window:,} tokens."
 
 
 def _longrope_line(config: PreTrainedConfig) -> str | None:
@@ -86,8 +86,8 @@ def _longrope_line(config: PreTrainedConfig) -> str | None:
     if original is None or original % CONTEXT_STEP == 0 or rope["short_factor"] == rope["long_factor"]:
         return None
     return (
-        f"llama.cpp takes LongRoPE's long factors for texts beyond {original // CONTEXT_STEP * CONTEXT_STEP:,} tokens, "
-        f"the model beyond {original:,}: in between the file differs (llama.cpp counts in steps of {CONTEXT_STEP})."
+        f"llama.cpp uses LongRoPE's long factors beyond {original // CONTEXT_STEP * CONTEXT_STEP:,} tokens, the model "
+        f"beyond {original:,}: results differ in between (llama.cpp rounds contexts to multiples of {CONTEXT_STEP})."
     )
 
 
@@ -97,8 +97,8 @@ def _first_token_line(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if not tokenizer.chat_template or not begins or template_begins(tokenizer):
         return None
     return (
-        f"this model's chat template does not begin with {tokenizer.bos_token}, so the file says add_bos_token = "
-        "false: llama.cpp then writes chats as they were trained, and begins plain texts without it as well."
+        f"this model's chat template does not begin with {tokenizer.bos_token}, so the file sets add_bos_token = "
+        "false: llama.cpp then tokenizes chats as in training, but plain texts get no such token either."
     )
 
 
@@ -109,7 +109,7 @@ def _tell_of_narrow(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str],
         block = GGML_QUANT_SIZES[quantization_of(each).usual][0]
         if narrow := [name for name, width in matrices.items() if width % block]:
             line = (
-                f"{each}: {len(narrow)} of {len(matrices)} matrices get a larger type, as its blocks of {block} do not "
+                f"{each}: {len(narrow)} of {len(matrices)} matrices use a larger type, as blocks of {block} do not "
                 f"divide their width ({narrow[0]}: {matrices[narrow[0]]})."
             )
             console.print(line, markup=False, highlight=False, soft_wrap=True)

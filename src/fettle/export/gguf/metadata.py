@@ -101,20 +101,20 @@ def attention_factor(config: PreTrainedConfig, original_tokens: int) -> float:
 def _gemma2_figures(config: PreTrainedConfig) -> dict[str, Any]:
     caps = (config.attn_logit_softcapping, config.final_logit_softcapping)
     if None in caps:
-        raise UserError("llama.cpp runs Gemma 2 only with both soft caps; this config.json leaves one out.")
+        raise UserError("llama.cpp runs Gemma 2 only with both soft caps; this config.json lacks one.")
     is_27b = config.num_hidden_layers == 46  # by which llama.cpp knows it
     expected = config.hidden_size / config.num_attention_heads if is_27b else head_dim_of(config)
     if config.query_pre_attn_scalar != expected:
         raise UserError(
             f"llama.cpp divides this Gemma 2's queries by sqrt({expected:g}); this config.json asks for "
-            f"query_pre_attn_scalar = {config.query_pre_attn_scalar}, which a GGUF file cannot say."
+            f"query_pre_attn_scalar = {config.query_pre_attn_scalar}, which a GGUF file cannot express."
         )
     if any(
         (kind == "sliding_attention") != (layer % 2 == 0) for layer, kind in enumerate(config.layer_types)
     ):
         raise UserError(
-            "llama.cpp gives Gemma 2 a sliding window in every other layer, from the first on; the layer_types of this "
-            "config.json are others, which a GGUF file cannot say."
+            "llama.cpp gives Gemma 2 a sliding window in every other layer, starting with the first; this "
+            "config.json has different layer_types, which a GGUF file cannot express."
         )
     return {"attn_logit_softcapping": caps[0], "final_logit_softcapping": caps[1]}
 
@@ -144,7 +144,9 @@ def gguf_family_of(config: PreTrainedConfig) -> GGUFFamily:
     """Return how the config's family is written; UserError for one that is not."""
     if config.model_type not in GGUF_FAMILIES:
         known = ", ".join(GGUF_FAMILIES)
-        raise UserError(f"model_type '{config.model_type}' has no GGUF form in fettle; these have: {known}.")
+        raise UserError(
+            f"model_type '{config.model_type}' cannot be exported as GGUF; expected one of {known}."
+        )
     return GGUF_FAMILIES[config.model_type]
 
 
@@ -179,12 +181,12 @@ def _require_expressible(config: PreTrainedConfig, family: GGUFFamily) -> None:
         )
     if (kind := config.rope_parameters["rope_type"]) not in family.rope_types:
         raise UserError(
-            f"llama.cpp does not know rope type '{kind}' in a {config.model_type} model; it knows "
+            f"llama.cpp does not support rope type '{kind}' in a {config.model_type} model; it supports "
             f"{', '.join(family.rope_types)}."
         )
     if option(config, "attention_bias") and not family.has_attention_bias:
         raise UserError(
-            f"llama.cpp has no place for the attention biases (attention_bias) of this {config.model_type} model."
+            f"llama.cpp does not support the attention biases (attention_bias) of this {config.model_type} model."
         )
 
 
@@ -217,7 +219,7 @@ def _scaling(config: PreTrainedConfig) -> dict[str, Any]:
         for name, usual in YARN_USUAL.items():
             if rope.get(name, usual) not in (usual, None):
                 raise UserError(
-                    f"this config.json's yarn scaling has {name} = {rope[name]}, which is not written to GGUF files; "
+                    f"this config.json's yarn scaling has {name} = {rope[name]}, which GGUF export does not support; "
                     f"expected {usual}."
                 )
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings

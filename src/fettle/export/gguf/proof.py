@@ -31,8 +31,14 @@ def print_proof(name: str | Path, source: Source, files: dict[str, Path], consol
     Raises UserError where llama.cpp does not run one, ProofError where one says other things than the model.
     """
     model = _model(name, source)
-    table = Table(title="in llama.cpp", title_justify="left", title_style="bold", box=None, padding=(0, 2))
-    for column in ("file", "size", "texts alike", "mean KL", "top token alike", "greedy alike"):
+    table = Table(
+        title="in llama.cpp, compared with the model",
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        padding=(0, 2),
+    )
+    for column in ("file", "size", "texts tokenized alike", "mean KL", "top-1 agreement", "greedy match"):
         table.add_column(column, justify="left" if column == "file" else "right", overflow="fold")
     proofs = {kind: verify(path, model, source.tokenizer) for kind, path in files.items()}
     for kind, proof in proofs.items():
@@ -48,23 +54,23 @@ def print_proof(name: str | Path, source: Source, files: dict[str, Path], consol
     console.print(table)
     if unequal := next(iter(proofs.values())).unequal:
         texts = ", ".join(repr(text[:40]) for text in unequal[:3])
-        line = f"llama.cpp cuts some texts otherwise than the model's tokenizer: {texts}"
+        line = f"llama.cpp tokenizes some texts differently from the model's tokenizer: {texts}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if not next(iter(proofs.values())).chat_equal:
-        console.print("a chat becomes other tokens in llama.cpp than in the model's tokenizer", markup=False)
+        console.print("llama.cpp tokenizes chats differently from the model's tokenizer", markup=False)
     _require_alike(proofs, files)
 
 
 def _require_alike(proofs: dict[str, Verification], files: dict[str, Path]) -> None:
     for kind, proof in proofs.items():
         if not proof.has_template:
-            raise ProofError(f"{files[kind]} has no chat template, and the model has one: export it again.")
+            raise ProofError(f"{files[kind]} has no chat template, but the model has one: export it again.")
         allowed = KL_ALLOWED if kind in NEAR else math.inf
         if not proof.kl < allowed:  # a NaN is not
             expected = f"less than {allowed:g}" if kind in NEAR else "a number"
             raise ProofError(
-                f"{files[kind]} does not say what the model says: the mean KL divergence is {proof.kl:.2g} nats, "
-                f"expected {expected}; the file stays for a closer look, but do not use it."
+                f"{files[kind]} does not match the model: the mean KL divergence is {proof.kl:.2g} nats, "
+                f"expected {expected}; the file is kept for inspection, but do not use it."
             )
 
 

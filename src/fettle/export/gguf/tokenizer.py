@@ -56,7 +56,7 @@ def tokenizer_fields(
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
     if model["type"] != "BPE":
-        raise UserError(f"A tokenizer of type {model['type']} has no GGUF form in fettle; expected BPE.")
+        raise UserError(f"A tokenizer of type {model['type']} cannot be exported as GGUF; expected BPE.")
     if model.get("byte_fallback"):
         fields = _sentencepiece(content, vocab_size)
     elif (pre := PRE_TOKENIZERS.get(_pattern(content))) is not None:
@@ -65,8 +65,8 @@ def tokenizer_fields(
         fields = _sentencepiece(_as_characters(content), vocab_size)
     else:
         raise UserError(
-            f"This tokenizer cuts text by a rule that llama.cpp does not know ({_pattern(content)!r}): "
-            "it cannot be written as GGUF."
+            f"This tokenizer splits text by a pattern that llama.cpp does not support ({_pattern(content)!r}): "
+            "it cannot be exported as GGUF."
         )
     if _strips(content):
         _lend(fields)
@@ -94,8 +94,8 @@ def _lend(fields: dict[str, Any]) -> None:
     absent = [token for token in STRIPPING_TOKENS if token not in pieces]
     if len(absent) > len(free):
         raise UserError(
-            "llama.cpp can drop the white space after special tokens, as this tokenizer does, only in a vocabulary "
-            f"with {' '.join(STRIPPING_TOKENS)}; it has no {' '.join(absent)}."
+            "llama.cpp can strip white space after special tokens, as this tokenizer does, only if the vocabulary "
+            f"has {' '.join(STRIPPING_TOKENS)}; it lacks {' '.join(absent)}."
         )
     for token, index in zip(absent, free, strict=False):
         pieces[index], kinds[index] = token, int(TokenType.UNUSED)
@@ -215,8 +215,8 @@ def _as_characters(content: dict[str, Any]) -> dict[str, Any]:
             return f"<0x{data[0]:02X}>"
         if not data.isascii():
             raise UserError(
-                f"This tokenizer joins bytes beyond ASCII after a cut that llama.cpp does not know ({RUNS!r}): "
-                "it cannot be written as GGUF."
+                f"This tokenizer merges bytes beyond ASCII after a split that llama.cpp does not support ({RUNS!r}): "
+                "it cannot be exported as GGUF."
             )
         return data.decode().replace(" ", SPACE)
 

@@ -100,7 +100,9 @@ def shapes_of(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     if config.tie_word_embeddings:
         names.pop("lm_head.weight", None)
     elif config.model_type == "gemma2":
-        raise UserError("llama.cpp has no output head of its own for Gemma 2; this model does not tie it.")
+        raise UserError(
+            "llama.cpp runs Gemma 2 only with its output head tied to the embedding; in this model it is not."
+        )
     factors = {name: tuple(factor.shape) for name, factor in factor_tensors(config).items()}
     return {gguf_name(name, config): shape for name, shape in names.items()} | factors
 
@@ -133,7 +135,7 @@ def _aligned(count: int) -> int:
 def require_name(path: Path) -> None:
     """Raise UserError for a name that is no GGUF file's."""
     if path.suffix != ".gguf":
-        raise UserError(f"--to is {str(path)!r}, and a GGUF file's name ends in .gguf, as model.gguf does.")
+        raise UserError(f"--to is {str(path)!r}; expected a name that ends in .gguf, such as model.gguf.")
 
 
 def _require_possible(plans: Mapping[Path, Mapping[str, Slot]]) -> None:
@@ -210,9 +212,9 @@ def _write_tensors(
     total = sum(math.prod(shape) for shape in shapes.values())
     for name, tensor in _for_file(tensors, config):
         if missing.pop(name, None) != tuple(tensor.shape):
-            expected = shapes.get(name, "none, or once")
+            expected = shapes.get(name, "no such tensor")
             raise UserError(
-                f"The tensor {name} came as {tuple(tensor.shape)}; the config asks for {expected}."
+                f"The tensor {name} has shape {tuple(tensor.shape)}, but the config implies {expected}."
             )
         for stream, begin, slots in outputs:
             stream.seek(begin + slots[name].offset)
@@ -241,5 +243,5 @@ def _bytes(name: str, tensor: torch.Tensor, kind: Type, importance: Importance) 
         return quantize(tensor, kind, importance.get(name))
     cast = tensor.to(PLAIN[kind]).contiguous()
     if kind is Type.F16 and not torch.isfinite(cast).all():
-        raise UserError(f"The tensor {name} holds numbers beyond fp16's range (65,504): write bf16 instead.")
+        raise UserError(f"The tensor {name} has values beyond fp16's range (65,504): use bf16 instead.")
     return cast.reshape(-1).view(torch.uint8).numpy()

@@ -50,16 +50,16 @@ def test_an_answer_of_weight_1_is_an_answer(tmp_path, fields):
         (answer(weight=0.5), r"turn 2: `weight` is the number 0\.5; expected 0 or 1"),
         (answer(weight="high"), '`weight` is "high"; expected 0 or 1'),
         (answer(weight=1, train=False), "`weight` and `train` contradict each other"),
-        (answer(loss_mask=[0, 1]), "has `loss_mask`, which says what to train on within a turn"),
+        (answer(loss_mask=[0, 1]), "has `loss_mask`, which masks parts of a turn"),
         (CHAT | {"weight": 0.3}, r"`weight` is the number 0\.3"),
         (
             answer(function_call={"name": "f", "arguments": "{}"}),
-            "has `function_call`, and training on tool calls",
+            "has `function_call`, but training on tool calls",
         ),
-        (answer(images=["a.png"]), "has `images`, and only text is trained on"),
-        (CHAT | {"images": ["a.png"]}, "has `images`, and only text is trained on"),
-        (CHAT | {"functions": [{"name": "f"}]}, "has `functions`, and training on tool calls"),
-        (answer(reasoning="a", thinking="b"), "has `reasoning` and `thinking` with different words"),
+        (answer(images=["a.png"]), "has `images`, but fettle trains on text only"),
+        (CHAT | {"images": ["a.png"]}, "has `images`, but fettle trains on text only"),
+        (CHAT | {"functions": [{"name": "f"}]}, "has `functions`, but training on tool calls"),
+        (answer(reasoning="a", thinking="b"), "has `reasoning` and `thinking` with different text"),
         (answer(reasoning=["a"]), "`reasoning` is a list; expected text"),
         (
             answer(content=[{"type": "text", "text": "Hello!", "image_url": {"url": "a.png"}}]),
@@ -67,20 +67,20 @@ def test_an_answer_of_weight_1_is_an_answer(tmp_path, fields):
         ),
         (
             {"messages": [SYSTEM, USER, ASSISTANT], "system": "Be kind."},
-            "another system text, with different words",
+            "a different system text as well",
         ),
         (
             PAIR | {"input": "Good day"},
-            "has `input`, which a row of the form prompt / completion has no place for",
+            "has `input`, which the prompt / completion format does not use",
         ),
-        (PAIR | {"history": [["a", "b"]]}, "has `history`, which a row"),
-        (CHAT | {"history": [["a", "b"]]}, "has `history`, which a row of the form messages"),
+        (PAIR | {"history": [["a", "b"]]}, "has `history`, which the prompt / completion format"),
+        (CHAT | {"history": [["a", "b"]]}, "has `history`, which the messages format does not use"),
         (
             {"instruction": "a", "output": "b", "context": "c"},
-            "has `context`, which a row of the form Alpaca",
+            "has `context`, which the Alpaca format does not use",
         ),
-        ({"text": "a", "system": "Be brief."}, "has `system`, which a row of the form text"),
-        (CHAT | {"thinking": "Greet back."}, "nothing says to which answer it belongs"),
+        ({"text": "a", "system": "Be brief."}, "has `system`, which the text format does not use"),
+        (CHAT | {"thinking": "Greet back."}, "it is not clear which answer it belongs to"),
         (
             {"instruction": "a", "output": "b", "kto_tag": True},
             "a true/false `kto_tag`, which is preference data",
@@ -136,25 +136,28 @@ def test_reasoning_is_kept_though_its_words_occur_elsewhere(tmp_path, record, wo
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (CHAT | {"thinking": "Hello"}, "nothing says to which answer it belongs"),
+        (CHAT | {"thinking": "Hello"}, "it is not clear which answer it belongs to"),
         (
             {"text": "Greet back. Hello!", "reasoning": "Greet back."},
-            "nothing says to which answer it belongs",
+            "it is not clear which answer it belongs to",
         ),
         (
             {"prompt": [USER], "completion": [ASSISTANT, USER, ASSISTANT], "thinking": "Greet."},
-            "nothing says",
+            "it is not clear which answer",
         ),
-        ({"prompt": [USER], "completion": [ASSISTANT, USER], "thinking": "Greet."}, "nothing says"),
+        (
+            {"prompt": [USER], "completion": [ASSISTANT, USER], "thinking": "Greet."},
+            "it is not clear which answer",
+        ),
         (PAIR | {"thinking": ["Greet."]}, "`thinking` is a list; expected text"),
-        (PAIR | {"thinking": "a", "reasoning": "b"}, "`reasoning` and `thinking` with different words"),
+        (PAIR | {"thinking": "a", "reasoning": "b"}, "`reasoning` and `thinking` with different text"),
         (
             {"prompt": "Hello", "completion": "<think>Greet.</think>Hello!", "thinking": "Greet."},
-            "the answer has reasoning in <think> too; keep one of them",
+            "the answer contains reasoning in <think> too; keep one of them",
         ),
         (
             {"prompt": [USER], "completion": [ASSISTANT | {"thinking": "a"}], "thinking": "b"},
-            "has a column `thinking`, and the answer has another; keep one of them",
+            "has a column `thinking`, but the answer has a different `thinking`; keep one of them",
         ),
     ],
 )
@@ -180,7 +183,7 @@ def test_a_reasoning_column_that_has_no_place_is_refused(tmp_path, record, messa
     ],
 )
 def test_a_part_of_the_question_is_not_found_inside_other_words(tmp_path, record, column):
-    with pytest.raises(UserError, match=f"has `{column}`, which a row of the form"):
+    with pytest.raises(UserError, match=f"has `{column}`, which the"):
         read_one(tmp_path, record)
 
 
@@ -296,7 +299,7 @@ def test_nan_counts_as_absent(tmp_path):
     (tmp_path / "a.json").write_text('[{"instruction": "Hello", "input": NaN, "output": "Hello!"}]')
     assert read_rows(tmp_path / "a.json")[0].messages == (USER, ASSISTANT)
     (tmp_path / "a.json").write_text('[{"prompt": "Hello", "completion": NaN}]')
-    with pytest.raises(UserError, match=r"found column prompt and nothing \(NaN\) in completion"):
+    with pytest.raises(UserError, match=r"found column prompt and no value \(NaN\) in completion"):
         read_rows(tmp_path / "a.json")
 
 
@@ -307,7 +310,7 @@ def test_nan_in_a_csv_is_a_word(tmp_path):
 
 def test_an_empty_answer_does_not_turn_the_row_into_another_form(tmp_path):
     record = {"instruction": "Hello", "input": "", "output": "", "text": "### Instruction: Hello"}
-    assert read_one(tmp_path, record).form == "Alpaca"
+    assert read_one(tmp_path, record).format == "Alpaca"
 
 
 @pytest.mark.parametrize(
@@ -364,7 +367,7 @@ def test_bad_rows_can_be_left_out(tmp_path):
         ("a.jsonl", json.dumps(answer(note="\ud800")), "half a character"),
         ("a.jsonl", json.dumps({"\ud800": 1}), r"found column \\ud800"),
         ("a.csv", '"text', "a.csv, line 1: malformed CSV"),
-        ("a.csv", "text,text\na,b\n", "names the column text twice"),
+        ("a.csv", "text,text\na,b\n", "has two columns named text"),
         ("a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a git-lfs pointer"),
         ("a.arrow", "ARROW1 not really", "a.arrow: is not a readable arrow file"),
         ("a.arrow", "nothing of the kind", "a.arrow: is not a readable arrow file"),
@@ -395,5 +398,5 @@ def test_a_file_name_that_is_no_utf8_is_written_with_escapes(tmp_path):
     with pytest.raises(UserError, match=r"^chats-\\xff\.jsonl, line 2"):
         read_rows(path)
     path.unlink()
-    with pytest.raises(UserError, match=r"chats-\\xff\.jsonl: there is no such file"):
+    with pytest.raises(UserError, match=r"chats-\\xff\.jsonl: no such file or folder"):
         read_rows(path)
