@@ -255,7 +255,7 @@ DAMAGE = {
     "corrupt": (_corrupt_header, ["model.safetensors is not a valid safetensors file"]),
     "pickled": (_pickle_instead, ["pytorch_model.bin", "never loads"]),
     "a tensor short": (_drop_a_tensor, ["1 of", "missing", "model.layers.1.mlp.down_proj.weight"]),
-    "of another model": (_change_config(hidden_size=64), ["shape", "config.json asks for"]),
+    "of another model": (_change_config(hidden_size=64), ["shape", "config.json implies"]),
     "unknown family": (_change_config(model_type="gpt2"), ["config.json", "'gpt2'", "phi3"]),
     "quantised": (
         _change_config(quantization_config={"quant_method": "gptq", "bits": 4}),

@@ -215,20 +215,20 @@ def put_nan(adapter: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Any, str]] = {
-    "not a number": (put_nan, "numbers that are none"),
+    "not a number": (put_nan, "contains NaN or Inf"),
     "a layer left out": (lambda folder: without(folder, "layers.1"), "is missing from its weights"),
     "half a product": (
         lambda folder: without(folder, "layers.0.mlp.down_proj.lora_B"),
         "missing from its weights",
     ),
-    "another rank": (lambda folder: change(folder, r=1), r"has shape \(2, .* asks for \(1, "),
+    "another rank": (lambda folder: change(folder, r=1), r"has shape \(2, .* implies \(1, "),
     "rank 0": (lambda folder: change(folder, r=0), "adapter_config.json: .*positive integer"),
     "alpha a word": (lambda folder: change(folder, lora_alpha="x"), "adapter_config.json: "),
     "another base": (
         lambda folder: write_facts(folder, AdapterFacts(base_fingerprint="0" * 64)),
         "trained on different weights from those",
     ),
-    "a broken note": (lambda folder: (folder / "fettle.json").write_text("{"), "not as fettle wrote it"),
+    "a broken note": (lambda folder: (folder / "fettle.json").write_text("{"), "is malformed"),
 }
 
 
@@ -248,5 +248,5 @@ def test_an_adapter_for_another_base_is_refused(small_model: Path, tmp_path: Pat
     save_adapter(small_model, tmp_path / "adapter", r=2, lora_alpha=2)
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "fettle-tiny"}))
-    with pytest.raises(UserError, match=r"belongs to another model.* and its base has"):
+    with pytest.raises(UserError, match=r"belongs to another model.* but its base has"):
         open_source(tmp_path / "adapter")

@@ -72,10 +72,10 @@ def test_they_are_left_out_and_counted_where_the_user_says_so(cli, strict_model,
     ended = cli(*words, "--skip-bad-rows", "--eval-data", odd_rows, "--samples", 1, "--device", "cpu")
     assert ended.code == 0, ended.err
     assert "became 4 examples" in ended.out
-    assert "\n4 rows left out that cannot be trained on:" in ended.out
-    assert "\nheld out: 4 rows left out that cannot be trained on:" in ended.out
+    assert "\n4 bad rows skipped:" in ended.out
+    assert "\nheld out: 4 bad rows skipped:" in ended.out
     assert all(reason in ended.out for reason in REASONS.values())
-    assert "4 rows left out that cannot be trained on" in (tmp_path / "out" / "report.html").read_text()
+    assert "4 bad rows skipped" in (tmp_path / "out" / "report.html").read_text()
     assert "skip_bad_rows: true" in (tmp_path / "out" / "run.yaml").read_text()
 
 
@@ -95,4 +95,4 @@ def test_none_but_bad_rows(cli, strict_model, tmp_path):
     ended = cli(*words, "--max-steps", 1, "--skip-bad-rows")
     assert ended.code == 2
     assert "Nothing is left to train on" in ended.err
-    assert "2 rows left out that cannot be trained on" in ended.err
+    assert "2 bad rows skipped" in ended.err

@@ -1,1 +1,1 @@
-"""Adapters: LoRA in PEFT's own format, run by fettle's own backward."""
+"""Adapters: LoRA in PEFT's own format, computed with fettle's own backward pass."""

@@ -1,4 +1,4 @@
-"""What a model's name stands for, an adapter with its base or a checkpoint, checked before any weight is read."""
+"""Resolve a model's name to a checkpoint, or an adapter with its base, and check it without reading weights."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,10 @@ from fettle.models.load import empty_model, load_tokenizer, stored_model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What a name stands for, checked as far as it can be without reading weights.
+    """What a name refers to, checked as far as possible without reading weights.
 
-    folder: the checkpoint's, or the adapter's; base: the checkpoint's. stored: with the vocabulary that the adapter
-    gives it. shapes: of the adapter's tensors.
+    folder: of the checkpoint or the adapter; base: of the checkpoint. stored: with the adapter's vocabulary size.
+    shapes: of the adapter's tensors.
     """
 
     folder: Path
@@ -36,9 +36,9 @@ class Found:
 
 
 def find(name: str | Path) -> Found:
-    """Return what `name` stands for: a checkpoint, or an adapter with its base. Raises UserError for every fault.
+    """Return what `name` refers to: a checkpoint, or an adapter with its base. Raises UserError for every fault.
 
-    config.json is checked against the weights first: a fault of it would show up as one of the tokenizer.
+    config.json is checked against the weights first, as its faults would otherwise appear to be the tokenizer's.
     """
     folder = locate(str(name))
     if not is_adapter(folder):
@@ -74,6 +74,6 @@ def base_of(adapter_folder: Path) -> tuple[str, Path]:
 
 
 def remembered_name(name: str) -> str:
-    """How a run or an adapter is to name what lies on disk: by its absolute path; a hub name as it is."""
+    """Return the name to store in a run or an adapter: the absolute path if it exists, a hub name unchanged."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name

@@ -1,8 +1,8 @@
-"""LoRA through PEFT's own hook: PEFT owns the format, the names and the file; fettle the arithmetic.
+"""LoRA through PEFT's own hook: PEFT owns the format, the names and the file; fettle does the arithmetic.
 
-`LoraConfig._register_custom_module` makes PEFT wrap every targeted `nn.Linear` in `LoraLinear`, a subclass
-of PEFT's own layer. What is saved is therefore a plain PEFT adapter, and whatever the fast path does not
-cover (several adapters at once, dropout, DoRA, a merged layer) falls back to PEFT's forward.
+`LoraConfig._register_custom_module` makes PEFT wrap every targeted `nn.Linear` in `LoraLinear`, a subclass of PEFT's
+own layer. So a plain PEFT adapter is saved, and cases that the fast path does not cover (several adapters at once,
+dropout, DoRA, a merged layer) fall back to PEFT's forward.
 """
 
 import copy
@@ -28,17 +28,17 @@ from fettle.quantization.layers import matrix_of
 from fettle.quantization.nf4 import Nf4Linear
 
 TensorShapes = dict[str, tuple[int, ...]]
-"""Of an adapter's tensors, by name."""
+"""Shapes of an adapter's tensors, by name."""
 
 PLAIN_OPTIONS = {
     *("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "eva_config"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "auto_mapping"),
 }
-"""Options of an adapter that leave it plain LoRA whatever they say."""
+"""Options of an adapter that keep it plain LoRA whatever their value."""
 
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Kinds of init_lora_weights that leave the base's weights where they were; PiSSA and its kin move them."""
+"""Values of init_lora_weights that do not change the base's weights; PiSSA and similar ones do."""
 
 
 class LoraLinear(PeftLoraLinear):
@@ -53,7 +53,7 @@ class LoraLinear(PeftLoraLinear):
         return lora_linear(x, matrix_of(base), base.bias, lora_a, lora_b, self.scaling[name])
 
     def projection(self) -> Projection | None:
-        """What the ops need of the layer, or None where PEFT's own forward must run."""
+        """Return the layer as an input of the ops, or None if PEFT's own forward must run."""
         name, base = self._fast_adapter((), {}), self.get_base_layer()
         if name is None:
             return None
@@ -61,7 +61,7 @@ class LoraLinear(PeftLoraLinear):
         return Projection(matrix_of(base), update, base.bias)
 
     def _fast_adapter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """The name of the one adapter the fast path can serve, or None where PEFT's forward must."""
+        """Return the name of the single adapter that the fast path covers, or None if PEFT's forward must run."""
         if args or kwargs or self.disable_adapters or self.merged or len(self.active_adapters) != 1:
             return None
         name = self.active_adapters[0]
@@ -71,10 +71,10 @@ class LoraLinear(PeftLoraLinear):
         base = self.get_base_layer()
         weight, bias = base.weight, base.bias
         is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-        # Under autocast forward and backward would run in different types; on the meta device a product
-        # with a weight that holds nothing returns garbage instead of failing.
-        is_awkward = torch.is_autocast_enabled(weight.device.type) or weight.is_meta
-        is_covered = type(base) in (nn.Linear, Nf4Linear) and is_frozen and not has_dropout and not is_awkward
+        # Under autocast, forward and backward would run in different dtypes. A CPU product with a meta weight
+        # returns garbage instead of failing.
+        is_unsafe = torch.is_autocast_enabled(weight.device.type) or weight.is_meta
+        is_covered = type(base) in (nn.Linear, Nf4Linear) and is_frozen and not has_dropout and not is_unsafe
         return name if is_covered else None
 
 
@@ -87,11 +87,11 @@ def adapt(
     target_modules: str | list[str] = "all-linear",
     use_rslora: bool = False,
 ) -> PeftModel:
-    """Freeze the model and give it a trainable LoRA adapter; return PEFT's own model object, in training mode.
+    """Freeze the model and add a trainable LoRA adapter; return PEFT's own model object, in training mode.
 
     alpha: the update is scaled by alpha / rank; None means alpha = rank, a scale of one. The adapter's
-    weights are fp32 whatever the model's dtype, as small steps on bf16 weights would be lost by rounding.
-    Raises UserError where target_modules names no linear layer of the model, or its output head, and for a GGUF file.
+    weights are fp32 for any model dtype, as rounding to bf16 would lose small optimizer steps.
+    Raises UserError if a target module is not a linear layer of the model or is its output head, and for a GGUF file.
     """
     if next(model.parameters(), None) is None:
         raise UserError(
@@ -112,12 +112,15 @@ def adapt(
         adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"--target-modules {target_modules!r}: {reason_of(error)}") from error
-    return adapted.train()  # PEFT's wrapper says so already, but leaves the base in the mode it was loaded in
+    return adapted.train()  # PEFT's wrapper is in training mode, but its base still in that of loading
 
 
 def require_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
-    """Raise UserError for a name that fits no linear layer, where PEFT is content if one of several does, and for the
-    output head: training's loss reads the head's weights alone."""
+    """Raise UserError for a target that matches no linear layer, and for the output head.
+
+    PEFT accepts unknown names as long as one target matches. The training loss reads only the head's own weights, so
+    an adapter on it would have no effect.
+    """
     modules, head = dict(model.named_modules()), model.get_output_embeddings()
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     for target in [] if isinstance(targets, str) else targets:
@@ -135,10 +138,10 @@ def require_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
 
 
 def attach(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
-    """Load a PEFT adapter folder, written here or by PEFT, onto its base model; in training mode if `is_trainable`.
+    """Load a PEFT adapter folder, written by fettle or PEFT, onto its base model; in training mode if `is_trainable`.
 
-    Raises UserError where the adapter was made for another model: a layer the model does not have, one of
-    another shape, or one that the adapter has nothing for.
+    Raises UserError if the adapter belongs to another model: if a layer is missing from the model, has a different
+    shape, or is missing from the adapter.
     """
     read_adapter_config(folder)
     shapes = shapes_in(folder)
@@ -153,7 +156,7 @@ def attach(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) 
 
 @contextmanager
 def _values_of(folder: Path) -> Iterator[None]:
-    """Name adapter_config.json where PEFT raises for values that make no adapter."""
+    """Convert PEFT's exceptions for invalid values into a UserError that names adapter_config.json."""
     try:
         yield
     except (
@@ -169,7 +172,7 @@ def _values_of(folder: Path) -> Iterator[None]:
 
 
 def adapter_config_of(folder: Path) -> LoraConfig:
-    """Return the folder's adapter_config.json; UserError for what is no LoRA adapter's."""
+    """Return the folder's adapter_config.json; UserError if it is not that of a LoRA adapter."""
     file = folder / "adapter_config.json"
     try:
         config = PeftConfig.from_pretrained(str(folder))
@@ -192,14 +195,15 @@ def adapter_config_of(folder: Path) -> LoraConfig:
 
 
 def shapes_in(folder: Path) -> TensorShapes:
-    """The shapes of an adapter folder's tensors, by name."""
+    """Return the shapes of an adapter folder's tensors, by name."""
     return {name: place.header.shape for name, place in read_places(folder / ADAPTER_WEIGHTS).items()}
 
 
 def is_plain_lora(config: LoraConfig, names: Iterable[str]) -> bool:
     """Whether an adapter is W + scale * B A on linear layers and nothing else.
 
-    names: its tensors'. Every option that could make it more is at its default; one that PEFT has yet to invent, too.
+    names: of its tensors. Every option outside PLAIN_OPTIONS must have its default value, including options that
+    future releases of PEFT may add.
     """
     usual = vars(LoraConfig())
     is_usual = all(
@@ -238,12 +242,12 @@ def require_fit(model: PreTrainedModel, shapes: TensorShapes, folder: Path) -> N
 
 
 def require_whole(model: PreTrainedModel, config: LoraConfig, shapes: TensorShapes, folder: Path) -> None:
-    """Raise UserError where the folder's tensors are not just those that its config makes on the model.
+    """Raise UserError if the folder's tensors are not exactly those that its config creates on the model.
 
-    model: one without memory for its weights; it is changed. config: of plain LoRA.
+    model: on the meta device; it is modified. config: of plain LoRA.
     """
     require_fit(model, shapes, folder)
-    config = copy.deepcopy(config)  # PEFT writes into it
+    config = copy.deepcopy(config)  # PEFT modifies it
     config.init_lora_weights, config.base_model_name_or_path = False, None
     with _values_of(folder):
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
@@ -251,7 +255,7 @@ def require_whole(model: PreTrainedModel, config: LoraConfig, shapes: TensorShap
 
 
 def _require_all(adapted: PeftModel, shapes: TensorShapes, folder: Path) -> None:
-    """Raise UserError where the folder's tensors are not exactly those the adapter has; PEFT only warns."""
+    """Raise UserError if the folder's tensors are not exactly those of the adapter; PEFT only warns."""
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     # older releases wrote DoRA's magnitudes without the suffix
     expected, found = (

@@ -1,8 +1,8 @@
-"""Adapters trained on a grown vocabulary: they bring the embedding and the output head with all their rows.
+"""Adapters trained with an extended vocabulary: they contain the whole embedding and output head.
 
-PEFT's users give the base as many rows before they load such an adapter (`resize_token_embeddings`); the rows
-themselves come from the adapter's file, whichever way PEFT wrote them there: as modules to save, as layers that were
-resized, or as what LoRA and trainable tokens were added to.
+Users of PEFT resize the base before they load such an adapter (`resize_token_embeddings`). The rows themselves come
+from the adapter's file, in whichever way PEFT stored them: as modules to save, as resized layers, or as base layers of
+LoRA or trainable tokens.
 """
 
 import re
@@ -22,10 +22,10 @@ _PART = re.compile(r"(embed_tokens\.lora_embedding_A|lm_head\.lora_B\.weight)$")
 
 
 def rows_with(config: PreTrainedConfig, adapter: LoraConfig, shapes: TensorShapes, folder: Path) -> int:
-    """Return how many rows embedding and head have with the adapter: the base's, or those that the adapter brings.
+    """Return the number of rows of embedding and head with the adapter: the base's, or those in the adapter.
 
-    shapes: of the adapter's tensors. Raises UserError where it needs other rows than the base's and does not bring
-    them whole.
+    shapes: of the adapter's tensors. Raises UserError if the number differs from the base's and the adapter does not
+    contain all rows.
     """
     whole = {found[1]: shapes[name][0] for name in shapes if (found := _WHOLE.search(name))}
     parts = {max(shapes[name]) for name in shapes if _PART.search(name)}
@@ -45,10 +45,10 @@ def rows_with(config: PreTrainedConfig, adapter: LoraConfig, shapes: TensorShape
 
 
 def fit_vocabulary(model: DecoderForCausalLM, rows: int, shapes: TensorShapes) -> None:
-    """Give embedding and head as many rows, and room in memory for what the adapter brings for them."""
+    """Resize embedding and head to `rows`, and make them loadable if the adapter has tensors for them."""
     table = model.model.embed_tokens
     if isinstance(table, OffloadedEmbedding) and any(".embed_tokens." in name for name in shapes):
-        # PEFT writes into parameters, and would pass over a table that is none
+        # PEFT loads only into parameters, and an offloaded table is not one
         model.model.embed_tokens = nn.Embedding.from_pretrained(
             table.weight.clone(), padding_idx=table.padding_idx
         )

@@ -1,1 +1,1 @@
-"""What a `--model` names: its folder, its files, its fingerprint. Imports no model code."""
+"""The checkpoint that `--model` names: its folder, files and fingerprint. Imports no model code."""

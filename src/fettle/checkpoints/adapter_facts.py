@@ -1,9 +1,9 @@
-"""What fettle notes beside an adapter, in `fettle.json`; PEFT's own files know neither.
+"""Facts that fettle stores next to an adapter, in `fettle.json`; PEFT's own files have no field for them.
 
-base_fingerprint: of the base weights it was trained on, so that another base is refused.
-context_tokens: the context LongRoPE's factors were fixed for in training (see models/rope.py), null where each
+base_fingerprint: of the base weights it was trained on, so that a different base is refused.
+context_tokens: the context for which LongRoPE's factors were fixed in training (see models/rope.py); null if each
 document decided by its own length.
-quantization: how the base's weights were held in training; the adapter belongs to those weights.
+quantization: how the base's weights were stored in training; the adapter fits those weights.
 """
 
 import json
@@ -27,12 +27,12 @@ class AdapterFacts:
 
 
 def write_facts(folder: Path, facts: AdapterFacts) -> None:
-    """Write the note into an adapter folder that is being made."""
+    """Write the facts into an adapter folder that is being created."""
     (folder / FILE).write_text(json.dumps(asdict(facts), indent=2) + "\n", encoding="utf-8")
 
 
 def read_facts(folder: Path) -> AdapterFacts | None:
-    """Return the note; None beside an adapter that fettle did not train."""
+    """Return the adapter's facts; None for an adapter that fettle did not train."""
     file = folder / FILE
     if not file.exists():
         return None
@@ -58,7 +58,7 @@ def _is_as_written(facts: AdapterFacts) -> bool:
 
 
 def facts_for(folder: Path, base_folder: Path) -> AdapterFacts | None:
-    """Return the note; UserError where the base's weights are not those the adapter was trained on."""
+    """Return the adapter's facts; UserError if the base's weights are not those the adapter was trained on."""
     facts = read_facts(folder)
     if facts is not None and facts.base_fingerprint != fingerprint(base_folder):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Fingerprints of weights and tokenizers: equal for equal contents, quick on any size."""
+"""Fingerprints of weights and tokenizers: equal for equal contents, fast for any size."""
 
 import hashlib
 import json
@@ -13,9 +13,9 @@ from fettle.files import sha256_of
 def fingerprint(folder: Path) -> str:
     """Return a SHA-256, in hex, that is equal for equal weights however they are sharded.
 
-    It covers every tensor's name, type, shape and a sample of at most 4 kB of its bytes, spread over the
-    whole tensor: quick on any size, and different once an optimizer or a merge has touched the weights.
-    Works for a model and for an adapter.
+    It covers every tensor's name, dtype, shape and a sample of at most 4 kB of its bytes, spread over the whole
+    tensor: fast for any size, and different once an optimizer or a merge has changed the weights. `folder` may be
+    that of a model or an adapter.
     """
     digests: dict[str, bytes] = {}
     for file in weight_files(folder):
@@ -30,7 +30,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """Return a SHA-256, in hex, of what turns rows into tokens and answers into an end: the tokenizer's files."""
+    """Return a SHA-256, in hex, of the files that determine tokenization, chat template and stop tokens."""
     names = (
         "tokenizer.json",
         "tokenizer.model",
@@ -42,7 +42,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
 
 
 def _sample_digest(stream: BinaryIO, place: Place, pieces: int = 16, piece_bytes: int = 256) -> bytes:
-    """Hash a tensor's type, shape and `pieces` evenly spread pieces of its bytes, first and last included."""
+    """Hash a tensor's dtype, shape and `pieces` evenly spaced pieces of its bytes, including first and last."""
     digest = hashlib.sha256(json.dumps(place.header).encode())
     size = place.end - place.start
     if size <= pieces * piece_bytes:

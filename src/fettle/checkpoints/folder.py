@@ -1,10 +1,10 @@
-"""What is in a checkpoint folder, before a byte of its weights is loaded.
+"""Inspect a checkpoint folder without loading weights.
 
-A checkpoint is a folder with `config.json`, a tokenizer and weights as safetensors, in one file or in shards
-listed by an index. Only their headers are read here. Pickled weights (`*.bin`, `*.pt`) can run any code when
-they are opened: they are refused, never loaded. Code beside a checkpoint (`auto_map`) is never run either.
+A checkpoint is a folder with `config.json`, a tokenizer and safetensors weights, in one file or in shards listed by an
+index. Only their headers are read here. Pickled weights (`*.bin`, `*.pt`) can run any code when opened: they are
+refused, never loaded. Code shipped with a checkpoint (`auto_map`) is never run either.
 
-Nothing here imports torch: a command line finds a faulty checkpoint at once.
+Nothing here imports torch, so a command line reports a faulty checkpoint at once.
 """
 
 import json
@@ -23,16 +23,16 @@ LONGEST_NAME = 255
 """Bytes of a file's name, on all common file systems."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-# Pickles that a trainer leaves beside the weights: not the weights themselves.
+# Pickles that a trainer writes next to the weights: not the weights themselves.
 _TRAINER_PICKLES = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state")
 
-# Tokenizers in other forms than tokenizer.json.
+# Tokenizers in formats other than tokenizer.json.
 _OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "spiece.model", "tiktoken.model")
 
 
 @dataclass(slots=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint folder whose files have been found whole. `weight_bytes` counts the tensors alone."""
+    """A checkpoint folder whose files are complete. `weight_bytes` counts the tensors only."""
 
     folder: Path
     config: dict[str, Any]
@@ -43,14 +43,14 @@ class Checkpoint:
 
     @property
     def quantization_config(self) -> dict[str, Any] | None:
-        """How the stored weights are quantised, as config.json says it; None where they are not."""
+        """The quantization_config of config.json; None if the weights are not quantized."""
         return self.config.get("quantization_config")
 
 
 def inspect(folder: Path) -> Checkpoint:
     """Read config and weight headers of `folder`, and check every file against its header.
 
-    Raises UserError where the config or weights are missing, malformed, truncated or only pickled.
+    Raises UserError if the config or weights are missing, malformed, truncated or available only as pickles.
     """
     folder = Path(folder)
     config = _read_config(folder)
@@ -84,7 +84,7 @@ def require_tokenizer(folder: Path) -> None:
         _read_json(folder / "tokenizer.json")
         return
     others = [name for name in _OTHER_TOKENIZERS if (folder / name).exists()]
-    if others:  # what transformers makes of them depends on further libraries, and may give other ids
+    if others:  # transformers converts them with further libraries, and the ids may differ
         raise UserError(
             f"{folder} has its tokenizer only as {_list(others)}, but fettle reads only tokenizer.json: fetch the "
             "tokenizer.json of the same model, or of another one with the same tokenizer."
@@ -93,12 +93,12 @@ def require_tokenizer(folder: Path) -> None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Say whether `folder` holds a PEFT adapter rather than a full model."""
+    """Whether `folder` contains a PEFT adapter rather than a full model."""
     return (Path(folder) / "adapter_config.json").exists()
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Return the adapter's configuration, having found its weights whole; raises UserError otherwise."""
+    """Return the adapter's configuration after checking its weights file; raises UserError if either is faulty."""
     folder = Path(folder)
     file = folder / "adapter_config.json"
     if not file.exists():
@@ -141,7 +141,7 @@ def _indexed_files(folder: Path) -> tuple[dict[str, str] | None, list[Path]]:
 
 
 def _is_file_name(value: object) -> bool:
-    """A shard stands beside its index: a path that leads elsewhere is no shard's name."""
+    """Whether the value is a plain file name: a shard is in the same folder as its index."""
     if not isinstance(value, str) or len(value.encode(errors="replace")) > LONGEST_NAME:
         return False
     return value not in ("", ".", "..") and Path(value).name == value
@@ -157,7 +157,7 @@ def _check_index(folder: Path, index: dict[str, str] | None, tensor_files: dict[
 
 
 def _require_weights(folder: Path, name: str) -> Path:
-    """Return the single weight file `name`, or raise UserError saying what is there in its stead."""
+    """Return the single weight file `name`, or raise UserError that says what was found instead."""
     if (folder / name).exists():
         return folder / name
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
@@ -188,7 +188,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_config_file(file: Path) -> dict[str, Any]:
-    """Return the content of a model's config.json; raises UserError for what is none."""
+    """Return the content of a model's config.json; raises UserError if it is not one."""
     config = _read_json(file)
     if not isinstance(config.get("model_type"), str):
         raise UserError(f'{file} has no "model_type" (such as "phi3"): fetch the model\'s own config.json.')
@@ -196,7 +196,7 @@ def read_config_file(file: Path) -> dict[str, Any]:
 
 
 def command_to_finish(run: Path) -> str | None:
-    """The command that goes on with the run whose folder this is, told by its run.yaml; None where it has none."""
+    """Return the command that resumes the run in this folder, according to its run.yaml; None if it has none."""
     file = run / "run.yaml"
     if not file.is_file():
         return None
@@ -206,7 +206,7 @@ def command_to_finish(run: Path) -> str | None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in `file`; raises UserError with the line where it is malformed."""
+    """Return the JSON object in `file`; raises UserError with the line at which it is malformed."""
     require_content(file)
     try:
         content = json.loads(file.read_bytes())
@@ -215,7 +215,10 @@ def _read_json(file: Path) -> dict[str, Any]:
             f"{file} is malformed JSON at line {error.lineno}, column {error.colno} ({error.msg}): "
             f"fix it or fetch it again."
         ) from error
-    except (ValueError, RecursionError) as error:  # no UTF-8, numbers of thousands of digits, nested too deep
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # not UTF-8, numbers of thousands of digits, nested too deeply
         raise UserError(f"{file} is not valid JSON: fetch it again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} contains a JSON {type(content).__name__}; expected an object.")

@@ -1,4 +1,4 @@
-"""Find the folder that a `--model` names: a folder, the embedded model, or a hub model, which is downloaded."""
+"""Find the folder that `--model` names: a local folder, the embedded model, or a hub model, which is downloaded."""
 
 import difflib
 import importlib.resources
@@ -13,23 +13,23 @@ from fettle.files import require_free_space
 EMBEDDED = "fettle-tiny"
 _GGUF_MAGIC = b"GGUF"
 
-# What is fetched from a hub: the top folder's data, nothing that can be run, no second copy of the weights.
+# Fetched from a hub: data files of the top folder; no code and no second copy of the weights.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 _HUB_LEFT = ["*/*", "consolidated*"]
 
 
 def locate(name: str) -> Path:
-    """Return the checkpoint folder that `name` means: a folder, "fettle-tiny", or a hub name "owner/name".
+    """Return the checkpoint folder that `name` refers to: a folder, "fettle-tiny", or a hub name "owner/name".
 
-    A hub model's data files are downloaded into the hub's cache, or found there.
-    Raises UserError where there is no such folder, or the hub cannot give it.
+    A hub model's data files are downloaded into the hub's cache unless they are there already.
+    Raises UserError if there is no such folder, or if the download fails.
     """
     if not name:
         raise UserError("the model's name is empty: give a folder or a hub name (owner/name).")
     try:
         path = Path(name).expanduser()
         is_folder, is_there = path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # longer than a path may be, an unreadable place, ~nobody
+    except (OSError, RuntimeError) as error:  # a path that is too long, an unreadable folder, ~nobody
         raise UserError(f"{name!r} is not a valid path ({error}): give a folder or a hub name.") from error
     if is_folder:
         return path
@@ -77,21 +77,23 @@ def _folders_beside(path: Path) -> list[str]:
 
 
 def _download(name: str) -> Path:
-    """Fetch hub model `name`, or find it in the hub's cache; every failure is one sentence."""
+    """Download hub model `name`, or find it in the hub's cache; raises UserError for every failure."""
     from huggingface_hub import constants, errors, snapshot_download
 
     wanted: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": _HUB_LEFT}
     try:
         try:
             files = snapshot_download(name, dry_run=True, **wanted)
-        except errors.DryRunError:  # no answer from the hub: the cache may still have it
+        except errors.DryRunError:  # the hub does not respond: the cache may still have it
             files = []
         missing_bytes = sum(file.file_size for file in files if file.will_download)
         require_free_space(Path(constants.HF_HUB_CACHE), missing_bytes, f"downloading {name}")
         return Path(snapshot_download(name, **wanted))
     except UserError:
         raise
-    except Exception as error:  # the hub's transport library, and so its errors, differ between versions
+    except (
+        Exception
+    ) as error:  # the hub's transport library, and with it the exceptions, differ between versions
         raise UserError(_hub_failure(name, error)) from error
 
 
@@ -120,7 +122,7 @@ def _hub_failure(name: str, error: Exception) -> str:
 
 
 def is_gguf(name: str | Path) -> bool:
-    """Whether `name` means a GGUF file: by its ending, or by its first bytes (in Ollama's store).
+    """Whether `name` is a GGUF file, by its extension or by its first bytes (in Ollama's store).
 
     Raises UserError for a file that cannot be read.
     """

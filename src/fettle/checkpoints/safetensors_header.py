@@ -1,12 +1,11 @@
-"""What a safetensors file holds, known from its header and checked against its size.
+"""Read the header of a safetensors file and check it against the file's size.
 
-A safetensors file is eight bytes of length (little-endian), that many bytes of JSON, then the tensors one
-after the other (https://github.com/huggingface/safetensors, "Format"):
+A safetensors file is eight bytes of length (little-endian), that many bytes of JSON, then the tensors one after the
+other (https://github.com/huggingface/safetensors, "Format"):
 
     {"name": {"dtype": "BF16", "shape": [32064, 3072], "data_offsets": [0, 197001216]}, ...}
 
-So names, types, shapes and sizes are known from a few kilobytes, and a download that broke off is found
-before anything is built on it.
+So a few kilobytes give the names, dtypes, shapes and sizes, and an incomplete download is detected early.
 """
 
 import json
@@ -31,14 +30,14 @@ _LFS_MARK = b"version https://git-lfs"
 
 
 class TensorHeader(NamedTuple):
-    """What a safetensors header says of one tensor: its type as written there ("BF16") and its shape."""
+    """A tensor's dtype, as named in the header ("BF16"), and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 class Place(NamedTuple):
-    """Where one tensor's bytes stand in its file: [start, end)."""
+    """The byte range of one tensor in its file: [start, end)."""
 
     header: TensorHeader
     start: int
@@ -46,7 +45,7 @@ class Place(NamedTuple):
 
 
 def read_places(file: Path) -> dict[str, Place]:
-    """Parse a safetensors header and check it against the file; raises UserError where they disagree."""
+    """Parse a safetensors header and check it against the file; raises UserError if they disagree."""
     require_content(file)
     size = file.stat().st_size
     with open(file, "rb") as stream:
@@ -80,7 +79,7 @@ def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
 
 
 def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> Place:
-    """Check one tensor of a header in itself: a known type, a shape, and the bytes that these need."""
+    """Check the entry of one tensor: a known dtype, a shape, and a byte range of matching size."""
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
@@ -95,7 +94,7 @@ def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> Place:
 
 
 def _check_contiguous(file: Path, places: dict[str, Place], data_start: int, size: int) -> None:
-    """The tensors must follow one another without gap or overlap, from the header to the end of the file."""
+    """Check that the tensors follow each other without gap or overlap, from the header to the end of the file."""
     expected = data_start
     for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].end)):
         if place.start != expected:
@@ -108,7 +107,7 @@ def _check_contiguous(file: Path, places: dict[str, Place], data_start: int, siz
 
 
 def require_content(file: Path) -> None:
-    """Raise UserError for what is no readable file, is empty, or is a git-lfs note in place of the file."""
+    """Raise UserError if `file` is not a readable file, is empty, or is a git-lfs pointer instead of the content."""
     if not file.is_file():
         raise UserError(f"{file} is not a file.")
     try:

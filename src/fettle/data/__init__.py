@@ -1,9 +1,9 @@
-"""Data: files in any common form -> rows -> tokens with labels -> packs.
+"""Data: files in any common format -> rows -> tokens with labels -> packs.
 
 rows = read_rows("chats.jsonl")
 train, held_out = split_held_out(rows, fraction=0.1, seed=0)
 tokenized = tokenize_rows(train, tokenizer, max_length=2048)
-tokenized.summary.lines()  # what was understood, for a person to check
+tokenized.summary.lines()  # how the data was read, for a person to check
 batch = collator(tokenizer)([pack(tokenized.examples, max_length=2048)[0]])
 """
 

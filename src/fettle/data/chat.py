@@ -1,17 +1,16 @@
-"""Chats as the model's own template writes them, with the part to train on marked.
+"""Render chats with the model's own template and mark the spans to train on.
 
-A chat template is a Jinja program that turns messages into one text.  The loss belongs on the assistant's
-words and on the token that ends its turn, and nothing in the text says where those are.  Rendering growing
-prefixes does not find them either: templates look ahead (Mistral moves the system text into the last user
-turn).
+A chat template is a Jinja program that turns messages into one text.  The loss covers the assistant's text and the
+token that ends its turn, but the rendered text does not say where those are.  Rendering growing prefixes does not
+find them either, because templates look ahead (Mistral moves the system text into the last user turn).
 
-So each chat is rendered twice: as it is, and with every content replaced by a unique word (a sentinel).  The
-second rendering, split at the sentinels, gives the template's own pieces p0, p1, ...; the first must then
-read p0 + content + p1 + content + ... in the same order, where a content may have been trimmed.  That holds
-for any template without changing it.
+So each chat is rendered twice: unchanged, and with every content replaced by a unique word (a sentinel).  The second
+rendering, split at the sentinels, gives the template's own pieces p0, p1, ...; the first must then equal
+p0 + content + p1 + content + ... in the same order, where a content may have been stripped.  This works for any
+template without changing it.
 
-A space that the template writes before an answer, but not at the end of a generation prompt (Mistral), is for
-the model to say, and so it is trained with the answer.
+If the template writes a space before an answer but not at the end of a generation prompt (Mistral), the model has to
+generate that space, so it is trained with the answer.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 TrainOn = Literal["assistant", "all"]
 
-# Zephyr's layout in plain text: it needs no token that the vocabulary lacks.
+# Zephyr's layout in plain text: it needs no special tokens besides the end-of-text token.
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token + '\\n' }}"
@@ -52,7 +51,7 @@ _OPENING_THOUGHT = re.compile(r"(?:<(?:think|reason|thought|scratch)\w*>|\[THINK
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of a rendered row, and whether the loss counts it."""
+    """A part of a rendered row, and whether the loss covers it."""
 
     text: str
     is_trained: bool
@@ -89,13 +88,13 @@ def render(
     completion_turns: int | None = None,
     train_on: TrainOn = "assistant",
 ) -> list[Segment]:
-    """Return the chat as the template writes it, cut into trained and other segments.
+    """Return the chat as the template renders it, split into trained and untrained segments.
 
-    Joined, the segments are the text.  Trained are the words of the non-empty assistant turns (of the last
-    `completion_turns` messages only, where given), their reasoning where the template writes it, and the token
-    that ends each; with `train_on="all"`, everything.  Turns whose `train` is False are never trained.  System
-    turns a template has no place for are folded as in `fold_system`.  Raises `UserError` with the template's own
-    words where it refuses the chat, and where it drops a turn silently.
+    The segments concatenate to the rendered text.  Trained are the non-empty assistant turns (only those among the
+    last `completion_turns` messages, if given), their reasoning if the template renders it, and the token that ends
+    each turn; with `train_on="all"`, everything.  Turns whose `train` is False are never trained.  System turns that
+    the template does not support are folded as in `fold_system`.  Raises `UserError` with the template's own message
+    if it refuses the chat, and if it silently drops a turn.
     """
     messages = fold_system(tokenizer, messages)
     text = apply_template(tokenizer, messages)
@@ -117,7 +116,7 @@ def _answer_spans(
     order: list[Slot],
     pieces: list[str],
 ) -> dict[int, tuple[int, int]]:
-    """Where each non-empty answer stands in the text, with its reasoning and the token that ends it."""
+    """Return the span of each non-empty answer in the text, including its reasoning and the token that ends it."""
     tokens = added_tokens(tokenizer).values()
     template = layout(tokenizer)
     spans: dict[int, tuple[int, int]] = {}
@@ -133,7 +132,7 @@ def _answer_spans(
 
 
 def _opening(before: str, tail: str) -> str:
-    """The end of `before` that the model has to say itself to begin its reasoning: what no generation prompt says."""
+    """Return the end of `before` that the model must generate itself: it is not part of a generation prompt."""
     if before.startswith(tail):
         return before[len(tail) :]
     tag = _OPENING_THOUGHT.search(before)
@@ -141,9 +140,9 @@ def _opening(before: str, tail: str) -> str:
 
 
 def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    """Return the chat as text that ends where the assistant begins to speak.
+    """Return the chat as text that ends where the assistant's answer begins.
 
-    Tokenise it with `add_special_tokens=False`: the template has written those it wants.
+    Tokenize it with `add_special_tokens=False`: the template has already added its special tokens.
     """
     messages = fold_system(tokenizer, messages, for_generation=True)
     return apply_template(tokenizer, messages, for_generation=True)
@@ -157,10 +156,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def fold_system(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], for_generation: bool = False
 ) -> Sequence[Message]:
-    """Return the messages, with system texts moved to the head of the next user turn if need be.
+    """Return the messages, with system texts moved to the start of the next user turn if necessary.
 
-    Gemma's template refuses a system turn, and Mistral's leaves it out of a chat that ends with an answer;
-    the words are still part of the lesson.  Messages that the template takes come back unchanged.
+    Gemma's template refuses a system turn, and Mistral's drops it from a chat that ends with an answer; the text
+    still belongs into training.  Messages that the template accepts are returned unchanged.
     """
     systems = {index for index, message in enumerate(messages) if message["role"] == "system"}
     if not systems:
@@ -168,7 +167,7 @@ def fold_system(
     try:
         order, _ = pieces_around(tokenizer, messages, for_generation)
     except UserError:
-        pass  # refused: perhaps for the system turn; if for another reason, rendering the folded chat says so
+        pass  # perhaps because of the system turn; if not, rendering the folded chat raises the same error
     else:
         if systems <= {index for index, _ in order}:
             return messages
@@ -188,7 +187,7 @@ def fold_system(
 def _locate(
     text: str, messages: Sequence[Message], order: list[Slot], pieces: list[str]
 ) -> list[tuple[int, int]]:
-    """Where in the text the words of each slot stand, as (start, end) in the order of the pieces."""
+    """Return the span of each slot's content in the text, as (start, end), in the order of the pieces."""
     spans = []
     position = _shared(text, 0, pieces[0])
     is_whole = position == len(pieces[0])
@@ -210,28 +209,28 @@ def _locate(
 
 
 def _content_end(text: str, start: int, content: str, piece: str) -> int:
-    """Where the content that begins at `start` ends, or -1; `piece` is what the template writes after it."""
+    """Return where the content that begins at `start` ends, or -1; `piece` is what the template writes after it."""
     forms = [content, content.strip(), content.lstrip(), content.rstrip()]
     for form in forms:
         if text.startswith(form + piece, start):
             return start + len(form)
-    # The piece may differ in its tail, where it leads into the next content (Qwen3 opens `<think>` there).
+    # The piece may differ at its end, where it leads into the next content (Qwen3 opens `<think>` there).
     for form in forms:
         if form and text.startswith(form, start) and _shared(text, start + len(form), piece):
             return start + len(form)
-    # The template rewrote the words (Qwen3 removes the thoughts of earlier turns): take whatever it left.
+    # The template changed the content (Qwen3 removes the reasoning of earlier turns): take whatever it left.
     return text.find(piece, start) if piece else -1
 
 
 def _before_tag(text: str, position: int, content: str) -> int:
-    """Step back over a tag that the template and the answer share, `<think>`: it is the answer's to say."""
+    """Step back over a tag that both the template and the answer have (`<think>`): it belongs to the answer."""
     tag = _OPENING_TAG.match(content)
     before = text[:position].rstrip()
     return len(before) - len(tag[1]) if tag and before.endswith(tag[1]) else position
 
 
 def _shared(text: str, start: int, piece: str) -> int:
-    """How many characters of the piece the text has from `start` on."""
+    """Return the length of the common prefix of the piece and the text from `start` on."""
     if text.startswith(piece, start):
         return len(piece)
     pairs = zip(text[start : start + len(piece)], piece, strict=False)
@@ -239,7 +238,7 @@ def _shared(text: str, start: int, piece: str) -> int:
 
 
 def _segments(text: str, spans: Iterable[tuple[int, int]], *, is_trained: bool) -> list[Segment]:
-    """The text in segments; those of `spans` are trained or not as `is_trained` says, the others the opposite."""
+    """Split the text into segments: `spans` get `is_trained`, the text between them the opposite."""
     segments = []
     position = 0
     for start, end in sorted(spans):

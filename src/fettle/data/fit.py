@@ -1,9 +1,9 @@
-"""Rows in the words of one tokenizer: what training, scoring and asking make of a row before it is rendered.
+"""Fit a row to one tokenizer's chat template before it is rendered, for training, scoring and generation alike.
 
-Data is often half-way written in a chat template already: the answer ends in `<|end|>`, or the prompt is the whole
-rendered question.  A template that is applied to it writes those tokens a second time, and the model learns a layout
-that it never meets in use.  So end tokens at the end of words are removed, for the template writes its own; a
-prompt that is rendered already is taken as it is; and words with the template's role tags inside them are refused.
+Data is often partly rendered already: the answer ends in `<|end|>`, or the prompt is the whole rendered question.
+Applying a template to it would write those tokens a second time, and the model would learn a layout that it never
+sees in use.  So end tokens at the end of a turn are removed, as the template adds its own; a prompt that is already
+rendered is used as it is; and text with the template's role tags inside is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fettle.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Tokens that end a turn or a text somewhere; those a tokenizer has are ends in it.
+# Tokens that end a turn or a text in some model family; those that a tokenizer has count as end tokens for it.
 _ENDS = (
     *(
         "</s>",
@@ -36,7 +36,7 @@ _ENDS = (
     ),
     *("<end_of_turn>", "<|eos|>", "<|return|>"),
 )
-_HTML = ("<s>", "</s>")  # also the tags of struck-out text
+_HTML = ("<s>", "</s>")  # also HTML's strike-through tags
 _FOREIGN = re.compile(
     r"<\|im_start\|>|<start_of_turn>|\[/INST\]|<\|start_header_id\|>|<\|(?:user|assistant)\|>|<｜(?:User|Assistant)｜>"
 )
@@ -45,11 +45,11 @@ _FOREIGN = re.compile(
 def fit(
     row: Row, tokenizer: PreTrainedTokenizerBase, uses_turns: bool, noted: Counter[str] | None = None
 ) -> Row:
-    """Return the row as the tokenizer's template is to have it; what was changed is counted in `noted`.
+    """Return the row prepared for the tokenizer's chat template; changes are counted in `noted`.
 
-    uses_turns: a prompt and its completion become a chat, or are marked `is_rendered` where they are one already.
-    The tokenizer must have a chat template if they do, or if the row is a chat.  Raises `UserError` for words that
-    the template would write twice or not at all.
+    uses_turns: turn a prompt and its completion into a chat, or mark them `is_rendered` if they already are one.
+    The tokenizer must have a chat template if `uses_turns` is set or the row is a chat.  Raises `UserError` for text
+    that the template would write twice or not at all.
     """
     noted = Counter() if noted is None else noted
     if row.prompt is not None and row.completion is not None and uses_turns:
@@ -67,7 +67,7 @@ def fit(
 
 
 def without_ends(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the text without the end tokens, of a turn or of a text, that it ends in."""
+    """Return the text without end-of-turn and end-of-text tokens at its end."""
     bare = text
     while token := _end_token(bare, tokenizer):
         bare = bare.rstrip().removesuffix(token)
@@ -114,7 +114,7 @@ def _fit_turn(turn: Message, number: int, tokenizer: PreTrainedTokenizerBase, no
 def _fit_reasoning(
     messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase, noted: Counter[str]
 ) -> tuple[Message, ...]:
-    """The messages with reasoning under the name that the template knows."""
+    """Return the messages with their reasoning under the field name that the template uses."""
     fitted = []
     for number, turn in enumerate(messages, start=1):
         name = reasoning_of(turn)
@@ -140,7 +140,7 @@ def _is_rendered(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBas
 
 
 def _as_rendered(row: Row, prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Row:
-    """The row with the template's beginning and end, where it lacks them."""
+    """Return the row with the template's start and end tokens added if they are missing."""
     template = layout(tokenizer)
     if template.header not in prompt + completion:
         found = next(tag for tag in sorted(template.tags) if tag in prompt + completion)
@@ -153,7 +153,7 @@ def _as_rendered(row: Row, prompt: str, completion: str, tokenizer: PreTrainedTo
     if prompt.endswith(template.tail) and not completion[:1].isspace():
         completion = template.lead + completion
     if _end_token(completion, tokenizer):
-        completion = completion.rstrip()  # the model stops at the token: nothing after it is for it to say
+        completion = completion.rstrip()  # the model stops at the end token and never generates what follows
     elif completion.strip():
         completion += template.end_of_turn or tokenizer.eos_token or ""
     return replace(row, prompt=prompt, completion=completion, is_rendered=True)

@@ -1,24 +1,24 @@
-"""The forms a training row can take, recognised by its columns.
+"""The formats of training rows, detected from the columns.
 
-Five forms are in common use, and a row is one of them by the columns it has:
+Five formats are in common use:
 
-| form                | columns                                                                |
+| format              | columns                                                                |
 |---------------------|------------------------------------------------------------------------|
-| messages            | `messages`: a list of {role, content} (OpenAI's form)                  |
+| messages            | `messages`: a list of {role, content} (OpenAI's format)                |
 | ShareGPT            | `conversations`: a list of {from, value}                               |
 | Alpaca              | `instruction`, `output`; optional `input`, `history`                   |
 | prompt / completion | `prompt`, `completion`: texts, or lists of messages                    |
 | text                | `text`                                                                 |
 
-Any row may say `weight` 0 or 1 for the whole of it, under any name that a turn may use (`WEIGHTS` in `turns.py`).
-A number other than these in `loss` is a measured loss, which is metadata: it is named as unused.  All forms but text
-may have a `system` column, and those with one answer a column with its reasoning.  A column that holds nothing (null,
-NaN, blank, an empty list) counts as absent, so one table may mix forms row by row.  NaN is a value of JSON, parquet
-and arrow files: in the cell of a CSV it cannot be told from the word, and is text.
+Any row may have a `weight` of 0 or 1 that applies to all of it, under any name that a turn may use (`WEIGHTS` in
+`turns.py`).  Any other number in `loss` is a measured loss, which is metadata and is reported as unused.  All formats
+except text may have a `system` column, and those with a single answer may have a column with its reasoning.  An empty
+column (null, NaN, blank, an empty list) counts as absent, so one table may mix formats row by row.  NaN is a value in
+JSON, parquet and arrow files; in a CSV cell it cannot be distinguished from the word and is text.
 
-What would be trained wrongly is refused in one sentence rather than guessed at: preference pairs (a supervised
-loss would teach the rejected answers as well), tool calls, numbers where words belong, columns that belong to the
-question but not to the form.  Every other column (an id, a source) is left alone and named in `Row.unused`.
+Rows that would be trained wrongly are refused rather than guessed at: preference pairs (a supervised loss would also
+teach the rejected answers), tool calls, numbers instead of text, and columns that belong to the question but not to
+the format.  Every other column (an id, a source) is ignored and listed in `Row.unused`.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ TOOLS = ("tools", "functions", "tool_calls", "function_call")
 LISTS = ("messages", "conversations", "history", *TOOLS, *MEDIA)
 SYSTEM = ("system", "system_prompt", "system_message")
 QUESTION = ("history", "instruction", "input", "context")
-"""Columns that hold a part of the question in many forms."""
+"""Columns that contain a part of the question in many formats."""
 
 _MARKS = re.compile(
     r"(?:<\|\w+\|>|<start_of_turn>)(?:(?:system|user|assistant|model)(?=\n|<))?|<end_of_turn>|</?s>|\[/?INST\]"
 )
-"""What chat templates write around the words of a turn, with the name of its role."""
+"""What chat templates write around a turn, including the name of its role."""
 
 Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """A form: the columns it must have, those it may have, and how a record of it becomes a row."""
+    """A format: its required columns, its optional columns, and the function that converts a record to a row."""
 
     columns: tuple[str, ...]
     convert: Callable[[Record, str], Row]
@@ -68,7 +68,7 @@ class _Format:
 
 
 def to_row(record: Any, where: str) -> Row:
-    """Return the record of a file as a `Row`; raise `UserError` naming `where` if it is no known form."""
+    """Return the record of a file as a `Row`; raises `UserError` naming `where` if its format is not known."""
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: found {kind(record)}; expected an object with named columns: {EXPECTED}.")
     present = {str(name): value for name, value in record.items() if not is_null(value)}
@@ -90,10 +90,10 @@ def _is_absent(name: str, value: Any) -> bool:
 
 
 def _detect_format(present: Record, filled: Record) -> _Format | None:
-    """The first form whose columns are all there, at least one of them with something in it.
+    """Return the first format whose columns are all present, at least one of them non-empty.
 
-    So a table that keeps a `text` or `prompt` column beside the chat it came from is a chat, and an empty answer
-    is an empty answer rather than a reason to read the row in another form.
+    So a table that keeps a `text` or `prompt` column next to the chat it was made from is a chat, and an empty answer
+    stays an empty answer instead of making the row match another format.
     """
     complete = [format_ for format_ in _FORMATS if all(column in present for column in format_.columns)]
     begun = (format_ for format_ in complete if any(column in filled for column in format_.columns))
@@ -194,7 +194,7 @@ _FORMATS = [
 
 
 def _with_other_columns(row: Row, others: dict[str, Any], where: str) -> Row:
-    """The row with what the columns beside its form say; each of these is taken out of `others`, the rest named."""
+    """Apply the columns outside the format; those that are used are removed from `others`, the rest is unused."""
     _require_whole_question(row, others, where)
     weights = [name for name, value in others.items() if is_weight(name, value)]
     is_trained = trained({name: others.pop(name) for name in weights}, where)
@@ -206,7 +206,7 @@ def _with_other_columns(row: Row, others: dict[str, Any], where: str) -> Row:
 def _require_whole_question(row: Row, others: Record, where: str) -> None:
     """Refuse a column that the question seems to need.
 
-    Where the question holds its words, it is what the question was made from. A column of messages is complete, but
+    If the question contains the column's text, it was made from that column. A column of messages is complete, except
     for earlier exchanges in a `history`.
     """
     is_complete = row.format in ("messages", "ShareGPT", "text")
@@ -219,7 +219,7 @@ def _require_whole_question(row: Row, others: Record, where: str) -> None:
 
 
 def _with_system(row: Row, others: dict[str, Any], where: str) -> Row:
-    """The row as a chat that begins with the system column, if there is one."""
+    """Return the row as a chat that begins with the system column, if there is one."""
     found = {name: text(others.pop(name), where, name) for name in SYSTEM if name in others}
     if not found or row.text is not None:
         return row
@@ -236,9 +236,9 @@ def _with_system(row: Row, others: dict[str, Any], where: str) -> Row:
 
 
 def _with_reasoning(row: Row, others: dict[str, Any], where: str) -> Row:
-    """The row as a chat whose answer has the reasoning of the row's own column, if there is one.
+    """Return the row as a chat whose answer has the reasoning from the row's column, if there is one.
 
-    A column that is only true or false has no words, and says something about the reasoning.
+    A column that is only true or false is a flag about the reasoning, not the reasoning itself.
     """
     names = [name for name in REASONING if name in others and not isinstance(others[name], bool)]
     if not names:
@@ -268,7 +268,7 @@ def _with_reasoning(row: Row, others: dict[str, Any], where: str) -> Row:
 
 
 def _holds(row: Row, words: Any) -> bool:
-    """Whether the row's question, or its text, has these words already: as whole lines, one after the other."""
+    """Whether the row's question or text already contains `words`, as whole consecutive lines."""
     asked = [turn["content"] for turn in row.messages if turn["role"] != "assistant"]
     texts = [each for each in (row.prompt, row.text, *asked) if each is not None]
     wanted = _lines(words) if isinstance(words, str) else ""
@@ -276,13 +276,13 @@ def _holds(row: Row, words: Any) -> bool:
 
 
 def _lines(words: str) -> str:
-    """The lines that are not blank, each between line ends; the marks of a chat template end a line too."""
+    """Return the non-blank lines, each between newlines; tags of a chat template end a line too."""
     lines = (line.strip() for line in _MARKS.sub("\n", words).splitlines())
     return "\n" + "".join(f"{line}\n" for line in lines if line)
 
 
 def _as_chat(row: Row) -> Row:
-    """A prompt and its completion as a user's turn and the assistant's."""
+    """Convert a prompt and its completion to a user turn and an assistant turn."""
     if row.prompt is None or row.completion is None:
         return row
     messages = tuple(_turn_pair(row.prompt, row.completion))

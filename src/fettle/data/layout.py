@@ -1,7 +1,7 @@
-"""What a chat template writes around the words of a chat: its pieces, and the marks by which it tells turns apart.
+"""What a chat template writes around the contents of a chat: its pieces, and the tags that mark the turns.
 
 A template is rendered with a unique word (a sentinel) in place of each content; split at the sentinels, the
-rendering gives the template's own pieces.  `layout` does so with a small chat and keeps what it finds, by template.
+rendering gives the template's own pieces.  `layout` does so with a small chat and caches the result per template.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Slot = tuple[int, str]
-"""Words of a chat: the number of the message, and the name of its field that holds them."""
+"""A piece of content in a chat: the index of the message, and the name of the field."""
 
 _SENTINEL = "FETTLExCONTENTx{}x{}x"
 _SENTINELS = re.compile(r"FETTLExCONTENTx(\d+)x(\w+?)x")
@@ -34,9 +34,9 @@ class Layout:
     """How one template lays out a chat.
 
     bos: the beginning-of-text token if the text begins with it, or "". end_of_turn: the token that ends an answer.
-    tail: what follows a question, to the end of a generation prompt. header: the part of it that announces the answer.
-    lead: white space between that and the answer. tags: the marks of whose turn it is, ends of turns not among them.
-    reasoning: the field of a message that the template writes as the reasoning of an answer.
+    tail: what follows a question, up to the end of a generation prompt. header: the part of it that starts the answer.
+    lead: white space between header and answer. tags: the tags that mark roles, without those that end a turn.
+    reasoning: the message field that the template renders as the reasoning of an answer, or None.
     """
 
     bos: str
@@ -49,7 +49,7 @@ class Layout:
 
 
 def layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
-    """Return the layout of the tokenizer's chat template. Raises `UserError` where it refuses or drops a turn."""
+    """Return the layout of the tokenizer's chat template. Raises `UserError` if it refuses or drops a turn."""
     return _layout(tokenizer, str(tokenizer.chat_template))
 
 
@@ -91,7 +91,7 @@ def _reasoning_field(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], for_generation: bool = False
 ) -> str:
-    """Return the chat as the template writes it."""
+    """Return the chat as the template renders it."""
     given = [{name: value for name, value in turn.items() if name not in OWN} for turn in messages]
     return render_template(tokenizer, given, for_generation=for_generation)
 
@@ -99,10 +99,10 @@ def apply_template(
 def pieces_around(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], for_generation: bool = False
 ) -> tuple[list[Slot], list[str]]:
-    """Return in which order the words of the messages come, and the template's text around them.
+    """Return the order of the contents in the rendered chat, and the template's text before, between and after them.
 
-    There is one piece more than words: they stand before, between and after.  An empty content stays
-    empty: templates branch on it, and both renderings must take the same branch.
+    There is one piece more than contents.  An empty content stays empty: templates branch on it, and both renderings
+    must take the same branch.
     """
     marked = [_marked(index, message) for index, message in enumerate(messages)]
     parts = _SENTINELS.split(apply_template(tokenizer, marked, for_generation))
@@ -110,7 +110,7 @@ def pieces_around(
 
 
 def _marked(index: int, message: Message) -> Message:
-    """The message with sentinels for its words: the content and, of an answer, the reasoning."""
+    """Return the message with sentinels in place of its content and, for an answer, its reasoning."""
     names = ["content", *(REASONING if message["role"] == "assistant" else ())]
     words = {name: message[name] for name in names if isinstance(message.get(name), str)}
     return {
@@ -120,7 +120,7 @@ def _marked(index: int, message: Message) -> Message:
 
 
 def require_all_turns(messages: Sequence[Message], order: Sequence[Slot]) -> None:
-    """Raise `UserError` for a turn whose words the template leaves out."""
+    """Raise `UserError` for a turn whose content the template drops."""
     for index, message in enumerate(messages):
         if message["content"].strip() and (index, "content") not in order:
             raise UserError(
@@ -130,7 +130,7 @@ def require_all_turns(messages: Sequence[Message], order: Sequence[Slot]) -> Non
 
 
 def unwritten(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[str]:
-    """Return the names of the fields of messages that the template does not write, once for each message."""
+    """Return the names of message fields that the template does not render, once per message that has them."""
     extras = {name for message in messages for name in message} - {"role", "content", *OWN}
     if not extras:
         return []
@@ -145,18 +145,18 @@ def unwritten(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Return the tokens that stand outside ordinary text (role tags, end of turn) by their ids."""
+    """Return the tokens that are not ordinary text (role tags, end of turn) by their ids."""
     return _added_tokens(tokenizer, len(tokenizer))
 
 
 @lru_cache(maxsize=2)
 def _added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
-    # Kept, because listing them takes longer than tokenising a chat; `size` notices tokens added since.
+    # Cached, because listing them takes longer than tokenizing a chat; `size` invalidates it when tokens are added.
     return {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
 
 
 def ending(piece: str, tokens: Iterable[str]) -> str:
-    """The head of a piece up to and with the token it begins with, white space before it included, or ""."""
+    """Return the token that the piece begins with, including white space before it, or ""."""
     bare = piece.lstrip()
     token = max((token for token in tokens if bare.startswith(token)), key=len, default="")
     return piece[: len(piece) - len(bare) + len(token)] if token else ""

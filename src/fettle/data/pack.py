@@ -1,9 +1,9 @@
 """Packs: several documents in one row of tokens, so that no step computes padding.
 
-Documents are placed longest first, each into the pack it fills best (best-fit decreasing; Ding et al. 2024,
-"Fewer Truncations Improve Language Modeling").  A pack keeps the lengths of its documents in `seq_lengths`,
-and the collator turns them into `position_ids` that restart at 0: that restart is how the decoder knows where
-a document begins, and a document sees only itself.
+Documents are placed longest first, each into the pack with the least sufficient space (best-fit decreasing; Ding et
+al. 2024, "Fewer Truncations Improve Language Modeling").  A pack stores the lengths of its documents in
+`seq_lengths`, and the collator turns them into `position_ids` that restart at 0.  The decoder finds the documents by
+these restarts, and attention stays within a document.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ def pack(examples: Sequence[Example], max_length: int) -> Dataset:
     Raises `ValueError` for an example longer than a pack.
     """
     packs: list[list[Example]] = []
-    open_packs: list[tuple[int, int]] = []  # (tokens left, number of the pack), sorted
+    # (free tokens, index of the pack), sorted, so that a bisection finds the tightest fit in O(log packs)
+    open_packs: list[tuple[int, int]] = []
     for example in sorted(examples, key=lambda example: -len(example.input_ids)):
         length = len(example.input_ids)
         if length > max_length:
             raise ValueError(f"{example.where}: {length} tokens do not fit a pack of {max_length}")
-        best = bisect_left(open_packs, (length, 0))
-        if best == len(open_packs):
+        best = bisect_left(open_packs, (length, 0))  # the first with at least `length` free tokens
+        if best == len(open_packs):  # none: open a new pack, which is then the one with the most space
             packs.append([])
             open_packs.append((max_length, len(packs) - 1))
         space, number = open_packs.pop(best)
         packs[number].append(example)
-        if space > length:
+        if space > length:  # a full pack is closed
             insort(open_packs, (space - length, number))
     return _dataset(packs, has_lengths=True)
 
@@ -49,9 +50,9 @@ def unpacked(examples: Sequence[Example]) -> Dataset:
 def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """Return a function from rows of `pack` or `unpacked` to one batch without padding and without a mask.
 
-    The rows are joined to tensors of (1, tokens): input_ids, labels (-100 at each document's start) and
-    position_ids, which restart at 0 with each document.  An attention mask would hide those restarts from
-    attention kernels, so there is none.
+    The rows are concatenated to tensors of shape (1, tokens): input_ids, labels (-100 at each document's start) and
+    position_ids, which restart at 0 in each document.  There is no attention mask: given one, attention
+    implementations ignore the restarts.
     """
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # imports torch and the trainers
 

@@ -1,9 +1,8 @@
-"""Read training data from wherever it lies: one file, a folder of files, or a dataset on the hub.
+"""Read training data: one file, a folder of files, or a dataset on the hub.
 
-Every reader yields records (a mapping of columns, see `formats.py`) together with the place they came from,
-"chats.jsonl, line 3", so that each later complaint about a row can say where to look.  A record that cannot be
-read while those after it can is yielded as the error.  Files are read as UTF-8; anything else is refused with the
-line at which it stops being text.
+Every reader yields records (a mapping of columns, see `formats.py`) together with their location, such as
+"chats.jsonl, line 3", for later error messages.  If a record cannot be read but those after it can, the error is
+yielded in its place.  Files are read as UTF-8; anything else is refused with the line of the first invalid byte.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from fettle.errors import UserError, reason_of
 Records = Iterator[tuple[Any, str]]
 
 _IN_TABLES = "convert the column to text"
-"""How to mend a number in a text column of a typed table."""
+"""How to fix a number in a text column of a typed table."""
 
 
 def read_rows(source: str | Path, *, skip_bad_rows: bool = False) -> Rows:
     """Return the rows of a file, of every data file in a folder, or of a dataset's train split.
 
-    Raises `UserError` with the file and the line where something is missing or unreadable, and `BadRows` with all
-    rows that are of no known form; with `skip_bad_rows` these are left out and listed in `reading.bad`.
+    Raises `UserError` with the file and the line if something is missing or unreadable, and `BadRows` with all
+    rows of unknown format; with `skip_bad_rows` these are skipped and listed in `reading.bad`.
     """
     reading = Reading()
     rows: list[Row] = []
@@ -58,7 +57,7 @@ def read_rows(source: str | Path, *, skip_bad_rows: bool = False) -> Rows:
 def fingerprint(source: str | Path) -> str:
     """Return the SHA-256, in hexadecimal, of the files' bytes, or of a hub dataset's rows.
 
-    The same data saved in another way (another form, other white space) has another fingerprint.
+    The same data saved differently (another format, other white space) has a different fingerprint.
     """
     digest = hashlib.sha256()
     if _is_hub_name(source):
@@ -66,12 +65,12 @@ def fingerprint(source: str | Path) -> str:
     else:
         contents = (_content(*file) for file in data_files(Path(source)).files)
     for content in contents:
-        digest.update(len(content).to_bytes(8, "big") + content)  # the length keeps two files apart
+        digest.update(len(content).to_bytes(8, "big") + content)  # the length separates the files
     return digest.hexdigest()
 
 
 def _all_records(source: str | Path, reading: Reading) -> Iterator[tuple[Any, str, str]]:
-    """The records of the source, their places, and how to mend a number in place of text there."""
+    """Yield the records of the source, their locations, and the advice for a number in place of text there."""
     if _is_hub_name(source):
         reading.notes.append(f"read the split train of {source} from the hub")
         yield from ((*record, _IN_TABLES) for record in _hub_records(str(source)))
@@ -136,7 +135,7 @@ def _read_json(content: bytes, name: str, reading: Reading) -> Records:
         data = load_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and "\n" not in text[: error.pos].strip():
-            yield from _read_json_lines(content, name, reading)  # lines under the wrong ending are common
+            yield from _read_json_lines(content, name, reading)  # JSON lines named .json are common
             return
         raise UserError(
             f"{name}, line {error.lineno}, column {error.colno}: malformed JSON ({error.msg}); "
@@ -152,7 +151,7 @@ def _read_json(content: bytes, name: str, reading: Reading) -> Records:
 
 
 def _split_in(data: dict[str, Any], name: str, reading: Reading) -> list[Any] | None:
-    """The rows of the train split, if the object holds one list of rows for each split."""
+    """Return the rows of the train split, if the object has one list of rows per split."""
     is_splits = "train" in data and all(
         isinstance(rows, list) and all(isinstance(row, Mapping) for row in rows) for rows in data.values()
     )
@@ -212,7 +211,7 @@ def _read_arrow(content: bytes, name: str, reading: Reading) -> Records:
 def _table(load: Callable[[], Any], name: str, kind: str) -> Records:
     try:
         records: Iterable[Any] = load().to_pylist()
-    except Exception as error:  # damaged files make pyarrow raise a dozen kinds
+    except Exception as error:  # pyarrow raises many types for damaged files
         raise UserError(
             f"{name}: is not a readable {kind} file ({reason_of(error)}); download or write it again."
         ) from None
@@ -225,7 +224,7 @@ def _read_text(content: bytes, name: str, reading: Reading) -> Records:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """How a kind of file is read, and how its user mends a number in a text column."""
+    """How a file type is read, and the advice for a number in a text column."""
 
     read: Callable[[bytes, str, Reading], Records]
     number_hint: str = "put it in quotes"
@@ -242,7 +241,7 @@ _READERS = {
 
 
 def _is_hub_name(source: str | Path) -> bool:
-    """Whether the source reads as owner/name and nothing on this disk answers to it."""
+    """Whether the source looks like owner/name and no such local path exists."""
     is_name = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None
     return is_name and not os.path.exists(source) and Path(source).suffix.lower() not in SUFFIXES
 
@@ -253,7 +252,7 @@ def _hub_records(name: str) -> Records:
     try:
         for number, record in enumerate(load_dataset(name, split="train"), start=1):
             yield record, f"{name}, row {number}"
-    except Exception as error:  # the hub client raises a dozen kinds; the user needs one sentence
+    except Exception as error:  # the hub client raises many types; the user needs one sentence
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
             f"{name}: is not a local file or folder, and its train split cannot be loaded from the hub ({reason}); "

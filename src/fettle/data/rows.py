@@ -1,4 +1,4 @@
-"""Rows as they were read: one `Row` each, and a list of them that knows what was taken and what was not."""
+"""Rows as they were read: `Row`, and a list of rows with a record of what was read and what was skipped."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Row:
     """One row of training data: a chat (`messages`), a `prompt` with its `completion`, or plain `text`.
 
     where: the file and line it came from, as error messages name it.
-    form: the form it was written in, as the table in `formats.py` names it.
-    completion_turns: where set, only that many of the last messages are trained on, not earlier answers.
-    is_trained: False where the row itself says `weight: 0`.
-    unused: the columns that say nothing to its form.
-    is_rendered: `prompt` and `completion` are written in the model's chat template already (see `fit.py`).
+    format: the name of its format, as in the table in `formats.py`.
+    completion_turns: if set, only that many of the last messages are trained on, not earlier answers.
+    is_trained: False if the row itself has `weight: 0`.
+    unused: the columns that its format does not use.
+    is_rendered: `prompt` and `completion` are already rendered in the model's chat template (see `fit.py`).
     """
 
     where: str
@@ -39,8 +39,8 @@ class Row:
 class Reading:
     """How rows were read.
 
-    notes: which files and splits were taken and which were left out, where there was a choice.
-    bad: rows that are left out as no training data could be made of them, each as "place: reason".
+    notes: which files and splits were read and which were left out, if there was a choice.
+    bad: rows that were skipped because they are not valid training data, each as "place: reason".
     """
 
     notes: list[str] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Rows(list[Row]):
 class BadRows(UserError):
     """Rows that cannot be trained on: all of them, each as "place: reason", of `total` rows.
 
-    way_out: a sentence that ends the message, for what the caller offers to do about them.
+    way_out: a sentence at the end of the message that says what the caller offers to do about them.
     """
 
     def __init__(self, problems: Sequence[str], total: int, way_out: str = "") -> None:

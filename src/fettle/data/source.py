@@ -1,9 +1,9 @@
 """Which files of a folder are training data.
 
-A folder may be a plain one, a data set of the hub as `git clone` leaves it, or one as `save_to_disk` of the
-`datasets` library leaves it.  Where it says which rows are for testing, in its card, its state files or the names of
-its files, only the train split is taken, and a note says what was left out: rows that a model is measured on must
-not be trained on by accident.  A folder with only such rows is refused.
+A folder may be a plain folder, a clone of a hub dataset, or the output of `save_to_disk` of the `datasets` library.
+If its dataset card, its state files or its file names say which rows are for testing, only the train split is read,
+and a note lists what was left out: test rows must not be trained on by accident.  A folder with only test rows is
+refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NOT_ROWS = re.compile(
     r"(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|(readme|licen[cs]e|notice|requirements).*\.txt",
     re.I,
 )
-# As the `datasets` library names splits: a word of the path, or what comes before the number of a part.
+# As the `datasets` library names splits: a word of the path, or the part of a shard's name before its number.
 _SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), TRAIN),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
@@ -40,14 +40,14 @@ _CARD_HEAD = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.S | re.M)
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Files to read, each with the name that messages use for it, and what is worth saying about the choice."""
+    """Files to read, each with the name that messages use for it, and notes about the choice of files."""
 
     files: list[tuple[Path, str]]
     notes: list[str]
 
 
 def data_files(source: Path) -> Files:
-    """Return the files to read. Raises `UserError` where there are none, or no train split among several."""
+    """Return the files to read. Raises `UserError` if there are none, or no train split among several splits."""
     try:
         if source.is_dir():
             return _folder(source)
@@ -65,12 +65,12 @@ def data_files(source: Path) -> Files:
 
 
 def path_name(path: str | Path) -> str:
-    """The path for a message; bytes that are no UTF-8 are written as escapes."""
+    """Return the path for a message; bytes that are not UTF-8 are written as escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def train_split(splits: Mapping[str, Any], place: str) -> str:
-    """The split to train on: `train`, the only one whose name begins so, or the only one if it is not for testing.
+    """Return the split to train on: `train`, the only one whose name begins so, or the only one if not for testing.
 
     splits: the names, each with its files.
     """
@@ -129,9 +129,9 @@ def _listed(files: Sequence[Path]) -> str:
 
 
 def _splits_by_name(files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files by split; {} where none of them is for testing, and so all are data.
+    """Return the files by split; {} if none of them is for testing, so that all are training data.
 
-    Files that name no split are for training, unless others say that they are.
+    Files that name no split are for training, unless other files are named as the train split.
     """
     splits: dict[str, list[Path]] = {}
     for file in files:
@@ -145,24 +145,24 @@ def _splits_by_name(files: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _split_of(file: Path) -> str:
-    """The split that a file's own name or else that of a folder says, "" where none does."""
+    """Return the split named by the file or else by one of its folders, "" if none is."""
     if part := _PART.match(file.stem):
         return _SPLIT_WORDS.get(part[1].lower(), part[1])
     return next(filter(None, map(_split_word, (file.stem, *reversed(file.parent.parts)))), "")
 
 
 def _split_word(name: str) -> str:
-    """The split that a word of the name says, "" where none does."""
+    """Return the split that a word of the name means, "" if none does."""
     words = re.split(r"[\W_\d]+", name.lower())
     return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "")
 
 
 def _card_splits(source: Path, usable: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files by split as the data set's card (README.md) says, {} where it says nothing of them."""
+    """Return the files by split as listed in the dataset card (README.md), {} if it lists none."""
     try:
         head = _CARD_HEAD.match((source / "README.md").read_text("utf-8"))
         card = yaml.safe_load(head[1]) if head else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # a card is for people: it may be anything
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # a README may contain anything
         return {}
     configs = card.get("configs") if isinstance(card, Mapping) else None
     configs = [each for each in configs if isinstance(each, Mapping)] if isinstance(configs, list) else []
@@ -190,7 +190,7 @@ def _card_splits(source: Path, usable: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _patterns(value: Any) -> Iterable[tuple[str, list[str]]]:
-    """`data_files` of a card as (split, patterns): text, a list of texts, a list of {split, path}, or a mapping."""
+    """Yield a card's `data_files` as (split, patterns): a string, a list of strings or {split, path}, or a mapping."""
     if isinstance(value, Mapping):
         items = list(value.items())
     elif isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
@@ -202,14 +202,14 @@ def _patterns(value: Any) -> Iterable[tuple[str, list[str]]]:
 
 
 def _as_regex(pattern: str) -> str:
-    """A pattern of files as a regular expression: `**` for any folders, `*` and `?` within a name."""
+    """Convert a file pattern to a regular expression: `**` for any folders, `*` and `?` within a name."""
     parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
     return "".join(parts.get(piece, re.escape(piece)) for piece in pieces)
 
 
 def _saved_splits(source: Path) -> Files:
-    """The train split of a `DatasetDict`, each of whose splits is a folder of its own."""
+    """Return the train split of a `DatasetDict`, which has one folder per split."""
     names = _json(source / "dataset_dict.json").get("splits")
     splits = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     found = [name for name in splits if Path(name).name == name and (source / name / "state.json").is_file()]
@@ -223,7 +223,7 @@ def _saved_splits(source: Path) -> Files:
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """The arrow files of a saved data set, in the order of its rows."""
+    """Return the arrow files of a saved dataset, in the order of its rows."""
     entries = _json(folder / "state.json").get("_data_files")
     names = (
         [each.get("filename") for each in entries if isinstance(each, Mapping)]

@@ -1,4 +1,4 @@
-"""Hold a part of the rows out of training, to measure on what the model has not seen."""
+"""Hold out a part of the rows from training, to evaluate on rows that the model has not seen."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _ROWS_FOR_ONE = 20  # from here on at least one row is held out
 def split_held_out(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Return (training rows, held-out rows), each in the order of the input.
 
-    The same rows, fraction and seed give the same split.  Identical rows stay on one side: a row seen in
-    training says nothing about what was learned.  Under 10 rows none is held out, from 20 at least one, as
-    far as identical rows allow.
+    The same rows, fraction and seed give the same split.  Identical rows stay on one side, as a row seen in training
+    is no test of what was learned.  Of fewer than 10 rows none is held out, of 20 or more at least one, as far as
+    identical rows allow.
     """
     wanted = round(fraction * len(rows)) if len(rows) >= _MIN_ROWS else 0
     if fraction > 0 and len(rows) >= _ROWS_FOR_ONE:

@@ -1,7 +1,7 @@
-"""What the data was understood to be, told before training starts.
+"""How the data was read, shown before training starts.
 
-A wrong mask or a wrong template does not fail, it teaches the wrong thing; the cheapest guard is to show one
-example with its trained part marked, beside the counts of what was cut, split, folded and dropped.
+A wrong mask or a wrong template does not fail, it teaches the wrong thing; the cheapest safeguard is to show one
+example with its trained part marked, next to the counts of what was truncated, split, folded and dropped.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _SHOWN_DROPPED = 5
 
 @dataclass(slots=True)
 class Summary:
-    """Counts over one data set.
+    """Counts over one dataset.
 
-    rows: rows read; forms: how many of each form. examples: what they became (a long text becomes several).
-    tokens / trained_tokens: in all examples / of them with a loss. cut: rows shortened to `max_length`.
-    split: texts divided into windows. folded_system: chats whose system text moved into the user turn.
+    rows: rows read; formats: how many of each format. examples: what they became (a long text becomes several).
+    tokens / trained_tokens: in all examples / those with a loss. cut: rows truncated to `max_length`.
+    split: texts divided into windows. folded_system: chats whose system text was moved into the user turn.
     dropped: (where, reason) of rows with nothing to train on. example: the first example's segments.
-    bad: "where: reason" of rows left out because they cannot be trained on. untrained: answers with a weight of 0.
-    unused: columns and fields that had no effect, and of how many rows or messages. noted: what was special about
-    how rows were read, and of how many rows. read: the files and splits taken.
-    end_of_turn: the token that ends an answer; None without chats, or where the template has no such token.
+    bad: "where: reason" of rows skipped because they cannot be trained on. untrained: answers with a weight of 0.
+    unused: columns and fields without effect, each with the number of rows or messages. noted: how rows were changed,
+    each with the number of rows. read: the files and splits read.
+    end_of_turn: the token that ends an answer; None without chats, or if the template has no such token.
     """
 
     max_length: int
@@ -51,7 +51,7 @@ class Summary:
     example: list[Segment] = field(default_factory=list)
 
     def add_reading(self, reading: Reading) -> None:
-        """Add what reading the rows had to say: the files and splits taken, and rows left out."""
+        """Add the record of reading: the files and splits read, and the rows skipped."""
         self.read += reading.notes
         self.bad = reading.bad + self.bad
 
@@ -60,7 +60,7 @@ class Summary:
         return self.counts() + self.example_lines()
 
     def counts(self) -> list[str]:
-        """Return what was read, what it became, and what was changed or dropped on the way."""
+        """Return what was read, what it became, and what was changed or dropped."""
         forms = ", ".join(f"{count:,} {form}" for form, count in self.formats.most_common())
         share = self.trained_tokens / max(self.tokens, 1)
         lines = [
@@ -70,7 +70,7 @@ class Summary:
         return lines + self.read + self._changes()
 
     def example_lines(self) -> list[str]:
-        """Return the first example under a heading, its trained part between ⟦ and ⟧; [] where there is none."""
+        """Return the first example under a heading, its trained part between ⟦ and ⟧; [] if there is none."""
         if not self.example:
             return []
         marked = "".join(_marked(segment) for segment in self.example)
@@ -98,7 +98,7 @@ class Summary:
         return lines + self.losses()
 
     def losses(self) -> list[str]:
-        """Return how many rows were dropped or left out, and why."""
+        """Return how many rows were dropped or skipped, and why."""
         lines = []
         if self.dropped:
             lines.append(f"{_count(len(self.dropped), 'row')} dropped: {self.reasons()}")
@@ -113,11 +113,11 @@ class Summary:
         return lines
 
     def bad_rows(self) -> str:
-        """Return how many rows were left out because they cannot be trained on, "" where none."""
+        """Return how many rows were skipped because they cannot be trained on, "" if none."""
         return f"{_count(len(self.bad), 'bad row')} skipped" if self.bad else ""
 
     def reasons(self) -> str:
-        """Return the reasons for which rows were dropped, with how often each, the commonest first."""
+        """Return the reasons why rows were dropped, each with its count, most common first."""
         counts = Counter(reason for _, reason in self.dropped)
         return "; ".join(f"{count:,} because {reason}" for reason, count in counts.most_common())
 

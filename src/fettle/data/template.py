@@ -1,13 +1,13 @@
-"""Chat templates are programs from outside: they are rendered in a process of their own, within limits.
+"""Chat templates are untrusted programs: they are rendered in a separate process with limits on CPU time and memory.
 
 A checkpoint or GGUF file ships its chat template, and transformers renders it in Jinja's sandbox. The sandbox keeps a
-template from files and from Python's internals, but not from looping for ever, recursing, or building a string of many
-gigabytes, and no thread of the same process can stop one multiplication of a string. So another process renders them
-(`template_worker.py`), with transformers' own function: the kernel ends it at a limit of CPU time and refuses it memory
-beyond another.
+template away from files and Python's internals, but it does not stop endless loops, deep recursion or strings of many
+gigabytes, and no thread of the same process can interrupt a single string multiplication. So another process renders
+templates (`template_worker.py`), with transformers' own function: the kernel kills it at a limit of CPU time and
+refuses it memory beyond a limit.
 
-The process starts with the first tokenizer that has a template, serves all that follow and ends with the program.
-Requests and replies go over pipes: a length in eight bytes, and JSON. A template that exceeds a limit once is not run
+The process starts with the first tokenizer that has a template, serves all later ones and ends with the program.
+Requests and replies go over pipes: a length in eight bytes, then JSON. A template that exceeds a limit once is not run
 again.
 """
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CPU_SECONDS = 5.0
-"""For one rendering. Chats of 100,000 tokens take hundredths of a second."""
+"""Per rendering. Chats of 100,000 tokens take hundredths of a second."""
 
 MEMORY_BYTES = 2**30
-"""Of address space, beyond what the process has when it starts."""
+"""Address space beyond what the process has when it starts."""
 
 LONGEST_TEXT = 1_000_000
 EXPANSION = 20
-"""Characters a rendering may have: LONGEST_TEXT, and EXPANSION for each character of the chat."""
+"""A rendering may have LONGEST_TEXT characters plus EXPANSION per character of the chat."""
 
 _LIMITS = {
     "memory": f"it needs more than {MEMORY_BYTES // 2**30} GiB of memory",
@@ -52,14 +52,14 @@ def render_template(
 ) -> str:
     """Return what `tokenizer.apply_chat_template(messages, tokenize=False)` returns.
 
-    for_generation: ends where the assistant begins to speak. Raises ModelFault for a template that exceeds a limit
-    or is not valid Jinja, and UserError with the template's own words where it refuses the chat.
+    for_generation: end where the assistant's answer begins. Raises ModelFault for a template that exceeds a limit
+    or is not valid Jinja, and UserError with the template's own message if it refuses the chat.
     """
     if tokenizer.chat_template is None:
         raise UserError(f"{tokenizer.name_or_path} has no chat template.")
     try:
         template = tokenizer.get_chat_template()
-    except ValueError as error:  # several templates with names, and none of them the default
+    except ValueError as error:  # several named templates without a default
         raise ModelFault(f"{_source(tokenizer)}: {str(error).splitlines()[0]}") from None
     # As apply_chat_template does: an entry that is null counts as absent.
     chat = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
@@ -90,7 +90,7 @@ def render_template(
 
 
 def start_renderer() -> None:
-    """Start the process now, so that its second of imports passes while the caller does something else."""
+    """Start the process now, so that its imports, about a second, overlap with the caller's work."""
     with _renderer.lock:
         _renderer.start()
 
@@ -107,7 +107,7 @@ def _encodable(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _source(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The file that the template came from, as far as the tokenizer knows."""
+    """Return the file that the template came from, as far as the tokenizer knows."""
     place = Path(tokenizer.name_or_path)
     for file in (place / "chat_template.jinja", place / "tokenizer_config.json"):
         if file.is_file():
@@ -116,7 +116,7 @@ def _source(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 class _Renderer:
-    """The process and the pipes to it; made again after a template has ended it, and after a fork."""
+    """The process and the pipes to it; restarted after a template has crashed it, and after a fork."""
 
     def __init__(self) -> None:
         self.lock = Lock()
@@ -158,7 +158,7 @@ class _Renderer:
             reply = _receive(process.stdout)
         except BrokenPipeError:
             reply = None
-        except BaseException:  # Ctrl-C: the reply to come belongs to no one
+        except BaseException:  # Ctrl-C: the pending reply must not be read as the answer to the next request
             self.close()
             raise
         if reply is not None:
@@ -171,7 +171,7 @@ class _Renderer:
         """Return the process, started if there is none."""
         if self._process is None or self._owner != os.getpid():
             worker = Path(__file__).with_name("template_worker.py")
-            # -P: the folder of the worker is no place to import from. A session of its own: Ctrl-C is for the program.
+            # -P keeps the worker's folder out of its import path. A new session keeps Ctrl-C from reaching it.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-W", "ignore", str(worker), str(CPU_SECONDS), str(MEMORY_BYTES)],
                 stdin=subprocess.PIPE,
@@ -193,7 +193,7 @@ class _Renderer:
 
 
 def _receive(stream: Any) -> dict[str, Any] | None:
-    """The next reply; None where the process has ended instead."""
+    """Return the next reply; None if the process has ended instead."""
     header = stream.read(8)
     if len(header) < 8:
         return None
@@ -206,7 +206,7 @@ def _receive(stream: Any) -> dict[str, Any] | None:
 
 
 def _placeholder(value: object) -> str:
-    """As transformers shows a template what is no plain value, a date, say."""
+    """Return what a template sees in place of a value that JSON cannot represent, such as a date."""
     return f"<{type(value).__name__}>"
 
 

@@ -1,6 +1,6 @@
-"""The process that renders chat templates, started by `fettle.data.template`, which describes why and the protocol.
+"""The process that renders chat templates, started by `fettle.data.template`, which documents reason and protocol.
 
-It is run by its path, not as part of the package: it needs Jinja and transformers' own rendering, and no torch.
+It is run by its path, not imported from the package: it needs Jinja and transformers' rendering, but not torch.
 """
 
 import json
@@ -16,13 +16,13 @@ import psutil
 from transformers.utils.chat_template_utils import render_jinja_template
 
 LONGEST_REASON = 300
-"""Characters of an error that a template raises."""
+"""Maximum characters of an error message, which the template chooses."""
 
 
 def main(cpu_seconds: float, memory_bytes: int) -> None:
     """Serve until standard input ends.
 
-    The work is done in a child, which is replaced at once when a template ends it: this process has the imports done.
+    A forked child does the work. If a template crashes it, the next child starts at once, with all imports done.
     """
     limit = psutil.Process().memory_info().vms + memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -35,7 +35,7 @@ def main(cpu_seconds: float, memory_bytes: int) -> None:
             _serve(cpu_seconds)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code != -signal.SIGPROF:  # anything else may have left half a request or reply in the pipes
+        if code != -signal.SIGPROF:  # any other end may have left half a request or reply in the pipes
             sys.exit(code)
         _send({"limit": "time"})
 
@@ -61,13 +61,13 @@ def _render(chat: list[dict[str, Any]], longest: int, arguments: dict[str, Any])
         return {"syntax": _short(f"{error.message}, line {error.lineno}")}
     except (jinja2.TemplateError, TypeError) as error:
         return {"refused": _short(str(error))}
-    except Exception as error:  # whatever else a program can do wrong
+    except Exception as error:  # a template is a program and may raise anything
         return {"failed": _short(f"{type(error).__name__}: {error}")}
     return {"limit": "length"} if len(text) > longest else {"text": text}
 
 
 def _short(text: str) -> str:
-    """The start of an error's text, which a template chooses, on one line."""
+    """Return the beginning of an error message, which the template chooses, on one line."""
     text = " ".join(text[:1000].split())
     return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + " ..."
 

@@ -1,9 +1,9 @@
-"""Rows to token ids with labels: what the model reads, and which of it the loss counts.
+"""Convert rows to token ids with labels.
 
-A rendered row is tokenised once, whole: tokenising its parts one by one would give other tokens at the seams
-than the model meets in use.  The tokenizer's offsets (which characters each token stands for) then carry the
-trained segments over to tokens.  Labels equal the ids where trained and are -100 elsewhere; the first token
-of an example is never trained, for nothing precedes it to predict it from.
+A rendered row is tokenized once, as a whole: tokenizing its parts separately would give different tokens at the
+boundaries than the model sees in use.  The tokenizer's offsets (the characters of each token) then map the trained
+segments to tokens.  Labels equal the ids of trained tokens and are -100 elsewhere; the first token of an example is
+never trained, as there is nothing to predict it from.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Span = tuple[int, int]
 
 
 class NothingToTrainOn(UserError):
-    """No row is left. bad: rows that cannot be trained on, as in the summary; the others had nothing to learn from."""
+    """No row is left. bad: rows that cannot be trained on, as in the summary; the others have nothing to train on."""
 
     def __init__(self, message: str, bad: Sequence[str] = ()) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class NothingToTrainOn(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One document for the model: `labels[i]` is `input_ids[i]` where trained, else -100."""
+    """One document for the model: `labels[i]` is `input_ids[i]` if trained, else -100."""
 
     input_ids: list[int]
     labels: list[int]
@@ -74,11 +74,11 @@ def tokenize_rows(
 ) -> Tokenized:
     """Return the rows as examples of at most `max_length` tokens.
 
-    Chats are cut at the end, texts are split into consecutive windows; a row of which nothing trained
-    remains is dropped and named in the summary.  A tokenizer without a chat template gets the default one if
-    there are chats (it is set on the tokenizer, and so saved with it).  Raises `BadRows` with all rows that the
-    template refuses or would write wrongly (with `skip_bad_rows` they are left out and named in the summary),
-    and `NothingToTrainOn` when no row at all remains.
+    Chats are truncated at the end, texts are split into consecutive windows; a row without a trained token left is
+    dropped and listed in the summary.  If there are chats, a tokenizer without a chat template gets the default one
+    (set on the tokenizer, and so saved with it).  Raises `BadRows` with all rows that the template refuses or would
+    render wrongly (with `skip_bad_rows` they are skipped and listed in the summary), and `NothingToTrainOn` if no
+    row remains.
     """
     if max_length < 2:
         raise UserError(
@@ -173,7 +173,7 @@ def _chat_examples(
 def _plain_examples(
     row: Row, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, summary: Summary
 ) -> list[Example]:
-    """A text, or a prompt and completion: as it is, with the end-of-text token unless it has an end itself."""
+    """Tokenize a text, or a prompt and completion, unchanged, adding the end-of-text token if it has no end token."""
     if row.text is not None:
         segments = [Segment(_from_bos(row.text, tokenizer), True)]
     else:
@@ -206,13 +206,13 @@ def _plain_examples(
 
 
 def _from_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text without white space before a beginning-of-text token that it has itself."""
+    """Return the text without white space before its own beginning-of-text token, if it has one."""
     bare = text.lstrip()
     return bare if tokenizer.bos_token and bare.startswith(tokenizer.bos_token) else text
 
 
 def _close(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int]) -> None:
-    """End the document with the end-of-text token, trained: the model has to learn where to stop."""
+    """End the document with a trained end-of-text token: the model has to learn where to stop."""
     end = tokenizer.eos_token_id
     if end is None:
         return
@@ -226,7 +226,7 @@ def _close(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int]
 def _encode(
     tokenizer: PreTrainedTokenizerBase, segments: Sequence[Segment], adds_special_tokens: bool
 ) -> tuple[list[int], list[int], list[int]]:
-    """The ids and labels of the joined segments, and the character at which each token ends."""
+    """Return ids and labels of the concatenated segments, and the character at which each token ends."""
     text = "".join(segment.text for segment in segments)
     encoded = tokenizer(
         text,
@@ -239,7 +239,7 @@ def _encode(
     offsets: list[Span] = encoded["offset_mapping"]
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos] and offsets[0][0] == offsets[0][1]:
-        ids, offsets = ids[1:], offsets[1:]  # the text has the token itself, and the tokenizer added another
+        ids, offsets = ids[1:], offsets[1:]  # the text begins with the token, and the tokenizer added another
     is_trained = _trained(ids, offsets, _spans(segments), tokenizer)
     labels = [token if trained else NOT_TRAINED for token, trained in zip(ids, is_trained, strict=True)]
     if labels:
@@ -248,7 +248,7 @@ def _encode(
 
 
 def _spans(segments: Sequence[Segment]) -> list[Span]:
-    """The characters of the joined segments that are trained, as (start, end)."""
+    """Return the trained spans of the concatenated segments, as (start, end) in characters."""
     spans = []
     position = 0
     for segment in segments:
@@ -261,11 +261,11 @@ def _spans(segments: Sequence[Segment]) -> list[Span]:
 def _trained(
     ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase
 ) -> list[bool]:
-    """Whether each token is trained: it holds a character of a trained span.
+    """Return for each token whether it is trained: whether it covers a character of a trained span.
 
-    A token may hold characters before the span too.  An ordinary one belongs to the answer (a prompt and its
-    completion may share a word); one of the template's own does not (Phi-3's `<|assistant|>` swallows the
-    white space after it, the answer's as well).
+    A token may also cover characters before the span.  An ordinary token then belongs to the answer (a prompt and its
+    completion may share a word); a special token does not (Phi-3's `<|assistant|>` includes the white space after it,
+    even if it belongs to the answer).
     """
     flags = []
     waiting = list(reversed(spans))
@@ -280,7 +280,7 @@ def _trained(
 
 
 def _windows(length: int, limit: int) -> list[Span]:
-    """Consecutive windows over `length` tokens; a last one of a single token, training nothing, gets two."""
+    """Return consecutive windows over `length` tokens; a last window of one token, with no loss, is extended to two."""
     starts = list(range(0, length, limit))
     if len(starts) > 1 and length - starts[-1] == 1 and limit > 2:
         starts[-1] -= 1
@@ -292,7 +292,7 @@ def _has_loss(labels: Sequence[int]) -> bool:
 
 
 def _clipped(segments: Sequence[Segment], end: int) -> list[Segment]:
-    """The segments up to character `end` of their joined text."""
+    """Return the segments up to character `end` of their concatenated text."""
     clipped = []
     for segment in segments:
         clipped.append(Segment(segment.text[:end], segment.is_trained))

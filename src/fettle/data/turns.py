@@ -1,12 +1,11 @@
-"""One turn of a chat, in the names that chat templates use.
+"""One turn of a chat, with the field names that chat templates use.
 
-A message is a dictionary as `apply_chat_template` takes it: `role`, `content`, and whatever other fields the turn
-had, since a template may write them (`name`, `reasoning_content`).  Fields that would change the meaning and that
-fettle cannot follow are refused here; the others are passed on, and the summary names those that the template
-did not write.
+A message is a dictionary as `apply_chat_template` takes it: `role`, `content`, and any other fields of the turn, as a
+template may render them (`name`, `reasoning_content`).  Fields that change the meaning and that fettle does not
+support are refused here; the others are passed on, and the summary lists those that the template does not render.
 
-One key is fettle's own and does not reach the template: `train`, only where it differs from the rule that the
-assistant's turns are trained on and the others are not.
+One key is fettle's own and is not passed to the template: `train`, set only if it differs from the default, which is
+to train on assistant turns and on no others.
 """
 
 from __future__ import annotations
@@ -43,18 +42,18 @@ TOOL_ROLES = {
     *("tool_calls", "tool_response", "tool_result", "tool_results", "ipython"),
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")
-"""The names under which a turn holds what the model thinks before it answers."""
+"""Field names for the reasoning before an answer."""
 WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale")
-"""The names under which a turn or a row says whether it is trained on: true or false, 1 or 0."""
+"""Field names that say whether a turn or a row is trained on: true or false, 1 or 0."""
 MASKS = ("mask", "loss_mask", "train_detail", "training_detail")
 TOOL_FIELDS = ("tool_calls", "function_call")
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 OWN = ("train",)
-"""Keys of a message that are not for the template."""
+"""Keys of a message that are not passed to the template."""
 
 
 def message(turn: Any, where: str) -> Message:
-    """One {role, content} or {from, value} as a message with the role in its common name."""
+    """Convert one {role, content} or {from, value} to a message with a standard role name."""
     if not isinstance(turn, Mapping):
         raise UserError(f'{where}: found {kind(turn)}; expected {{"role": ..., "content": ...}}.')
     present = {str(name): value for name, value in turn.items() if not is_null(value)}
@@ -85,15 +84,15 @@ def message(turn: Any, where: str) -> Message:
 def is_weight(name: str, value: Any) -> bool:
     """Whether a field says if its turn or row is trained on.
 
-    `loss` is also what some tools call a measured loss: a number there other than 0 and 1 is metadata.
+    Some tools store a measured loss as `loss`: a number there other than 0 and 1 is metadata.
     """
     return name in WEIGHTS and (name != "loss" or _number(value) in (None, 0, 1))
 
 
 def trained(fields: Mapping[str, Any], where: str) -> bool | None:
-    """What `weight`, `train` and the like say: True, False, or None where there is none of them.
+    """Return the value of `weight`, `train` and the like: True, False, or None if there is none of them.
 
-    Text that says 0, 1, true or false counts as the value, since the cells of a CSV are all text.
+    The strings 0, 1, true and false count as values, since all cells of a CSV are strings.
     """
     said: dict[str, bool] = {}
     for name in WEIGHTS:
@@ -110,7 +109,7 @@ def trained(fields: Mapping[str, Any], where: str) -> bool | None:
 
 
 def _number(value: Any) -> float | None:
-    """The number or truth value that a value is, or that its text says; None where it is neither."""
+    """Return the value as a number or boolean, parsed from a string if necessary; None if it is neither."""
     if not isinstance(value, str):
         return value if isinstance(value, bool | int | float) else None
     bare = value.strip().lower()
@@ -123,14 +122,14 @@ def _number(value: Any) -> float | None:
 
 
 def reasoning_of(turn: Message) -> str | None:
-    """The name of the field that holds the reasoning of an answer, if any."""
+    """Return the name of the field with the reasoning of an answer, if any."""
     if turn["role"] != "assistant":
         return None
     return next((name for name in REASONING if name in turn), None)
 
 
 def _content_key(present: Mapping[str, Any], usual: str) -> str:
-    """`content` or `value`: the one with words, or else the usual one."""
+    """Return `content` or `value`: the one that is not empty, or else the usual one."""
     other = "content" if usual == "value" else "value"
     if is_absent(present.get(usual)) and not is_absent(present.get(other)):
         return other
@@ -138,7 +137,7 @@ def _content_key(present: Mapping[str, Any], usual: str) -> str:
 
 
 def _refuse_tools(present: Mapping[str, Any], role: Any, where: str) -> None:
-    """Refuse what the loss or the words of a turn depend on and fettle cannot follow."""
+    """Refuse fields that affect the loss or the text of a turn in ways that fettle does not support."""
     field = next((name for name in TOOL_FIELDS if not is_absent_list(present.get(name))), None)
     if field or (isinstance(role, str) and role.lower() in TOOL_ROLES):
         found = f"`{field}`" if field else f'role "{role}"'
@@ -157,7 +156,7 @@ def _refuse_tools(present: Mapping[str, Any], role: Any, where: str) -> None:
 
 
 def _content(value: Any, where: str, name: str) -> str:
-    """Text, or a list of {"type": "text", "text": ...} parts joined to one text."""
+    """Return the content as one string, from a string or a list of {"type": "text", "text": ...} parts."""
     if not isinstance(value, list | tuple):
         return text(value, where, name)
     words = []
@@ -176,7 +175,7 @@ def _content(value: Any, where: str, name: str) -> str:
 
 
 def with_one_reasoning(made: Message, where: str) -> Message:
-    """The message with its reasoning under one name only; `UserError` where the names have different words."""
+    """Return the message with its reasoning under one name only; `UserError` if the names have different texts."""
     names = [name for name in REASONING if name in made] if made["role"] == "assistant" else []
     for name in names:
         text(made[name], where, name)
@@ -187,12 +186,12 @@ def with_one_reasoning(made: Message, where: str) -> Message:
 
 
 def turns(value: Any, where: str, column: str, role_of_text: str = "") -> tuple[Message, ...]:
-    """The messages in a cell; a plain text is one message of `role_of_text` where that is given."""
+    """Return the messages in a cell; a plain string is one message with `role_of_text`, if that is given."""
     if role_of_text and isinstance(value, str):
         return ({"role": role_of_text, "content": text(value, where, column)},)
     found = listing(value, where, column)
     if not found:
         raise UserError(f"{where}: `{column}` is empty; expected at least one user and one assistant turn.")
     messages = (message(turn, f"{where}, turn {number}") for number, turn in enumerate(found, start=1))
-    # An empty system turn says nothing; templates differ in how they write it, so it is left out.
+    # An empty system turn has no meaning, and templates differ in how they render it, so it is left out.
     return tuple(m for m in messages if m["role"] != "system" or m["content"].strip())

@@ -1,4 +1,4 @@
-"""The values of a row's columns: what counts as absent, what is text, and how messages name what was found."""
+"""The values of a row's columns: what counts as absent, what is text, and how error messages describe a value."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 from fettle.errors import UserError
 
-_DEEPEST = 32  # levels of lists and objects in each other; real rows have a handful
+_DEEPEST = 32  # levels of nested lists and objects; real rows have a handful
 _SHOWN_NAMES = 10
 
 
 class NotText(UserError):
-    """A number in a text column. How to fix it depends on the kind of file, which the reader knows."""
+    """A number in a text column. How to fix it depends on the file type, which the reader knows."""
 
 
 def is_null(value: Any) -> bool:
-    """Whether there is no value: null, or the NaN that pandas writes for it."""
+    """Whether the value is null, or the NaN that pandas writes for null."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def is_absent(value: Any, depth: int = 0) -> bool:
-    """Whether a value says nothing: null, NaN, blank text, or a list or object that holds nothing else.
+    """Whether a value is empty: null, NaN, blank text, or a list or object with nothing else in it.
 
-    A table whose rows are of several kinds has every column and field in every row; the unused ones look so.
+    A table that mixes row formats has every column and field in every row; unused ones are empty in this sense.
     """
     if isinstance(value, str):
         return not value.strip()
@@ -36,12 +36,12 @@ def is_absent(value: Any, depth: int = 0) -> bool:
 
 
 def is_absent_list(value: Any) -> bool:
-    """`is_absent` for a column of lists, which a cell of a CSV holds as JSON."""
+    """`is_absent` for a column of lists, which are JSON strings in a CSV cell."""
     return is_absent(value) or (isinstance(value, str) and value.strip() in ("[]", "{}", "null", "None"))
 
 
 def require_shallow(value: Any, where: str, name: str, depth: int = 0) -> None:
-    """Refuse a value that is nested too deeply to be handled safely, or holds half a character."""
+    """Refuse a value that is nested too deeply to be handled safely, or contains a lone surrogate."""
     if depth > _DEEPEST:
         raise UserError(f"{where}: `{name}` is nested more than {_DEEPEST} levels deep; remove it.")
     if isinstance(value, str):
@@ -52,7 +52,7 @@ def require_shallow(value: Any, where: str, name: str, depth: int = 0) -> None:
 
 
 def text(value: Any, where: str, name: str) -> str:
-    """The value if it is text that can be encoded; `UserError` otherwise."""
+    """Return the value if it is a string that can be encoded; raises `UserError` otherwise."""
     if not isinstance(value, str):
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and not is_null(value)
         raise (NotText if is_number else UserError)(f"{where}: `{name}` is {kind(value)}; expected text.")
@@ -79,7 +79,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def load_json(content: str) -> Any:
-    """`json.loads`, where everything that Python cannot read is a `JSONDecodeError`."""
+    """Like `json.loads`, but every failure is a `JSONDecodeError`."""
     try:
         return json.loads(content, object_pairs_hook=_once)
     except _Doubled as error:
@@ -88,12 +88,12 @@ def load_json(content: str) -> Any:
         raise
     except RecursionError:
         raise json.JSONDecodeError("nested too deeply", content, 0) from None
-    except ValueError:  # Python converts no longer text to an int
+    except ValueError:  # Python's limit on the digits of an int
         raise json.JSONDecodeError("a number has more than 4,300 digits", content, 0) from None
 
 
 def parsed(value: Any, where: str, name: str, opening: str = "[{") -> Any:
-    """The value, read as JSON if it is text with that opening: so the plain cells of a CSV can hold chats."""
+    """Return the value, parsed as JSON if it is a string with that opening, so that CSV cells can contain chats."""
     if not (isinstance(value, str) and value.lstrip().startswith(opening)):
         return value
     try:
@@ -106,7 +106,7 @@ def parsed(value: Any, where: str, name: str, opening: str = "[{") -> Any:
 
 
 def listing(value: Any, where: str, name: str) -> list[Any]:
-    """The value as a list; a blank cell is an empty one."""
+    """Return the value as a list; a blank cell is an empty list."""
     if is_null(value) or (isinstance(value, str) and is_absent_list(value)):
         return []
     value = parsed(value, where, name, opening="[")
@@ -116,7 +116,7 @@ def listing(value: Any, where: str, name: str) -> list[Any]:
 
 
 def listed(noun: str, names: Iterable[Any]) -> str:
-    """The names after their noun: "columns a, b", "no columns"."""
+    """Return the names after their noun: "columns a, b", "no columns"."""
     shown = [printable(str(name)) for name in names]
     if not shown:
         return f"no {noun}s"
@@ -125,7 +125,7 @@ def listed(noun: str, names: Iterable[Any]) -> str:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in words a person uses."""
+    """Describe a value for an error message."""
     if value is None:
         return "null"
     if isinstance(value, str):
@@ -138,5 +138,5 @@ def kind(value: Any) -> str:
 
 
 def printable(name: str) -> str:
-    """The first 40 characters, with what UTF-8 cannot hold written as an escape."""
+    """Return the first 40 characters, with what UTF-8 cannot encode written as an escape."""
     return name[:40].encode("utf-8", "backslashreplace").decode("utf-8")

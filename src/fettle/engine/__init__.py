@@ -1,1 +1,1 @@
-"""From token ids to answers and scores: PyTorch models and GGUF files."""
+"""Generation and scoring with PyTorch models and GGUF files."""

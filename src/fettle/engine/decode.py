@@ -1,9 +1,9 @@
-"""From a prompt to the model's words, through transformers' `generate`.
+"""Generate text from a prompt, through transformers' `generate`.
 
-A prompt to a model with a chat template becomes a user turn; one to a model without, or with `raw`, is
-continued as it is. Generation ends at the end-of-turn token of the template as well as at the tokens that
-generation_config.json names: some checkpoints forget theirs. Nothing else of that file counts (a repetition
-penalty, say): temperature 0 is the likeliest token with every checkpoint.
+With a chat template the prompt becomes a user turn; without one, or with `raw`, the prompt itself is continued.
+Generation stops at the template's end-of-turn token as well as at the tokens in generation_config.json, as some
+checkpoints do not list theirs. No other option of that file is used (such as a repetition penalty), so temperature 0
+is greedy decoding for every checkpoint.
 """
 
 import math
@@ -33,20 +33,20 @@ from fettle.models.modes import evaluating
 Model: TypeAlias = PreTrainedModel | PeftModel
 
 BATCH_SIZE = 64
-"""Texts continued together."""
+"""Texts generated together."""
 
 COLDEST = 1e-6
-"""A lower temperature is taken as 0: divided by it, logits become infinite."""
+"""Lower temperatures count as 0, as logits divided by them overflow."""
 
 LONGEST_COMPLETION = 512
-"""New tokens at most, unless asked for more."""
+"""Default for the maximum number of new tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. temperature 0: the likeliest one, always the same.
+    """How the next token is chosen. temperature 0: greedy decoding.
 
-    max_new_tokens: None means LONGEST_COMPLETION, or what the context leaves where that is less.
+    max_new_tokens: None means LONGEST_COMPLETION, or the rest of the context if that is less.
     """
 
     max_new_tokens: int | None = None
@@ -57,7 +57,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UserError(f"--max-new-tokens is {self.max_new_tokens}; expected 1 or more.")
-        if not 0 <= self.temperature < math.inf:  # a NaN must not pass
+        if not 0 <= self.temperature < math.inf:  # also refuses NaN
             raise UserError(f"--temperature is {self.temperature}; expected 0 (greedy decoding) or more.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p is {self.top_p}; expected a number above 0, at most 1.")
@@ -87,7 +87,7 @@ def is_chat(tokenizer: PreTrainedTokenizerBase, raw: bool) -> bool:
 def prompt_text(
     tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool = False, system: str | None = None
 ) -> str:
-    """The text the model is to continue: the prompt as a user turn in the model's template, or as it is."""
+    """Return the text for the model to continue: the prompt as a user turn in its chat template, or unchanged."""
     if not prompt.strip():
         raise UserError("The prompt is empty; give at least one word.")
     if not is_chat(tokenizer, raw):
@@ -109,13 +109,13 @@ def complete(
     on_progress: Callable[[float], None] | None = None,
     at_once: int = BATCH_SIZE,
 ) -> list[str]:
-    """Return the continuation of each text, in order. at_once: how many are continued together.
+    """Return the continuation of each text, in order. at_once: the batch size.
 
-    is_rendered: the texts come from a chat template, which has put its special tokens in already. on_progress
-    is called after every token of a batch with the number of texts completed so far; those of the batch count in part.
+    is_rendered: the texts come from a chat template, which has already added special tokens. on_progress is called
+    after every token of a batch with the number of texts completed so far, where those of the batch count in part.
     """
     processors = LogitsProcessorList([_RequireFinite(model)])
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # alike lengths: little padding
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths need little padding
     answers = [""] * len(texts)
     _seed(sampling)
     with evaluating(model):
@@ -135,7 +135,7 @@ def complete(
 
 
 class _TellProgress(StoppingCriteria):
-    """Stops nothing; transformers asks it after every token, and it says how many texts are completed."""
+    """Never stops; transformers calls it after every token, and it reports how many texts are completed."""
 
     def __init__(self, tell: Callable[[float], None], before: int, batch: int, new_tokens: int) -> None:
         self.tell, self.before, self.batch = tell, before, batch
@@ -148,9 +148,9 @@ class _TellProgress(StoppingCriteria):
 
 
 class _RequireFinite(LogitsProcessor):
-    """Changes nothing; raises ModelFault for logits that are NaN or infinite. It sees them before any sampling.
+    """Changes nothing; raises ModelFault for logits that are NaN or Inf, before any sampling.
 
-    The largest one shows both, since NaN spreads in a maximum: a few µs for 32,000 logits.
+    The maximum shows both, since it propagates NaN: a few µs for 32,000 logits.
     """
 
     def __init__(self, model: Model) -> None:
@@ -163,7 +163,7 @@ class _RequireFinite(LogitsProcessor):
 
 
 def not_finite(model: Model) -> ModelFault:
-    """The error for a model whose logits are NaN or infinite."""
+    """Return the error for a model whose logits are NaN or Inf."""
     cure = "fetch or export it again"
     if model.dtype == torch.float16:
         cure += ", or use --dtype float32, as float16 may overflow"
@@ -176,7 +176,7 @@ def not_finite(model: Model) -> ModelFault:
 def stream(
     model: Model, tokenizer: PreTrainedTokenizerBase, text: str, sampling: Sampling, *, is_rendered: bool
 ) -> Iterator[str]:
-    """Yield the continuation of one text piece by piece, as it is made."""
+    """Yield the continuation of one text in pieces, as they are generated."""
     inputs = _encode(model, tokenizer, [text], is_rendered)
     config = GenerationConfig(**_arguments(model, tokenizer, inputs, sampling))
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -219,7 +219,7 @@ def _encode(
 
 
 def _room(model: Model, prompt_tokens: int, sampling: Sampling) -> int:
-    """How many tokens may follow the prompt. Raises UserError where the context has too little room for them."""
+    """Return how many tokens may follow the prompt. Raises UserError if the context is too short for them."""
     context: int = model.config.max_position_embeddings
     room = context - prompt_tokens
     wanted = sampling.max_new_tokens or max(1, min(room, LONGEST_COMPLETION))
@@ -234,7 +234,7 @@ def _room(model: Model, prompt_tokens: int, sampling: Sampling) -> int:
 def _arguments(
     model: Model, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, torch.Tensor], sampling: Sampling
 ) -> dict[str, Any]:
-    """What a GenerationConfig must say; the stop ids come from the checkpoint's own."""
+    """Return the arguments of the GenerationConfig; stop ids include those of the checkpoint's own config."""
     arguments: dict[str, Any] = {
         "max_new_tokens": _room(model, inputs["input_ids"].shape[1], sampling),
         "do_sample": sampling.temperature > COLDEST,
@@ -253,7 +253,7 @@ def _seed(sampling: Sampling) -> None:
 
 
 def stop_ids(named: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens at which a model has finished: those its generation config names, and the template's end of turn."""
+    """Return the stop tokens: those of the generation config, the end of text, and the template's end of turn."""
     stops = [] if named is None else list(named) if isinstance(named, list) else [named]
     if wrong := [stop for stop in stops if type(stop) is not int or not 0 <= stop < 2**31]:
         raise UserError(f"generation_config.json: eos_token_id has {wrong[0]!r}; expected token ids.")
@@ -263,7 +263,7 @@ def stop_ids(named: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _new_words(tokenizer: PreTrainedTokenizerBase, prompt_ids: torch.Tensor, ids: torch.Tensor) -> str:
-    """Decode with the prompt in front: some tokenizers drop the space before the first word of a text."""
+    """Decode together with the prompt, as some tokenizers drop the space before the first word of a text."""
     keep = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     prompt = tokenizer.decode(prompt_ids, **keep)
     whole = tokenizer.decode(ids, **keep)
@@ -274,7 +274,7 @@ def _new_words(tokenizer: PreTrainedTokenizerBase, prompt_ids: torch.Tensor, ids
 
 @contextmanager
 def _decoding_by(model: Model, config: GenerationConfig) -> Iterator[None]:
-    """Put `config` in place of the checkpoint's own, with which transformers fills whatever is left open."""
+    """Replace the checkpoint's generation config, which transformers uses for all options that are not set."""
     owners = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
     originals = [owner.generation_config for owner in owners]
     for owner in owners:

@@ -1,4 +1,4 @@
-"""Whatever `--model` names, ready to use: a checkpoint, an adapter on the base it finds by itself, a GGUF file."""
+"""Load what `--model` names: a checkpoint, an adapter together with its base, or a GGUF file."""
 
 from pathlib import Path
 
@@ -21,8 +21,8 @@ def load(
     """Load a model and its tokenizer.
 
     name: a checkpoint folder, an output folder of `fettle train` or any PEFT LoRA adapter, a hub name, or
-    "fettle-tiny", the embedded model; or a GGUF file, which is run in llama.cpp and has no weights in PyTorch.
-    device: None takes a CUDA device where there is one. Raises UserError for whatever the user can mend.
+    "fettle-tiny", the embedded model; or a GGUF file, which runs in llama.cpp and has no weights in PyTorch.
+    device: None means CUDA if available. Raises UserError for faults that the user can fix.
     """
     if is_gguf(name):
         from fettle.engine.llama_cpp.model import open_gguf  # training needs no llama.cpp

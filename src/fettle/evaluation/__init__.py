@@ -1,4 +1,4 @@
-"""Evaluation: what a model answers on rows it has not been trained on."""
+"""Evaluation on rows that the model was not trained on."""
 
 from fettle.evaluation.answers import Answer, Question, answer, exact_share, longest_exchange, questions
 

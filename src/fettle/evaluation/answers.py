@@ -1,8 +1,8 @@
-"""Before and after, on rows the training never saw: do the answers match, word for word?
+"""Exact match of generated answers on held-out rows, before and after training.
 
-An answer is exact when the greedy completion equals the held-out row's own answer, white space at the ends
-aside. Expected answers too long to be generated whole are shown but not counted. Plain texts have no answers;
-for them the held-out loss speaks alone.
+An answer is exact if the greedy completion equals the held-out row's answer, ignoring white space at the ends. Expected
+answers that are too long to be generated completely are shown but not counted. Plain texts have no answers; for them
+only the held-out loss is measured.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,14 +18,14 @@ from fettle.engine.decode import BATCH_SIZE, Sampling, complete
 from fettle.errors import ModelFault, UserError
 
 LONGEST_ANSWER = 256
-"""Tokens generated at most. A longer expected answer can never be exact, and so does not count."""
+"""Maximum number of generated tokens. A longer expected answer can never match, so it is not counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A held-out row as a question: the text the model continues, the user's words, the right answer.
+    """A held-out row as a question: the text for the model to continue, the user's prompt, the expected answer.
 
-    is_comparable: the right answer has at most LONGEST_ANSWER tokens.
+    is_comparable: the expected answer has at most LONGEST_ANSWER tokens and no reasoning.
     """
 
     text: str
@@ -50,8 +50,8 @@ class Answer:
 def questions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Question]:
     """Return the rows that end in an answer as questions; others are left out.
 
-    So are answers that are not trained on, for they are not the right ones. As in training, chats for a tokenizer
-    without a template are written in the default one (it is set on it).
+    Answers that are not trained on are left out too, as they are not the expected ones. As in training, a tokenizer
+    without a chat template gets the default one for chats.
     """
     if any(row.messages for row in rows):
         ensure_chat_template(tokenizer)
@@ -62,7 +62,7 @@ def questions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Q
             question = _question(fit(row, tokenizer, uses_turns), tokenizer)
         except ModelFault:
             raise
-        except UserError:  # a template that cannot end there, or a row that is left out of training too
+        except UserError:  # the template refuses the prompt, or the row is left out of training too
             continue
         if question is not None:
             found.append(question)
@@ -70,7 +70,7 @@ def questions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Q
 
 
 def _question(row: Row, tokenizer: PreTrainedTokenizerBase) -> Question | None:
-    """The question that a row asks; None where it has none, or no words that answer it rightly."""
+    """Return the row as a question; None if it has none, or no expected answer."""
     has_reasoning = False
     if row.messages:
         *before, last = row.messages
@@ -86,7 +86,7 @@ def _question(row: Row, tokenizer: PreTrainedTokenizerBase) -> Question | None:
     if not row.is_trained or not expected.strip():
         return None
     is_rendered = bool(row.messages) or row.is_rendered
-    # An answer with its reasoning is more than the words that are expected.
+    # With reasoning, the generated text is longer than the expected answer.
     is_comparable = not has_reasoning and _tokens(tokenizer, expected) <= LONGEST_ANSWER
     if row.messages:
         text = generation_prompt(tokenizer, before)
@@ -103,8 +103,8 @@ def answer(
 ) -> list[Answer]:
     """Answer every question greedily, in order; those too long for the model's context are left out.
 
-    on_progress is called whenever a batch of answers has grown by a token, with how many questions are answered; those
-    of the batch count in part. at_once: how many are answered together.
+    on_progress is called after every token of a batch with the number of questions answered so far, where those of the
+    batch count in part. at_once: the batch size.
     """
     if not asked:
         return []
@@ -132,7 +132,7 @@ def _counting_from(first: int, tell: Callable[[float], None]) -> Callable[[float
 
 
 def longest_exchange(asked: Sequence[Question], tokenizer: PreTrainedTokenizerBase, context: int) -> int:
-    """Tokens of the longest question that fits the context, with its answer; 0 where nothing is asked."""
+    """Return the tokens of the longest question that fits the context, with its answer; 0 without questions."""
     if not asked:
         return 0
     prompts, new_tokens = _lengths(asked, tokenizer)
@@ -140,14 +140,14 @@ def longest_exchange(asked: Sequence[Question], tokenizer: PreTrainedTokenizerBa
 
 
 def _lengths(asked: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """Tokens of each prompt, and the most that an answer may have."""
+    """Return the tokens of each prompt, and the maximum number of new tokens."""
     longest = max(_tokens(tokenizer, q.expected) for q in asked)
     prompts = tokenizer([q.text for q in asked], add_special_tokens=True)["input_ids"]
     return [len(ids) for ids in prompts], min(longest + 8, LONGEST_ANSWER)
 
 
 def exact_share(answers: Sequence[Answer]) -> float | None:
-    """The share of the comparable answers that are exact, 0 to 1; None where there are none."""
+    """Return the share of comparable answers that match exactly, 0 to 1; None if there are none."""
     comparable = [a for a in answers if a.question.is_comparable]
     return sum(a.is_exact for a in comparable) / len(comparable) if comparable else None
 

@@ -1,4 +1,4 @@
-"""What a comparison found, as plain data, as JSON and as a table."""
+"""The result of a comparison, as plain data, as JSON and as a table."""
 
 import json
 import math
@@ -15,8 +15,8 @@ from fettle.files import human_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One model. perplexity: of its `tokens` trained tokens. exact_share: of its answers, those that equal the
-    row's to the letter, 0 to 1; None where no row has an answer that can be compared."""
+    """One model. perplexity: over its `tokens` trained tokens. exact_share: the share of its answers that match the
+    row's exactly, 0 to 1; None if no row has a comparable answer."""
 
     name: str
     runtime: str
@@ -32,9 +32,9 @@ class Side:
 class Comparison:
     """Two models on the same rows.
 
-    kl: mean KL(a || b) of a token, in nats, over kl_tokens tokens. top_agreement: the share of tokens whose
-    likeliest successor is the same. equal_answers: of the `answers` both gave, the share that are the same text;
-    tokens_before_difference: how many tokens they begin with alike, in the mean. None: left out; `notes` say why.
+    kl: mean KL(a || b) per token, in nats, over kl_tokens tokens. top_agreement: the share of positions where both
+    predict the same most likely token. equal_answers: the share of identical texts among the `answers` that both gave;
+    tokens_before_difference: the mean length of their common prefix. None: left out; `notes` say why.
     """
 
     rows: int
@@ -49,7 +49,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> str:
-        """Return everything as JSON; a number that is none, of which JSON knows nothing, as null."""
+        """Return everything as JSON, with NaN and Inf, which JSON does not have, as null."""
         return json.dumps(_finite(asdict(self)), indent=2)
 
 
@@ -60,7 +60,7 @@ def _finite(value: Any) -> Any:
 
 
 def show(comparison: Comparison, console: Console | None = None) -> None:
-    """Print the two models side by side, how far they are apart, and what was left out."""
+    """Print the two models side by side, the distances between them, and what was left out."""
     console = console or terminal.console()
     a, b = comparison.a, comparison.b
     for letter, side in (("A", a), ("B", b)):

@@ -1,8 +1,8 @@
-"""How probable a model finds rows, token by token, and how far a second model is from it.
+"""Score rows token by token with one model, and measure the distance of a second model from the first.
 
-Of the first model two things are kept for every trained token: the log-probability it gave to it, and the token it
-found likeliest. Its whole distribution, which the KL divergence needs, is kept of at most KL_TOKENS tokens, spread
-evenly, in a file: so only one model is in memory at a time, and a vocabulary of 256,000 takes at most 4.3 GB of disk.
+For every trained token of the first model, its log-probability and the most likely token are kept. The full
+distribution, which the KL divergence needs, is kept for at most KL_TOKENS evenly spaced tokens, in a file. So only one
+model is in memory at a time, and a vocabulary of 256,000 takes at most 4.3 GB of disk.
 """
 
 import math
@@ -24,18 +24,18 @@ from fettle.files import require_free_space
 from fettle.ops.kl_divergence import kl_divergence
 
 OnExample: TypeAlias = Callable[[int, torch.Tensor], None]
-"""Is given an example's number and log-probabilities at its trained tokens, fp32 (trained tokens, vocabulary)."""
+"""Called with an example's number and log-probabilities at its trained tokens, fp32 (trained tokens, vocabulary)."""
 
 KL_TOKENS = 4096
-"""Distributions kept of the first model."""
+"""Maximum number of distributions kept of the first model."""
 
 CHUNK_TOKENS = 64
-"""Distributions compared at once, in fp64."""
+"""Distributions compared at a time, in fp64."""
 
 
 @dataclass(slots=True)
 class Scores:
-    """What one model made of its examples, in nats; `top` holds its likeliest tokens, (trained tokens,) a row each."""
+    """One model's scores. Per example: log_probs, in nats, and top, the most likely tokens; both (trained tokens,)."""
 
     log_probs: list[torch.Tensor] = field(default_factory=list)
     top: list[torch.Tensor] = field(default_factory=list)
@@ -46,7 +46,7 @@ class Scores:
 
     @property
     def loss(self) -> float:
-        """Mean negative log-probability of a trained token, in nats."""
+        """Return the mean negative log-probability per trained token, in nats."""
         return -math.fsum(float(row.double().sum()) for row in self.log_probs) / self.tokens
 
     @property
@@ -55,7 +55,7 @@ class Scores:
 
 
 class Distributions:
-    """Log-probabilities of the whole vocabulary at some of the first model's tokens, fp32, in a temporary file."""
+    """The first model's log-probabilities over the vocabulary at some of the tokens, fp32, in a temporary file."""
 
     def __init__(self, examples: Sequence[Example], vocab_size: int) -> None:
         tokens = sum(example.trained_tokens for example in examples)
@@ -75,7 +75,7 @@ class Distributions:
         self.vocab_size = vocab_size
 
     def keep(self, number: int, log_probs: torch.Tensor) -> None:
-        """Keep those of example `number`; log_probs: (trained tokens, vocabulary)."""
+        """Store the distributions of example `number`; log_probs: (trained tokens, vocabulary)."""
         kept, first = self._at[number]
         self._rows[first : first + len(kept)] = log_probs[kept].numpy()
 
@@ -91,7 +91,7 @@ class Distributions:
 
 
 class Gap:
-    """How far a second model is from the first, on the examples that both cut into the same ids, trained alike."""
+    """The distance of a second model from the first, on examples with the same ids and labels for both."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Gap:
         numbers = {_key(example): number for number, example in enumerate(firsts)}
         self._twins = [numbers.get(_key(example)) for example in examples]
         self.unequal = self._twins.count(None)
-        """Examples that the first model's tokenizer and template turn into other ids, or trains elsewhere."""
+        """Number of examples whose ids or labels differ from the first model's."""
         self.has_equal_vocabulary = vocab_size == self._distributions.vocab_size
         self._divergences: list[torch.Tensor] = []
         self._agreements: list[torch.Tensor] = []
@@ -119,7 +119,7 @@ class Gap:
 
     @property
     def kl(self) -> float | None:
-        """Mean KL(first || second) of a token, in nats; None where the vocabularies or all ids differ."""
+        """Return the mean KL(first || second) per token, in nats; None if the vocabularies or all ids differ."""
         return float(torch.cat(self._divergences).mean()) if self._divergences else None
 
     @property
@@ -128,7 +128,8 @@ class Gap:
 
     @property
     def top_agreement(self) -> float | None:
-        """The share of tokens whose likeliest successor is the same, 0 to 1; None where all ids differ."""
+        """Return the top-1 agreement: the share of positions with the same most likely token, 0 to 1; None if all
+        ids differ."""
         return float(torch.cat(self._agreements).double().mean()) if self._agreements else None
 
 
@@ -138,7 +139,7 @@ def _key(example: Example) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 @torch.inference_mode()
 def trained_log_probs(model: PreTrainedModel | PeftModel, example: Example) -> torch.Tensor:
-    """Return the log-probabilities the model gives at the example's trained tokens, fp32 (tokens, vocabulary)."""
+    """Return the model's log-probabilities at the example's trained tokens, fp32 (trained tokens, vocabulary)."""
     before = [n - 1 for n, label in enumerate(example.labels) if label != NOT_TRAINED]
     ids = torch.tensor([example.input_ids], device=model.device)
     output = model(input_ids=ids, logits_to_keep=torch.tensor(before, device=model.device), use_cache=False)
@@ -151,9 +152,9 @@ def score(
     examples: Sequence[Example],
     on_example: OnExample,
 ) -> Scores:
-    """Score every example, and hand each on while its whole distributions are at hand.
+    """Score every example, and call `on_example` with its full distributions.
 
-    Raises ModelFault if a log-probability is NaN or infinite.
+    Raises ModelFault if a log-probability is NaN or Inf.
     """
     scores = Scores()
     for number, example in enumerate(examples):

@@ -1,7 +1,7 @@
-"""Two models on the same rows: what each makes of them, how far they are apart, what they weigh, how fast they are.
+"""Compare two models on the same rows: scores, distance, size and speed.
 
-Each model reads the rows in its own way, with its own tokenizer and chat template. Where both turn a row into the
-same ids, their probabilities are compared token by token; answers are compared as text, and so across tokenizers too.
+Each model reads the rows with its own tokenizer and chat template. For rows with the same ids in both, probabilities
+are compared token by token; answers are compared as text, which works across tokenizers.
 """
 
 import gc
@@ -36,7 +36,7 @@ from fettle.evaluation.speed import measure_speed
 QUESTIONS_AT_ONCE = 16
 
 Stage: TypeAlias = Callable[[str, int], Callable[[int], None]]
-"""Begins a part of the work, of so many steps; returns what is told of each so many steps done."""
+"""Starts a stage with a title and a number of steps; returns a function to call with the number of steps done."""
 
 
 def compare(
@@ -51,16 +51,14 @@ def compare(
     seed: int = 0,
     console: Console | None = None,
 ) -> Comparison:
-    """Compare two models on at most `samples` rows of `data`, each cut after `max_length` tokens.
+    """Compare two models on at most `samples` rows of `data`, each truncated to `max_length` tokens.
 
-    a, b: whatever `fettle.load` takes. dtype and device: of models run in PyTorch. They are loaded one after the
-    other. Progress is shown on `console` (default: standard error). Raises UserError for what the user can mend.
+    a, b: names as for `fettle.load`. dtype and device: of models that run in PyTorch. The models are loaded one at a
+    time. Progress is shown on `console` (default: standard error). Raises UserError for faults that the user can fix.
     """
     if samples < 1:
         raise UserError(f"--samples is {samples}; expected 1 or more.")
-    sizes = [
-        size_bytes(name) for name in (a, b)
-    ]  # what is wrong with either is found before the first is run
+    sizes = [size_bytes(name) for name in (a, b)]  # faults of either are found before the first one runs
     for name in (a, b):
         _require_sound(name)
     read = read_rows(data)
@@ -72,7 +70,7 @@ def compare(
         examples = opened.examples
         del opened
         gc.collect()
-        torch.cuda.empty_cache()  # the second may run in llama.cpp, which cannot use what PyTorch holds
+        torch.cuda.empty_cache()  # the second may run in llama.cpp, which cannot use PyTorch's cached memory
         opened = _open(b, rows, max_length, dtype, device)
         gap = Gap((examples, first.scores, distributions), opened.examples, opened.model.config.vocab_size)
         second = opened.read(stage, gap.add)
@@ -92,7 +90,7 @@ def compare(
 
 
 def size_bytes(name: str | Path) -> int:
-    """Return what the weights of a model take on disk, an adapter's base included; UserError where there are none."""
+    """Return the size of a model's weights on disk, including an adapter's base; UserError if there are none."""
     if is_gguf(name):
         require_gguf(path := Path(name).expanduser())
         return path.stat().st_size
@@ -102,16 +100,16 @@ def size_bytes(name: str | Path) -> int:
 
 
 def _require_sound(name: str | Path) -> None:
-    """Raise UserError where a model's files are damaged or do not belong together; no weights are read."""
+    """Raise UserError if a model's files are damaged or do not belong together; no weights are read."""
     if is_gguf(name):
-        GGUFFile(Path(name).expanduser())  # llama.cpp alone knows; it is closed at once
+        GGUFFile(Path(name).expanduser())  # only llama.cpp can check it; closed at once
         return
     find(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Reading:
-    """What a model made of the rows; the answers by the number of their row."""
+    """One model's results; answers by row number."""
 
     runtime: str
     scores: Scores
@@ -134,7 +132,7 @@ class _Reading:
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """A model ready to read the rows; `asked` by the number of the row."""
+    """A loaded model with its tokenized rows; `asked` by row number."""
 
     name: str
     model: Model
@@ -143,7 +141,7 @@ class _Opened:
     asked: dict[int, Question]
 
     def read(self, stage: Stage, on_example: OnExample) -> _Reading:
-        """Score the examples, answer the questions, take the time."""
+        """Score the examples, answer the questions, measure the speed."""
         advance = stage(f"scoring {self.name}", len(self.examples))
 
         def on_scored(number: int, log_probs: torch.Tensor) -> None:
@@ -177,7 +175,7 @@ class _Opened:
 
 
 def _open(name: str | Path, rows: list[Row], max_length: int, dtype: Dtype, device: str | None) -> _Opened:
-    """Load a model and put the rows into its own words. dtype and device do not touch a GGUF file."""
+    """Load a model and tokenize the rows for it. dtype and device are ignored for a GGUF file."""
     model, tokenizer = load(name) if is_gguf(name) else load(name, dtype=dtype, device=device)
     longest = min(max_length, model.config.max_position_embeddings)
     try:
@@ -191,7 +189,7 @@ def _open(name: str | Path, rows: list[Row], max_length: int, dtype: Dtype, devi
 def _answers_alike(
     first: dict[int, Answer], second: dict[int, Answer], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, float | None, float | None]:
-    """Return how many questions both answered, the share answered alike, and the mean tokens before a difference."""
+    """Return how many questions both answered, the share of identical answers, and the mean common prefix in tokens."""
     shared = [(first[number].answer, second[number].answer) for number in first.keys() & second.keys()]
     if not shared:
         return 0, None, None
@@ -201,7 +199,7 @@ def _answers_alike(
 
 
 def _tokens_in_common(ours: str, theirs: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many tokens two answers begin with alike; all of them where they are equal."""
+    """Return the length of the common prefix of two answers, in tokens."""
     cut: list[list[int]] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (ours, theirs)]
     return next((n for n, (a, b) in enumerate(zip(*cut, strict=False)) if a != b), min(map(len, cut)))
 
@@ -213,7 +211,7 @@ def _runtime(model: Model) -> str:
 
 
 def _notes(gap: Gap, examples: int, answers: int) -> tuple[str, ...]:
-    """Say what was left out, and why."""
+    """Return what was left out, and why."""
     notes = []
     if gap.unequal == examples:
         notes.append(
@@ -233,7 +231,7 @@ def _notes(gap: Gap, examples: int, answers: int) -> tuple[str, ...]:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Stage]:
-    """Show a bar for each part of the work on a terminal; elsewhere say what begins."""
+    """Show a progress bar per stage on a terminal; elsewhere print the title of each stage."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""Tokens per second, as one user alone meets them: reading a prompt, and writing an answer word by word."""
+"""Tokens per second for a single request: prompt processing, and generation token by token."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ class Speed:
 
 @torch.inference_mode()
 def measure_speed(model: PreTrainedModel | PeftModel, ids: Sequence[int]) -> Speed:
-    """Time the model on a prompt of at most PROMPT_TOKENS of `ids`, and on NEW_TOKENS that follow a few of them."""
+    """Time the model on a prompt of at most PROMPT_TOKENS of `ids`, and on NEW_TOKENS generated after a few of them."""
     room = model.config.max_position_embeddings - NEW_TOKENS
     given = torch.tensor([list(ids)[: max(1, min(PROMPT_TOKENS, room))]], device=model.device)
     start = given[:, :8]
@@ -40,7 +40,7 @@ def measure_speed(model: PreTrainedModel | PeftModel, ids: Sequence[int]) -> Spe
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """Return the shortest of several times, after one that does not count."""
+    """Return the shortest of several times, after one warm-up run."""
     work()
     times = []
     for _ in range(REPETITIONS):

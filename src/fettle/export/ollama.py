@@ -42,9 +42,7 @@ def modelfile(file_name: str, tokenizer: PreTrainedTokenizerBase, stop_ids: list
     if (turns := turns_of(tokenizer)) is not None:
         lines.append(f'TEMPLATE """{go_template(turns)}"""')
     else:
-        lines.append(
-            "# No TEMPLATE: this chat template has no Go equivalent; Ollama uses the one in the GGUF file."
-        )
+        lines.append("# The chat template has no Go equivalent: Ollama uses the one in the GGUF file.")
     stops = [tokenizer.convert_ids_to_tokens(index) for index in stop_ids]
     # a token with a quote or a line break in it could add directives of its own
     lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop and _is_quotable(stop)]

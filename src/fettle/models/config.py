@@ -1,4 +1,4 @@
-"""A model's config by itself: its shapes can be known where its weights are not."""
+"""Read and check a model's config.json without its weights."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,8 +29,8 @@ REQUIRED = {
     "num_attention_heads": 10**4,
     "vocab_size": 10**7,
 }
-"""Sizes that a config must state itself, as a family's default would make another model, and the largest accepted:
-ten times that of any published model. Beyond it even a model without memory takes minutes to describe."""
+"""Sizes that a config must state itself, as a family's default would be another model's, with the largest value
+accepted: ten times that of any published model. Beyond it even a model on the meta device takes minutes to build."""
 OPTIONAL = {
     "num_key_value_heads": 10**4,
     "head_dim": 10**5,
@@ -39,11 +39,11 @@ OPTIONAL = {
 }
 
 LARGEST_NUMBER = 1e30
-"""Of a rotation's figures; far beyond any that a model has, and within fp32."""
+"""Upper bound for rotary parameters: far beyond any model's, and within fp32."""
 
 
 class StoredModel(NamedTuple):
-    """What a checkpoint stores. dtype: of what is not in NF4; is_nf4: whether the layers' matrices are."""
+    """What a checkpoint stores. dtype: of all tensors that are not in NF4; is_nf4: whether the layers' matrices are."""
 
     config: "PreTrainedConfig"
     dtype: torch.dtype
@@ -51,11 +51,11 @@ class StoredModel(NamedTuple):
 
 
 def config_of(name: str, *, is_plain: bool = False) -> StoredModel:
-    """Return what `name` stores, as far as its config says it: one that names no type is taken for the widest.
+    """Return what the checkpoint `name` stores according to its config; a config without dtype counts as float32.
 
-    name: a folder, a config.json, fettle-tiny, or a hub name; an adapter's folder stands for its base. is_plain: the
-    config is one of models/plain_config.py, which is there at once.
-    Raises UserError where there is none, or none that fettle can train.
+    name: a folder, a config.json, fettle-tiny, or a hub name; for an adapter's folder its base is used. is_plain:
+    return a config of models/plain_config.py, which needs no import of transformers.
+    Raises UserError if there is no config, or if fettle cannot train the model.
     """
     file = _config_file(name)
     content = read_config_file(file)
@@ -69,8 +69,8 @@ def config_of(name: str, *, is_plain: bool = False) -> StoredModel:
 
 
 def _is_ordinary(content: dict[str, Any]) -> bool:
-    """Whether transformers and the rotary embedding can have nothing against what a plan does not look at; if not, they
-    are asked, which takes seconds."""
+    """Whether the options that a plan does not read are certainly valid. If not, transformers and the rotary embedding
+    have to check them, and importing those takes seconds."""
     rotations = [content.get(name) for name in ("rope_scaling", "rope_parameters")]
     theta, vocabulary = content.get("rope_theta", 1e4), content.get("vocab_size")
     pad = content.get("pad_token_id", 32000)  # what Phi-3's class takes if it is left out
@@ -109,14 +109,14 @@ def _is_known_rotation(rotation: Any, model_type: str) -> bool:
 
 
 def read_config(checkpoint: Checkpoint) -> Any:
-    """Return the family's config object for a checkpoint, without what only remote code would need.
+    """Return the family's config object for a checkpoint, without options that only remote code needs.
 
-    Its weights are not looked at. Raises UserError for a config that makes no model fettle can train.
+    The weights are not read. Raises UserError for a config of a model that fettle cannot train.
     """
     where, family = f"{checkpoint.folder}/config.json", _checked_family(checkpoint)
     try:
         config = family.config.from_dict(_current(checkpoint.config))
-    except Exception as error:  # the library raises whatever its checks do
+    except Exception as error:  # the library's checks raise many types
         cause = (
             error.__cause__ if isinstance(error.__cause__, Exception) else error
         )  # it only names the check
@@ -129,7 +129,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
 
 
 def _checked_family(checkpoint: Checkpoint) -> Family:
-    """Return the checkpoint's family. Raises UserError for another one, a foreign quantization and impossible sizes."""
+    """Return the checkpoint's family. Raises UserError for unsupported families, quantizations and sizes."""
     where = f"{checkpoint.folder}/config.json"
     family = family_of(checkpoint.config["model_type"], where)
     if not isinstance(checkpoint.quantization_config or {}, dict):
@@ -147,7 +147,7 @@ def _checked_family(checkpoint: Checkpoint) -> Family:
 
 
 def _current(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content in the words of today's transformers, without what fettle does not follow."""
+    """Return the content with the option names of current transformers, without options that fettle ignores."""
     ignored = ("auto_map", "quantization_config", "return_dict", "num_labels", "id2label", "label2id")
     content = {name: value for name, value in content.items() if name not in ignored}
     for name in ("rope_scaling", "rope_parameters"):
@@ -188,7 +188,7 @@ def _require_activation(content: dict[str, Any], family: Family, where: str) -> 
 
 
 def _require_usable(config: Any, where: str) -> None:
-    """Raise UserError for values that are each valid and yet make no model."""
+    """Raise UserError for values that are valid on their own but contradict each other."""
     if not _is_share(dropout := option(config, "attention_dropout", 0.0)):
         raise UserError(f"{where}: attention_dropout is {dropout!r}; expected a number from 0 to below 1.")
     if config.pad_token_id is not None and config.pad_token_id >= config.vocab_size:
@@ -231,7 +231,9 @@ def _config_file(name: str) -> Path:
 
     try:
         return Path(hf_hub_download(name, "config.json"))
-    except Exception as error:  # the hub's transport library, and so its errors, differ between versions
+    except (
+        Exception
+    ) as error:  # the hub's transport library, and with it the exceptions, differ between versions
         raise UserError(
             f"{name} is neither a local folder nor available from the hub ({type(error).__name__}): "
             "give a folder with the model's config.json."

@@ -1,10 +1,10 @@
 """The decoder, top to bottom: norm, attention, MLP, layer, model, head. One for every family.
 
 It reproduces stock transformers in fp32 (tests/models/test_parity.py) and is a `PreTrainedModel`, so official
-checkpoints load and save through transformers' own code. What it adds is control: packed rows are an
-input (`position_ids` that restart), never a dense mask, and never leak from one document to the next.
+checkpoints load and save through transformers' own code. Packed rows are marked by `position_ids` that restart, never
+by a dense mask, and attention never crosses documents.
 
-Shapes: B batch, N tokens a row, H heads, K key-value heads, D channels a head, E hidden size.
+Shapes: B batch, N tokens per row, H heads, K key-value heads, D channels per head, E hidden size.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,7 +64,7 @@ def written_out_attention(
     """The `eager` attention of transformers' interface. query: (B, H, N, D); result: (B, N, H, D)."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    if attention_mask is None and query.shape[2] == 1:  # a single new token sees everything before it
+    if attention_mask is None and query.shape[2] == 1:  # a single new token attends to everything before it
         attention_mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
     out = softcap_attention(
         query, key, value, attention_mask, scale=scaling, softcap=softcap, dropout=dropout
@@ -80,7 +80,7 @@ class DecoderAttention(nn.Module):
         self.heads: int = config.num_attention_heads
         self.key_value_heads: int = config.num_key_value_heads
         self.head_dim = head_dim_of(config)
-        self.num_key_value_groups = self.heads // self.key_value_heads  # read by transformers' sdpa
+        self.num_key_value_groups = self.heads // self.key_value_heads  # read by transformers' sdpa interface
         self.is_causal = True
         self.scaling: float = option(config, "query_pre_attn_scalar", self.head_dim) ** -0.5
         self.softcap: float | None = option(config, "attn_logit_softcapping")
@@ -128,11 +128,12 @@ class DecoderAttention(nn.Module):
         query, key = apply_rotary(query, *cos_sin), apply_rotary(key, *cos_sin)
         dropout: float = self.config.attention_dropout if self.training else 0.0
         if documents is not None:
+            # (B, H, N, D) -> (B * N, H, D): documents do not care which row they are in
             query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
             out = packed_attention(
                 query,
                 key,
-                value.contiguous(),  # a slice of a fused projection would keep all of it for backward
+                value.contiguous(),  # a slice of a fused projection would keep the whole of it for backward
                 documents,
                 scale=self.scaling,
                 window=self.sliding_window,
@@ -146,7 +147,9 @@ class DecoderAttention(nn.Module):
             attend: Callable[..., tuple[torch.Tensor, Any]] = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, written_out_attention
             )
-            if self.softcap is not None:  # passed only where it is: the sdpa interface refuses the argument
+            if (
+                self.softcap is not None
+            ):  # the sdpa interface refuses the argument, so pass it only if it is set
                 kwargs["softcap"] = self.softcap
             out, _ = attend(
                 self,
@@ -162,7 +165,7 @@ class DecoderAttention(nn.Module):
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
 
 
-LONG_ROW = 512  # tokens; beyond, a row that is only scored leaves stock's attention, whose scores take N^2
+LONG_ROW = 512  # tokens; longer rows are scored with packed attention, as stock's scores take N^2 memory
 
 
 class DecoderLayer(nn.Module):
@@ -186,7 +189,7 @@ class DecoderLayer(nn.Module):
         return self.compute(x, Keeping(), **kwargs)
 
     def compute(self, x: torch.Tensor, keeping: Keeping, **kwargs: Any) -> torch.Tensor:
-        """x: (B, N, E). keeping: what the layer's parts may keep for backward."""
+        """x: (B, N, E) -> (B, N, E). keeping: what the layer's parts may keep for backward."""
         mlp = partial(
             self.mlp, keep=keeping.mlp, skip_output=keeping.is_recomputing and not self.has_sandwich_norms
         )
@@ -203,7 +206,7 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderPreTrainedModel(PreTrainedModel):
-    """What transformers asks of a model class; the family's own facts are set by `causal_lm_class`."""
+    """What transformers requires of a model class; the family's own attributes are set by `causal_lm_class`."""
 
     family: Family
     base_model_prefix = "model"
@@ -219,7 +222,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
     ) -> None:
-        """Transformers' and TRL's switch: redo every layer, or none. A memory plan chooses layer by layer."""
+        """The switch of transformers and TRL: recompute every layer, or none. A memory plan chooses per layer."""
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
         layers = (module for module in self.modules() if isinstance(module, DecoderLayer))
         for index, layer in enumerate(layers):
@@ -233,7 +236,7 @@ class DecoderPreTrainedModel(PreTrainedModel):
 
 
 class Decoder(DecoderPreTrainedModel):
-    """Embedding, layers and the last norm."""
+    """Embedding, layers and the final norm."""
 
     def __init__(self, config: PreTrainedConfig, family: Family) -> None:
         self.family = family
@@ -248,12 +251,12 @@ class Decoder(DecoderPreTrainedModel):
         self.post_init()
 
     def offload_embedding(self) -> None:
-        """Keep the frozen token table in the host's memory, where it is not the head's as well."""
+        """Offload the frozen token embedding to host memory; it must not be tied to the head."""
         if not isinstance(self.embed_tokens, OffloadedEmbedding):
             self.embed_tokens = OffloadedEmbedding(self.embed_tokens.weight, self.embed_tokens.padding_idx)
 
     def use_graphs(self, tokens: int) -> None:
-        """Replay training's rows of up to `tokens` tokens as CUDA graphs; for frozen embeddings without dropout."""
+        """Run training batches of up to `tokens` tokens as CUDA graphs; for frozen embeddings without dropout."""
 
         def layers(
             x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], documents: Documents
@@ -322,7 +325,7 @@ class Decoder(DecoderPreTrainedModel):
 
     @property
     def _has_own_attention(self) -> bool:
-        """Whether training may compute attention its own way: not where the user chose another on purpose."""
+        """Whether packed attention may replace the configured one: not if the user chose an implementation."""
         return self.config._attn_implementation in ("sdpa", "eager")
 
     def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -341,8 +344,8 @@ class Decoder(DecoderPreTrainedModel):
         position_ids: torch.Tensor,
         past_key_values: Cache | None,
     ) -> dict[bool, torch.Tensor | None]:
-        """The mask of layers without (False) and with (True) a sliding window, None where none is needed."""
-        if isinstance(attention_mask, dict):  # made by `generate`
+        """Return the masks of layers without (False) and with (True) a sliding window, None if none is needed."""
+        if isinstance(attention_mask, dict):  # created by `generate`
             return {
                 False: attention_mask.get("full_attention"),
                 True: attention_mask.get("sliding_attention"),
@@ -383,8 +386,10 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Return `forward`'s inputs for the next token. A cache made with LongRoPE's short factors, which the
-        text has just outgrown, is left out, and so made again."""
+        """Return `forward`'s inputs for the next token.
+
+        When the text outgrows LongRoPE's short factors, the cache made with them is dropped and computed again.
+        """
         if past_key_values is not None and self.model.rotary_emb.changes_factors(
             past_key_values.get_seq_length(), input_ids.shape[1]
         ):
@@ -435,7 +440,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
 
 def _make_class(family: Family) -> type[DecoderForCausalLM]:
     facts = {
-        "__module__": __name__,  # transformers reads this module's source to see which attention it may set
+        "__module__": __name__,  # transformers searches this module's source for the attention interface call
         "__doc__": f"fettle's decoder as {family.architecture}.",
         "config_class": family.config,
         "family": family,
@@ -448,5 +453,5 @@ _CLASSES = {model_type: _make_class(family) for model_type, family in FAMILIES.i
 
 
 def causal_lm_class(model_type: str) -> type[DecoderForCausalLM]:
-    """The model class of a family, named as its official architecture so that saved configs say so."""
+    """Return the model class of a family, named as its official architecture, which saved configs then name."""
     return _CLASSES[model_type]

@@ -1,6 +1,6 @@
-"""Where a model goes, and how its weights are held there.
+"""Choose the device of a model and the dtype of its weights.
 
-Importing this imports no model code: a plan, which answers from config.json, needs it at once.
+This imports no model code: a plan, which needs only config.json, uses it without waiting for transformers.
 """
 
 from typing import TYPE_CHECKING
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def device_of(name: str | torch.device | None) -> torch.device:
-    """Return the device of that name; None means CUDA where there is one, else the CPU.
+    """Return the device of that name; None means CUDA if available, else the CPU.
 
-    Raises UserError for a name that is none, and for a device that this machine does not have.
+    Raises UserError for an unknown name, and for a device that this machine does not have.
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,8 +33,11 @@ def device_of(name: str | torch.device | None) -> torch.device:
 
 
 def training_dtype(asked: Dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type to hold frozen weights in. fp16 loses small gradients: in its stead "auto" takes fp32, in which its
-    weights are exact, or bf16, which is near enough, where memory counts."""
+    """Return the dtype of frozen weights in training.
+
+    fp16 underflows on small gradients, so for it "auto" means fp32, which represents its weights exactly, or on a GPU
+    bf16, which saves memory.
+    """
     if asked != "auto":
         return DTYPES[asked]
     if stored != torch.float16:
@@ -46,6 +49,8 @@ def training_dtype(asked: Dtype, stored: torch.dtype, device: torch.device) -> t
 def maps_embedding(
     config: "PreTrainedConfig", stored: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether a model in NF4 leaves its token table in its file: on a CPU, which can use it as it is stored, where it
-    is not the head as well."""
+    """Whether a model in NF4 leaves its token embedding memory-mapped in its file.
+
+    That is so on a CPU, if the stored dtype is the one to use and the embedding is not tied to the head.
+    """
     return device.type == "cpu" and stored == dtype and not config.tie_word_embeddings

@@ -1,7 +1,7 @@
-"""The families of decoder fettle knows, as data.
+"""The decoder families that fettle supports, as data.
 
-What distinguishes one family from another beyond its config.json is named by the flags of `Family`.
-To add a family: one row here, and its parity test (tests/models/test_parity.py) finds it by itself.
+The flags of `Family` describe what distinguishes the families beyond their config.json.
+To add a family, add an entry here; the parity test (tests/models/test_parity.py) picks it up.
 """
 
 from collections.abc import Mapping
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """How one family departs from the plain Llama decoder. Parameter names are Hugging Face's."""
+    """How one family differs from the plain Llama decoder. Parameter names are Hugging Face's."""
 
     architecture: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """What transformers takes for options that config.json leaves out, where it is not what USUAL says. Only those that
-    a plan needs: it is made without transformers, which takes seconds to import."""
+    """Transformers' defaults for options that config.json leaves out, if they differ from USUAL. Only options that a
+    plan needs, as it runs without transformers, which takes seconds to import."""
     layer_types: str = "full"
-    """Which layers see a window: "full", as `sliding_window` says; "alternating", every other one; "late", those from
-    `max_window_layers` on if `use_sliding_window` is set."""
+    """Which layers have a sliding window: "full", all, if `sliding_window` is set; "alternating", every other one;
+    "late", those from `max_window_layers` on if `use_sliding_window` is set."""
     has_fused_projections: bool = False
-    """One `qkv_proj` and one `gate_up_proj` where others have five matrices."""
+    """One `qkv_proj` and one `gate_up_proj` instead of five matrices."""
     has_qkv_bias: bool = False
-    """Query, key and value carry a bias whatever the config says."""
+    """Query, key and value projections have a bias regardless of the config."""
     has_qk_norm: bool = False
-    """Queries and keys are normalised per head before the rotation."""
+    """Queries and keys are normalized per head before the rotation."""
     has_norm_offset: bool = False
-    """Norm weights are stored as their distance from one."""
+    """Norm weights are stored as their difference from one."""
     has_sandwich_norms: bool = False
     """A norm after attention and after the MLP as well as before them."""
     has_scaled_embedding: bool = False
@@ -45,7 +45,7 @@ class Family:
     @property
     def config(self) -> "type[PreTrainedConfig]":
         """The family's config class in transformers."""
-        import transformers  # when it is asked for: see `defaults`
+        import transformers  # takes seconds, so only on demand
 
         found: type[PreTrainedConfig] = getattr(
             transformers, self.architecture.replace("ForCausalLM", "Config")
@@ -54,10 +54,10 @@ class Family:
 
 
 FUSED_ACTIVATIONS = {"silu", "swish", "gelu_pytorch_tanh", "gelu_python_tanh"}
-"""Transformers' names of the activations that `ops/gated_activation.py` computes; it leaves others to stock modules."""
+"""Transformers' names of the activations that `ops/gated_activation.py` implements; others run as stock modules."""
 
 USUAL: dict[str, Any] = {
-    "num_key_value_heads": None,  # as many as there are heads
+    "num_key_value_heads": None,  # same as num_attention_heads
     "hidden_act": "silu",
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
@@ -131,12 +131,12 @@ def family_of(model_type: str, where: str) -> Family:
 
 
 def head_dim_of(config: "PreTrainedConfig") -> int:
-    """Channels of one attention head."""
+    """Return the channels per attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def rotary_dim_of(config: "PreTrainedConfig") -> int:
-    """Channels of one attention head that are rotated."""
+    """Return the channels per attention head that are rotated."""
     share = 1.0
     if FAMILIES[config.model_type].has_partial_rotary:
         share = config.rope_parameters.get("partial_rotary_factor", 1.0)
@@ -144,7 +144,7 @@ def rotary_dim_of(config: "PreTrainedConfig") -> int:
 
 
 def sliding_window_of(config: "PreTrainedConfig", layer_idx: int) -> int | None:
-    """How many tokens back layer `layer_idx` sees; None: all of them."""
+    """Return how many tokens layer `layer_idx` attends to; None means all."""
     layer_types = option(config, "layer_types")
     if layer_types is not None and layer_types[layer_idx] != "sliding_attention":
         return None

@@ -1,11 +1,13 @@
-"""All layers' forward and backward pass as two CUDA graphs, replayed at every step.
+"""Forward and backward passes of all layers as two CUDA graphs, replayed in every step.
 
-A step of a small model spends more time launching kernels from Python than running them. A graph is launched
-once for all of its kernels. It is fixed in shape, so rows are padded to one length with a document of their own;
-and in place, so inputs are copied in, and the adapters' gradients are added up inside the graph.
+For a small model, launching kernels from Python takes longer than running them; a graph launches all of its kernels at
+once. Its shapes are fixed, so rows are padded to one length with an extra document of padding. Its addresses are fixed
+too, so inputs are copied into static buffers, and the adapters' gradients are accumulated inside the graph.
 
-Passes without gradient, as preference training makes for its reference model, have a graph of their own for each
-state of the adapters. It shares no memory with the other two, as it runs between them.
+Passes without gradient, such as those of the reference model in preference training, have a separate graph per state
+of the adapters. It shares no memory pool with the other two, as it runs between forward and backward.
+
+Shapes: B batch, N tokens per row, E hidden size, T = B * N tokens in all, padded to the graph's length.
 """
 
 import weakref
@@ -22,14 +24,14 @@ from fettle.ops import Documents
 Layers = Callable[..., torch.Tensor]
 
 SHORTEST = 0.6
-"""Rows below this share of the graph's length run without it: padding would cost more than launching."""
+"""Rows shorter than this share of the graph's length run without it: padding would cost more than launches."""
 
 
 class LayerGraphs:
-    """The graphs of one model for rows of up to `tokens` tokens; captured when first asked to `run`.
+    """The graphs of one model for rows of up to `tokens` tokens; captured on the first `run`.
 
-    layers: calls every layer, (x, cos_sin, documents) -> x. It must do the same in every call, without dropout, as
-    long as `state` returns the same.
+    layers: runs all layers, (x, cos_sin, documents) -> x. It must run the same kernels in every call, without dropout,
+    as long as `state` returns the same value.
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class LayerGraphs:
         self.without_gradient: dict[Hashable, _Forward] = {}
 
     def serves(self, x: torch.Tensor) -> bool:
-        """Whether to run x (B, N, E) here. The first call is not: it warms up what is compiled on first use.
+        """Whether to run x (B, N, E) as a graph.
 
-        Nor is one between another's forward and backward pass: the graph's memory holds what that one kept.
+        Not in the first call, which warms up what is compiled on first use. Nor between the forward and backward pass
+        of an earlier run: the graph's memory still holds the activations that its backward needs.
         """
         if not SHORTEST * self.tokens <= x.shape[0] * x.shape[1] <= self.tokens:
             return False
@@ -63,13 +66,14 @@ class LayerGraphs:
     ) -> torch.Tensor:
         """Return what the layers return for x (B, N, E); gradients go to the trained parameters alone.
 
-        documents: of all rows one after the other, which is how the graph sees them.
+        documents: of all rows concatenated, as the graph has a single row.
         """
         rows = x.reshape(1, -1, x.shape[-1])
         cos, sin = (each.expand(x.shape[0], -1, -1).reshape(1, -1, each.shape[-1]) for each in cos_sin)
-        graph = self._graph(rows, (cos, sin), len(documents.bounds) + 1)  # one more for the padding
+        graph = self._graph(rows, (cos, sin), len(documents.bounds) + 1)  # one more bound for the padding
         graph.take(rows, (cos, sin), documents)
         if isinstance(graph, _Captured):
+            # x needs no gradient, so a trained parameter ties the output to autograd
             output: torch.Tensor = _Replay.apply(graph, self.trained[0])
         else:
             output = graph.replay()
@@ -78,11 +82,12 @@ class LayerGraphs:
     def _graph(
         self, rows: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], bounds: int
     ) -> "_Captured | _Forward":
-        """The graph for this pass; recorded where there is none, or one for fewer documents."""
+        """Return the graph for this pass; captures it if there is none, or only one for fewer documents."""
+        # Bounds are rounded up to a power of two, so that a few captures serve every number of documents.
         size, state = 1 << (bounds - 1).bit_length(), self.state()
         if torch.is_grad_enabled():
             if self.captured is None or len(self.captured.documents.bounds) < bounds:
-                self.captured = None  # its memory, first
+                self.captured = None  # free its memory before capturing the next
                 self.captured = _Captured(self, rows, cos_sin, size)
             return self.captured
         found = self.without_gradient.pop(state, None)
@@ -94,7 +99,8 @@ class LayerGraphs:
 
 
 def active_adapters(layers: nn.Module) -> Callable[[], Hashable]:
-    """What tells which adapters are at work: PEFT switches those of all layers together."""
+    """Return a function that identifies the active adapters. PEFT switches those of all layers together, so one
+    adapted layer tells."""
     adapted: Any = next((each for each in layers.modules() if hasattr(each, "disable_adapters")), None)
     return lambda: None if adapted is None else (adapted.disable_adapters, tuple(adapted.active_adapters))
 
@@ -130,7 +136,7 @@ class _Inputs:
 
 
 class _Forward(_Inputs):
-    """A pass without gradient."""
+    """The graph of a pass without gradient."""
 
     def __init__(
         self, owner: LayerGraphs, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], bounds: int
@@ -147,7 +153,11 @@ class _Forward(_Inputs):
 
 
 class _Captured(_Inputs):
-    """A forward and a backward pass."""
+    """The graphs of a forward and a backward pass, which share one memory pool.
+
+    sums: the gradients of all trained parameters, flat, fp32; views: the same memory in the parameters' shapes. The
+    backward graph adds to them, so they must be the parameters' `grad` when it is captured and when it is replayed.
+    """
 
     def __init__(
         self, owner: LayerGraphs, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], bounds: int
@@ -155,7 +165,7 @@ class _Captured(_Inputs):
         super().__init__(owner.tokens, x, cos_sin, bounds)
         device = x.device
         self.open: Callable[[], Any] = lambda: None
-        """The forward pass whose backward pass is still to come, if there is one."""
+        """Returns the autograd context of a forward pass whose backward has not run yet, if it is still alive."""
         self.trained = owner.trained
         self.sums = torch.zeros(sum(p.numel() for p in self.trained), device=device)
         sizes = [parameter.numel() for parameter in self.trained]
@@ -170,15 +180,17 @@ class _Captured(_Inputs):
         for parameter, view in zip(self.trained, self.views, strict=True):
             parameter.grad = view
         with torch.cuda.graph(self.backward, pool=self.forward.pool()):
-            # adds each gradient to its view and lets it go, where torch.autograd.grad would hand out all at once
+            # accumulates each gradient into its view and frees it; torch.autograd.grad would hold all of them at once
             torch.autograd.backward(self.output, self.grad, inputs=self.trained)
         for parameter, gradient in zip(self.trained, before, strict=True):
             parameter.grad = gradient
         self.output = self.output.detach()
 
     def begin_sum(self) -> None:
-        """Make the parameters' gradients views of one tensor, which the graph adds to. What other batches of the
-        step have left there, run without this graph, stays in the sum."""
+        """Make the parameters' gradients views of `sums`, to which the graph adds.
+
+        Gradients of the same step's earlier batches that ran without this graph are copied into the sum.
+        """
         if all(p.grad is view for p, view in zip(self.trained, self.views, strict=True)):
             return
         earlier = [None if p.grad is None else p.grad.clone() for p in self.trained]
@@ -190,7 +202,8 @@ class _Captured(_Inputs):
 
 
 class _Replay(torch.autograd.Function):
-    """`anchor`, any trained parameter, makes autograd come back here; its gradient is summed in the graph."""
+    """Replays the graphs. `anchor`, any trained parameter, makes autograd call backward here; all parameter gradients
+    are accumulated by the graph itself, so none is returned."""
 
     @staticmethod
     def forward(ctx: Any, captured: _Captured, anchor: torch.Tensor) -> torch.Tensor:
@@ -202,7 +215,7 @@ class _Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None]:
         ctx.captured.open = lambda: None
-        ctx.captured.begin_sum()  # here, not before: gradients may be cleared between the two passes
+        ctx.captured.begin_sum()  # not before: the caller may clear gradients between the two passes
         ctx.captured.grad.copy_(grads[0])
         ctx.captured.backward.replay()
         return None, None

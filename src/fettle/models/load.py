@@ -1,7 +1,7 @@
-"""From a checkpoint folder to a model: every fault is found before a weight is read.
+"""Load a model from a checkpoint folder; every fault is found before weights are read.
 
 Official safetensors load unchanged, in the dtype they are stored in, through transformers' own loader.
-Code that a checkpoint ships is never run.
+Code shipped with a checkpoint is never run.
 """
 
 import re
@@ -25,9 +25,9 @@ from fettle.models.quantized import load_nf4
 from fettle.quantization.nf4 import STATE_KEY
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Fields of a generation config that say how to sample."""
+"""Sampling options of a generation config."""
 STORED_AS = ("F32", "BF16", "F16")
-"""What most of a checkpoint's weights may be stored as."""
+"""Supported dtypes for the majority of a checkpoint's weights."""
 
 
 def load_model(
@@ -38,10 +38,10 @@ def load_model(
     device: str | torch.device = "cpu",
     quantization: Literal["nf4"] | None = None,
 ) -> DecoderForCausalLM:
-    """Load a full checkpoint. `name` is what its user and adapters call it (default: the folder).
+    """Load a full checkpoint. `name` is how the user and its adapters refer to it (default: the folder).
 
-    quantization: "nf4" holds the layers' matrices in four bits; a checkpoint stored so is loaded so in any case.
-    Raises UserError for whatever is wrong with the folder: see `fettle.checkpoints.folder`.
+    quantization: "nf4" stores the layers' matrices in four bits; an NF4 checkpoint is always loaded as such.
+    Raises UserError for any fault of the folder: see `fettle.checkpoints.folder`.
     """
     checkpoint = inspect(folder)
     stored, generation = stored_model(checkpoint), read_generation(folder)
@@ -58,7 +58,7 @@ def load_model(
 
 
 def _load_plain(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> DecoderForCausalLM:
-    """Through transformers' own loader."""
+    """Load through transformers' own loader."""
     try:
         with without_progress_bars():
             model: DecoderForCausalLM = causal_lm_class(config.model_type).from_pretrained(
@@ -79,13 +79,13 @@ def _load_plain(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Deco
 
 
 def load_tokenizer(folder: Path, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
-    """Load the folder's tokenizer; a missing padding token becomes the end-of-text token.
+    """Load the folder's tokenizer; if it has no padding token, the end-of-text token is used.
 
-    config: that of the model it belongs to, as `read_config` returns it; None for a tokenizer by itself. Raises
-    UserError for a tokenizer that cannot be read, and for one with tokens that the embedding has no rows for.
+    config: the model's, as `read_config` returns it; None for a tokenizer without a model. Raises UserError for a
+    tokenizer that cannot be read, and for one with tokens beyond the model's embedding.
     """
     require_tokenizer(folder)
-    # transformers would read config.json again and call its faults the tokenizer's
+    # transformers would read config.json again and report its faults as the tokenizer's
     given = {"config": config} if config is not None and (folder / "config.json").exists() else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -117,7 +117,7 @@ def _try(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _require_rows(tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path) -> None:
-    """Raise UserError for tokens beyond the embedding: the first text that has one would fail."""
+    """Raise UserError for tokens beyond the embedding: the first text with one would fail."""
     beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
     if beyond:
         index, token = beyond[0]
@@ -140,11 +140,10 @@ def _require_default_template(tokenizer: PreTrainedTokenizerBase, folder: Path) 
 
 
 def read_generation(folder: Path) -> GenerationConfig | None:
-    """Return the folder's generation_config.json such that it can be saved again; None if it has none.
+    """Return the folder's generation_config.json in a form that can be saved again; None if it has none.
 
-    transformers opens settings that contradict each other (sampling fields beside `do_sample: false`), ignores them
-    when it generates, and refuses to save them. What it ignores is left out. Raises UserError for a file that it does
-    not open.
+    transformers loads contradictory settings (sampling options with `do_sample: false`), ignores them when generating,
+    and refuses to save them. The ignored settings are removed here. Raises UserError if the file cannot be loaded.
     """
     file = folder / "generation_config.json"
     if not file.exists():
@@ -165,7 +164,7 @@ def read_generation(folder: Path) -> GenerationConfig | None:
             for name in generation.extra_output_flags:
                 setattr(generation, name, None)
         generation.validate(strict=True)
-    except Exception as error:  # whatever its parsing and its checks raise
+    except Exception as error:  # its parser and its checks raise many types
         raise UserError(
             f"{file} cannot be used ({reason_of(error)}): fix it, fetch it again, or delete it."
         ) from error
@@ -173,14 +172,14 @@ def read_generation(folder: Path) -> GenerationConfig | None:
 
 
 def require_complete(checkpoint: Checkpoint, config) -> None:  # type: ignore[no-untyped-def]
-    """Compare the files' tensors with the model's: names and shapes, before anything is read."""
+    """Compare names and shapes of the stored tensors with the model's, before any tensor is read."""
     where = f"{checkpoint.folder}"
     _require_layers(checkpoint, config)
     model = empty_model(config, f"{where}/config.json")
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     stored = {name: shape for name, (_, shape) in checkpoint.tensors.items()}
     optional = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    # Llama checkpoints of 2023 still carry the rotary frequencies
+    # Llama checkpoints from 2023 still contain the rotary frequencies
     extra = {name for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")}
     quantized = _require_quantized(checkpoint, expected)
     extra = {name for name in extra if name.partition(".weight.")[0] + ".weight" not in quantized}
@@ -210,7 +209,7 @@ def require_complete(checkpoint: Checkpoint, config) -> None:  # type: ignore[no
 
 
 def _require_layers(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
-    """Compare the number of layers first: describing a model of a thousand layers takes longer than reading one."""
+    """Compare the number of layers first: building a model of a thousand layers, even on the meta device, is slow."""
     numbers = (re.match(r"model\.layers\.(\d{1,9})\.", name) for name in checkpoint.tensors)
     found = max((int(number[1]) + 1 for number in numbers if number), default=0)
     if found != config.num_hidden_layers:
@@ -222,7 +221,8 @@ def _require_layers(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:
 
 
 def _require_quantized(checkpoint: Checkpoint, expected: Iterable[str]) -> set[str]:
-    """The matrices stored in NF4, whose shapes stand in a tensor of their own; refuses a config that claims some."""
+    """Return the names of matrices stored in NF4, whose shapes are stored in a separate tensor; raises UserError if
+    config.json claims NF4 but there are none."""
     states = (name.removesuffix(".weight") + f".{STATE_KEY}" for name in expected)
     quantized = {state.removesuffix(STATE_KEY) + "weight" for state in states if state in checkpoint.tensors}
     if is_nf4(checkpoint) and not quantized:
@@ -234,23 +234,23 @@ def _require_quantized(checkpoint: Checkpoint, expected: Iterable[str]) -> set[s
 
 
 def empty_model(config: PreTrainedConfig, where: str = "config.json") -> DecoderForCausalLM:
-    """The model without its memory. Raises UserError, naming `where`, for a config that makes none."""
+    """Return the model on the meta device. Raises UserError, naming `where`, if the config is not valid."""
     try:
         with torch.device("meta"):
             return causal_lm_class(config.model_type)(config)
-    except Exception as error:  # a value that passed as valid and yet makes no model
+    except Exception as error:  # a value that passed the checks but is still invalid
         raise UserError(f"{where}: does not describe a valid model: {reason_of(error)}") from error
 
 
 def stored_model(checkpoint: Checkpoint) -> StoredModel:
-    """Return what the checkpoint stores, as its files have it. Raises UserError where they and config.json disagree."""
+    """Return what the checkpoint's files store. Raises UserError if they and config.json disagree."""
     config = read_config(checkpoint)
     require_complete(checkpoint, config)
     return StoredModel(config, stored_dtype(checkpoint), is_nf4(checkpoint))
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating-point type most of the checkpoint's weights are stored in, NF4's bytes and scales left out."""
+    """Return the floating-point dtype of most of the checkpoint's weights, ignoring NF4's bytes and scales."""
     scales = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map")
     kinds = (kind for name, (kind, _) in checkpoint.tensors.items() if not name.endswith(scales))
     counts = Counter(kind for kind in kinds if kind != "U8" or not is_nf4(checkpoint))

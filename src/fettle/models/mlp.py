@@ -1,4 +1,4 @@
-"""The decoder's MLP: through one function wherever its matrices are frozen, through its modules elsewhere."""
+"""The decoder's MLP: one fused function if its matrices are frozen, its modules otherwise."""
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ class DecoderMLP(nn.Module):
         self.activation = ACT2FN[option(config, "hidden_activation") or config.hidden_act]
 
     def forward(self, x: torch.Tensor, keep: Keep = "gates", skip_output: bool = False) -> torch.Tensor:
-        """x: (B, N, E). keep, skip_output: see `lora_mlp`; without effect where the modules must run."""
+        """x: (B, N, E) -> (B, N, E). keep, skip_output: see `lora_mlp`; ignored if the modules have to run."""
         mlp = self._as_function() if torch.is_grad_enabled() else None
         if mlp is not None:
             return lora_mlp(x, mlp, keep=keep, skip_output=skip_output)
@@ -37,7 +37,7 @@ class DecoderMLP(nn.Module):
         return self.down_proj(gated_activation(gate, up, self.activation))
 
     def _as_function(self) -> MLP | None:
-        """What `lora_mlp` works on, or None where a matrix is trained or has something it does not cover."""
+        """Return the input of `lora_mlp`, or None if a matrix is trained or has a feature that it does not cover."""
         modules = [self.gate_up_proj] if self.is_fused else [self.gate_proj, self.up_proj]
         found = [projection_of(module) for module in (*modules, self.down_proj)]
         covered = [each for each in found if each is not None and each.bias is None]

@@ -1,7 +1,7 @@
 """Training and evaluation mode of a whole model.
 
-`model.training` is the flag of one module, and the modules of one tree may differ: PEFT puts a wrapper in training
-mode around a base that stays in evaluation mode. So nothing here reads one flag for the whole tree.
+`model.training` is the flag of one module, and the modules of a model may differ: PEFT wraps a base in evaluation mode
+in a module in training mode. So every module's flag is saved and restored.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put every module into evaluation mode for the block; afterwards each one has the mode it had before."""
+    """Put every module into evaluation mode within the block, and restore each module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

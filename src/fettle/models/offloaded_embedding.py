@@ -1,7 +1,7 @@
-"""A frozen token table outside the memory that training is short of.
+"""A frozen token embedding outside the memory that training needs.
 
-A step reads a few thousand rows of the table, however large it is. So beside a GPU it can stay in the host's memory,
-and on a CPU in its file, mapped. The numbers are the same.
+A step reads only a few thousand rows of the table, however large it is. So with a GPU it can stay in host memory, and
+on a CPU memory-mapped in its file. The results are identical.
 """
 
 import math
@@ -15,13 +15,15 @@ from torch import nn
 
 
 class OffloadedEmbedding(nn.Embedding):
-    """As `nn.Embedding` with `weight` (rows, channels) on the CPU, where `.to(device)` leaves it: no parameter, though
-    it is saved like one."""
+    """An `nn.Embedding` whose `weight` (rows, channels) stays on the CPU under `.to(device)`.
+
+    The weight is not a parameter, but it is saved like one.
+    """
 
     def __init__(
         self, table: torch.Tensor, padding_idx: int | None, mapping: mmap.mmap | None = None
     ) -> None:
-        """mapping: that of the table's file; what a look-up brought into memory leaves it again."""
+        """mapping: of the table's file; the pages that a lookup read are released again."""
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = table.shape
         self.padding_idx = padding_idx
@@ -33,11 +35,11 @@ class OffloadedEmbedding(nn.Embedding):
     def mapped(
         cls, file: Path, start: int, shape: tuple[int, ...], dtype: torch.dtype, padding_idx: int | None
     ) -> "OffloadedEmbedding":
-        """With a table that lies in `file` from byte `start` on. Writing to it changes no file."""
+        """Map the table from `file`, starting at byte `start`. Copy-on-write: writes do not change the file."""
         content = np.memmap(
             file, dtype=np.uint8, mode="c", offset=start, shape=math.prod(shape) * dtype.itemsize
         )
-        mapping = content._mmap  # type: ignore[attr-defined]  # the only way to it
+        mapping = content._mmap  # type: ignore[attr-defined]  # numpy has no public accessor
         return cls(torch.from_numpy(content).view(dtype).view(shape), padding_idx, mapping)
 
     @property
@@ -50,15 +52,15 @@ class OffloadedEmbedding(nn.Embedding):
         is_elsewhere = ids.device.type != "cpu"
         rows = torch.empty(ids.numel(), self.embedding_dim, dtype=self._table.dtype, pin_memory=is_elsewhere)
         torch.index_select(self._table, 0, ids.flatten().cpu(), out=rows)
-        if self._mapping is not None:  # the system maps far more around the rows than was asked for
+        if self._mapping is not None:  # readahead maps far more pages than the rows need
             self._mapping.madvise(mmap.MADV_DONTNEED)
         return rows.to(ids.device, non_blocking=True).view(*ids.shape, self.embedding_dim)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "OffloadedEmbedding":
-        """A change of type reaches the table, a change of device does not."""
+        """Apply a change of dtype to the table, but not a change of device."""
         dtype = fn(self._table[:0]).dtype
         if dtype != self._table.dtype:
-            self._table, self._mapping = self._table.to(dtype), None  # no longer the file's
+            self._table, self._mapping = self._table.to(dtype), None  # a copy, no longer the mapping
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

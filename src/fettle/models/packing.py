@@ -1,9 +1,9 @@
-"""Where the documents of a packed row begin: wherever the positions restart.
+"""Find the documents of packed rows: a document begins wherever the positions restart.
 
-Stock transformers looks for restarts only without an attention mask and without a cache, and lets documents see
-each other otherwise. Here they are looked for in every forward pass that starts a row.
+Stock transformers looks for restarts only without an attention mask and without a cache, and otherwise attends across
+documents. Here every forward pass that starts a row looks for them.
 
-Shapes: B rows, N tokens a row.
+Shapes: B rows, N tokens per row.
 """
 
 import torch
@@ -14,10 +14,11 @@ from fettle.ops import Documents
 def find_documents(
     position_ids: torch.Tensor, attention_mask: torch.Tensor | dict[str, torch.Tensor] | None
 ) -> Documents | None:
-    """Return the documents of packed rows, or None where no row restarts its positions.
+    """Return the documents of packed rows, or None if no row restarts its positions.
 
-    position_ids: (B, N). A document starts wherever a position follows neither the one before it nor, in rows
-    with padding (zeros in a (B, N) mask), that of the real token before it. Padding itself may have any.
+    position_ids: (B, N). A document starts at every position that is neither one more than its predecessor nor, in
+    rows with padding (zeros in a (B, N) mask), one more than that of the last real token. Padding may have any
+    positions.
     """
     breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() != 2):
@@ -40,10 +41,10 @@ def find_documents(
 def row_documents(
     x: torch.Tensor, attention_mask: torch.Tensor | dict[str, torch.Tensor] | None
 ) -> Documents | None:
-    """Return each row of x (B, N, ...) as one document, the padding after it as another.
+    """Return each row of x (B, N, ...) as one document, and the padding after it as another.
 
-    None for padding before it, where stock models predict a row's first token from the padding, and for a mask
-    that says more than what is padding.
+    Returns None for left padding, as stock models predict a row's first token from the padding, and for a mask that
+    is more than a padding mask.
     """
     is_start = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
     is_start[:, 0] = True

@@ -1,6 +1,6 @@
-"""A family's config without transformers, as far as a plan asks: importing transformers' classes takes seconds.
+"""A family's config without transformers, with the options a plan needs: importing transformers takes seconds.
 
-tests/models/test_plain_config.py holds it to transformers' own, option by option.
+tests/models/test_plain_config.py compares it with transformers' own, option by option.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 
 
 def plain_config(family: Family, content: Mapping[str, Any]) -> Any:
-    """Return an object with what a plan asks of a family's config, made from config.json's content alone.
+    """Return an object with the options of a family's config that a plan needs, from config.json's content alone.
 
-    As in transformers' class, options of other families are not there.
+    As in transformers' class, it lacks options of other families.
     """
     declared = USUAL | {"head_dim": None} | dict(family.defaults)
     values = {name: content.get(name, value) for name, value in declared.items()}
@@ -27,7 +27,7 @@ def plain_config(family: Family, content: Mapping[str, Any]) -> Any:
             family, values, content["num_hidden_layers"]
         )
     values |= {name: content[name] for name in SIZES} | {"model_type": content["model_type"]}
-    return type("PlainConfig", (), values)()  # of its class, where families.option looks for what is declared
+    return type("PlainConfig", (), values)()  # class attributes, which families.option looks for
 
 
 def _layer_types(family: Family, values: Mapping[str, Any], layers: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Keep the library's own progress bars off the screen: fettle shows one bar of its own."""
+"""Hide transformers' progress bars: fettle shows its own."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Silence transformers' bars ("Loading weights", "Writing model shards") while the block runs."""
+    """Hide transformers' bars ("Loading weights", "Writing model shards") within the block."""
     was_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

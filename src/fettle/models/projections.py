@@ -1,4 +1,4 @@
-"""Linear layers as the ops take them: the frozen matrix, the adapter's update, the bias."""
+"""Convert linear layers to the inputs of the ops: frozen matrix, low-rank update, bias."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from fettle.quantization.nf4 import Nf4Linear
 
 
 def projection_of(layer: Any) -> Projection | None:
-    """The layer's frozen matrix with its update; None where it is trained itself or there is more to it."""
-    if layer._forward_hooks or layer._forward_pre_hooks:  # somebody wants to see the module run
+    """Return the layer's frozen matrix with its update; None if the matrix is trained or the layer does more."""
+    if layer._forward_hooks or layer._forward_pre_hooks:  # hooks require the module to run
         return None
     if hasattr(layer, "projection"):
         found: Projection | None = layer.projection()
@@ -23,7 +23,7 @@ def projection_of(layer: Any) -> Projection | None:
 
 
 def project(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
-    """The layers' outputs for one input: through one function in training where all of them allow it."""
+    """Return the layers' outputs for the shared input x (..., inputs), fused in training if all of them allow it."""
     if torch.is_grad_enabled():
         known = [found for layer in layers if (found := projection_of(layer)) is not None]
         if len(known) == len(layers) and any(projection.update for projection in known):

@@ -1,8 +1,8 @@
-"""Models with their layers' matrices in NF4: quantised on arrival, or stored so already.
+"""Load models with their layers' matrices in NF4: quantized while loading, or already stored so.
 
-Tensor by tensor: one is read, quantised and let go before the next, so that memory never holds more than the
-quantised model and one tensor. The files are read, not mapped: mapped pages would count as this process's. Only the
-token table is mapped, where a CPU can use it as it is stored: of its pages few are ever touched.
+One tensor at a time is read, quantized and freed, so that memory never holds more than the quantized model and one
+tensor. The files are read, not mapped, as mapped pages would count as memory of this process. Only the token embedding
+is mapped, if a CPU can use it as it is stored: few of its pages are ever touched.
 """
 
 import math
@@ -32,9 +32,9 @@ TABLE = "model.embed_tokens.weight"
 def load_nf4(
     checkpoint: Checkpoint, config: Any, dtype: torch.dtype, device: torch.device
 ) -> DecoderForCausalLM:
-    """Return the model with NF4 layers; everything outside the layers' matrices is held in `dtype`.
+    """Return the model with NF4 layers; everything except the layers' matrices is in `dtype`.
 
-    Raises UserError where a stored matrix is in another layout than fettle's.
+    Raises UserError if a stored matrix has an unsupported NF4 layout.
     """
     with torch.device("meta"):
         model = causal_lm_class(config.model_type)(config).to(dtype)
@@ -62,7 +62,7 @@ def save_nf4(model: DecoderForCausalLM, tokenizer: PreTrainedTokenizerBase, fold
 
 
 def nf4_config(dtype: torch.dtype) -> dict[str, Any]:
-    """The quantization_config of a model with NF4 layers, all else in `dtype`."""
+    """Return the quantization_config of a model with NF4 layers and everything else in `dtype`."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -76,7 +76,7 @@ def nf4_config(dtype: torch.dtype) -> dict[str, Any]:
 
 
 class StoredTensors:
-    """The tensors of a checkpoint, read one at a time, each into memory of its own."""
+    """The tensors of a checkpoint, read one at a time, each into its own memory."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         self.files = checkpoint.tensor_files
@@ -106,14 +106,14 @@ class StoredTensors:
         return f"{layer}.{STATE_KEY}" in self.places
 
     def nf4(self, layer: str) -> tuple[Nf4, str]:
-        """The matrix of a layer stored in NF4, its parts in whichever files, and where it was found, for people."""
+        """Return the NF4 matrix of a layer, whose parts may be in several files, and its location for messages."""
         names = [each for each in self.places if each.startswith(f"{layer}.weight")]
         where = f"{self.files[names[0]]}: '{layer}.weight'"
         return from_tensors({each.removeprefix(f"{layer}."): self.read(each) for each in names}, where), where
 
 
 def _map_embedding(model: DecoderForCausalLM, stored: StoredTensors, dtype: torch.dtype) -> None:
-    """Leave the token table in its file, if it lies there as the processor reads it."""
+    """Map the token embedding from its file, if it is aligned there."""
     place = stored.places[TABLE]
     if place.start % dtype.itemsize == 0:
         model.model.embed_tokens = OffloadedEmbedding.mapped(
@@ -122,7 +122,7 @@ def _map_embedding(model: DecoderForCausalLM, stored: StoredTensors, dtype: torc
 
 
 def _becomes_nf4(layer: str, checkpoint: Checkpoint) -> bool:
-    """All matrices of a plain checkpoint; of a quantised one those that are stored so."""
+    """Whether the layer is in NF4: all are for a plain checkpoint, and those stored so for a quantized one."""
     return not is_nf4(checkpoint) or f"{layer}.{STATE_KEY}" in checkpoint.tensors
 
 

@@ -1,12 +1,12 @@
 """Rotary angles for every scaling the families use, and LongRoPE's choice between two sets of factors.
 
-LongRoPE (Ding et al., 2024, arXiv 2402.13753) ships short factors for texts up to the original context
+LongRoPE (Ding et al., 2024, arXiv 2402.13753) has short factors for texts up to the original context
 (4,096 tokens for Phi-3.5) and long factors beyond it. Stock transformers decides by the longest position
-of the whole forward pass, so a short document changes when a long one shares its batch. Here:
+of the whole forward pass, so the result for a short document depends on the others in its batch. Here:
 
 - `context_tokens` set (a training run, a served context): one choice for every document;
-- `context_tokens` None: each packed document decides by its own length, exactly as if it were alone; an
-  unpacked batch decides by its longest position, as transformers does.
+- `context_tokens` None: each packed document decides by its own length, as if it were the only one; an
+  unpacked batch decides by its longest position, as in transformers.
 """
 
 import math
@@ -24,8 +24,8 @@ from fettle.models.families import head_dim_of, rotary_dim_of
 class DecoderRotaryEmbedding(nn.Module):
     """Cosines and sines of the rotary angles.
 
-    The frequencies are no buffers: they follow from the config and are made at first use on a device, so
-    a model built on the meta device cannot be left with uninitialised ones.
+    The frequencies are not buffers: they are computed from the config at first use on a device, so a model built on
+    the meta device cannot end up with uninitialized ones.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -62,7 +62,7 @@ class DecoderRotaryEmbedding(nn.Module):
 
     @property
     def _choices(self) -> tuple[bool, ...]:
-        """The tables there are: short, and long in LongRoPE."""
+        """The values of `is_long` to build tables for: short only, or short and long for LongRoPE."""
         return (False, True) if self.rope_type == "longrope" else (False,)
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ class DecoderRotaryEmbedding(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin, (batch, tokens, rotary_dim), in x's dtype.
 
-        position_ids: (batch, tokens). document_lengths: (batch, tokens), each token's own document's length.
+        position_ids: (batch, tokens). document_lengths: (batch, tokens), the length of each token's document.
         """
         frequencies, scaling = self._frequencies_for(x.device, position_ids, document_lengths)
         angles = position_ids[..., None].float() * frequencies
@@ -79,7 +79,7 @@ class DecoderRotaryEmbedding(nn.Module):
         return (angles.cos() * scaling).to(x.dtype), (angles.sin() * scaling).to(x.dtype)
 
     def changes_factors(self, seen_tokens: int, tokens: int) -> bool:
-        """Say whether a text of `seen_tokens` gets other factors once it has grown to `tokens`."""
+        """Whether a text of `seen_tokens` gets different factors when it grows to `tokens`."""
         if self.rope_type != "longrope" or self.context_tokens is not None:
             return False
         original: int = self.config.rope_parameters["original_max_position_embeddings"]
@@ -99,7 +99,7 @@ class DecoderRotaryEmbedding(nn.Module):
         return torch.where(tokens > original, long, short), scaling
 
     def _table(self, device: torch.device, *, is_long: bool) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies (rotary_dim / 2,) in fp32 and the factor on cos and sin."""
+        """Return the inverse frequencies, fp32 (rotary_dim / 2,), and the factor on cos and sin."""
         key = (device, is_long)
         if key not in self._frequencies:
             self._frequencies[key] = self._compute(device, is_long)
@@ -119,7 +119,7 @@ class DecoderRotaryEmbedding(nn.Module):
 
 
 def _shortened(parameters: dict[str, Any]) -> str:
-    """Rope parameters for a message; LongRoPE's lists of factors would fill a screen."""
+    """Return rope parameters for a message, without LongRoPE's long lists of factors."""
     shown = {
         name: f"{len(each)} numbers" if isinstance(each, list) else each for name, each in parameters.items()
     }

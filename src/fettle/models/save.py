@@ -1,4 +1,4 @@
-"""Back to a checkpoint folder that stock transformers, and its tokenizer, open by themselves."""
+"""Save a checkpoint folder that stock transformers loads without fettle."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,13 @@ from fettle.models.progress_bars import without_progress_bars
 
 PORTABLE_CLASS = "PreTrainedTokenizerFast"
 LOADING_NOTES = ("backend", "is_local", "local_files_only")
-"""What transformers 5 notes of where a tokenizer was loaded from; nothing of the tokenizer itself."""
+"""Entries of transformers 5 about where a tokenizer was loaded from; they say nothing about the tokenizer."""
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write weights, config, generation config and tokenizer into `folder`, made if need be.
+    """Write weights, config, generation config and tokenizer into `folder`, which is created if necessary.
 
-    The names and shapes are the official ones, the dtype is the model's.
+    Names and shapes are the official ones, the dtype is the model's.
     """
     with without_progress_bars():
         model.save_pretrained(str(folder))
@@ -27,7 +27,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 def save_around_weights(
     config: PreTrainedConfig, generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """Write what `save_model` writes, but the weights, for a model that is not in memory."""
+    """Write everything that `save_model` writes except the weights, for a model that is not in memory."""
     config.save_pretrained(str(folder))
     generation.save_pretrained(str(folder))
     _add_old_spellings(folder / "config.json")
@@ -35,7 +35,7 @@ def save_around_weights(
 
 
 def _add_old_spellings(file: Path) -> None:
-    """Say dtype and rope as releases before transformers 5 read them, and vLLM's of that time, beside the new way."""
+    """Add dtype and rope options in the spelling of releases before transformers 5, which vLLM used as well."""
     config = json.loads(file.read_text(encoding="utf-8"))
     if "dtype" in config:
         config["torch_dtype"] = config["dtype"]
@@ -45,7 +45,7 @@ def _add_old_spellings(file: Path) -> None:
 
 
 def _old_rope(rope: dict[str, Any]) -> dict[str, Any]:
-    """Where `rope` stood in config.json before transformers 5."""
+    """Return the entries of config.json that `rope` had before transformers 5."""
     kind = rope.get("rope_type", "default")
     names = "rope_theta", "partial_rotary_factor"
     outside: dict[str, Any] = {name: rope[name] for name in names if name in rope}
@@ -57,16 +57,17 @@ def _old_rope(rope: dict[str, Any]) -> dict[str, Any]:
     original = scaling.pop("original_max_position_embeddings", None)
     outside |= {} if original is None else {"original_max_position_embeddings": original}
     del scaling["rope_type"]
-    # three entries and no more; newer readers heed it before rope_parameters, so nothing may be lost by it
+    # Exactly three entries, as old readers require. Newer readers prefer it to rope_parameters, so if anything
+    # would be lost, it is left out.
     return outside | ({"rope_scaling": scaling} if len(scaling) == 3 else {})
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the tokenizer so that the folder tokenises alone, the same in every library version.
+    """Write the tokenizer so that the folder tokenizes the same in every library version.
 
-    tokenizer_config.json may name a class (LlamaTokenizer) that rebuilds its own rules over those of
-    tokenizer.json, depending on the config.json beside it. Naming the neutral class makes tokenizer.json,
-    which holds the whole tokenizer, the only authority.
+    tokenizer_config.json may name a class (LlamaTokenizer) that overrides rules of tokenizer.json, depending on the
+    config.json next to it. With the generic class, tokenizer.json, which describes the whole tokenizer, is the only
+    source.
     """
     tokenizer.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"

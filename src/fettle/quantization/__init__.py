@@ -1,1 +1,1 @@
-"""Linear layers whose frozen weights are stored in few bits."""
+"""Linear layers with quantized frozen weights."""

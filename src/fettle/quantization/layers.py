@@ -1,4 +1,4 @@
-"""A model's linear layers into NF4 and back, and the matrix of any of them."""
+"""Convert a model's linear layers to NF4 and back."""
 
 import torch
 from torch import nn
@@ -7,11 +7,11 @@ from fettle.ops.nf4 import Nf4
 from fettle.quantization.nf4 import Nf4Linear, dense_weight
 
 HEAD = "lm_head"
-"""The output head stays as it is: its rounding would show in every token."""
+"""The output head is not quantized, as its rounding affects every token."""
 
 
 def matrix_of(linear: nn.Linear) -> torch.Tensor | Nf4:
-    """The matrix of a linear layer as the ops take it."""
+    """Return the matrix of a linear layer as an input of the ops."""
     return linear.nf4 if isinstance(linear, Nf4Linear) else linear.weight
 
 
@@ -21,7 +21,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of `model` that are plain, but its head, by name: those that quantising is about."""
+    """Return the plain linear layers of `model` except its head, by name: those to quantize."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -30,13 +30,13 @@ def plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def quantize_linears(model: nn.Module) -> None:
-    """Put every linear layer of `model` but its head into NF4, one after the other."""
+    """Convert every linear layer of `model` except its head to NF4, one at a time."""
     for name, module in plain_linears(model).items():
         model.set_submodule(name, Nf4Linear.from_linear(module))
 
 
 def dequantize_linears(model: nn.Module) -> None:
-    """Replace every NF4 layer by the plain layer that computes the same."""
+    """Replace every NF4 layer by the plain layer with its dequantized matrix."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Nf4Linear):
             model.set_submodule(name, _plain(module))

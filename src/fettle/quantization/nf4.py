@@ -1,10 +1,10 @@
-"""A frozen linear layer whose matrix is held in NF4, under the names that bitsandbytes gives its parts on disk.
+"""A frozen linear layer with its matrix in NF4, stored under bitsandbytes' names.
 
-    y = x W^T + bias,    d loss / d x = grad W,    W unpacked for each of the two and kept for neither
+    y = x W^T + bias,    d loss / d x = grad W,    W is dequantized in forward and again in backward
 
-Beside `weight` (uint8, two weights a byte) a state dict has `weight.absmax`, `weight.quant_map`, with double
-quantisation `weight.nested_absmax` and `weight.nested_quant_map`, and `weight.quant_state.bitsandbytes__nf4`:
-JSON in a uint8 tensor. transformers with bitsandbytes opens such a checkpoint, and its own open here.
+Besides `weight` (uint8, two weights per byte) a state dict has `weight.absmax`, `weight.quant_map`, with double
+quantization `weight.nested_absmax` and `weight.nested_quant_map`, and `weight.quant_state.bitsandbytes__nf4`: JSON in a
+uint8 tensor. transformers with bitsandbytes loads such a checkpoint, and fettle loads theirs.
 """
 
 import json
@@ -39,12 +39,12 @@ class Nf4Linear(nn.Linear):
 
     @classmethod
     def from_linear(cls, layer: nn.Linear) -> "Nf4Linear":
-        """Quantise a linear layer."""
+        """Quantize a linear layer."""
         return cls(nf4_quantize(layer.weight), None if layer.bias is None else layer.bias.detach())
 
     @property
     def nf4(self) -> Nf4:
-        """The matrix, as the ops take it."""
+        """Return the matrix as an input of the ops."""
         return Nf4(
             self.weight,
             self.absmax,
@@ -56,7 +56,7 @@ class Nf4Linear(nn.Linear):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (..., inputs) -> (..., outputs); the gradient flows to x only."""
+        """x: (..., inputs) -> (..., outputs); only x gets a gradient."""
         output: torch.Tensor = _Nf4Linear.apply(x, self.nf4, self.bias)
         return output
 
@@ -68,7 +68,7 @@ class Nf4Linear(nn.Linear):
         self.shape, self.dtype, self.offset = nf4.shape, nf4.dtype, nf4.offset
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Nf4Linear":
-        """Move with the model; a change of floating-point type leaves absmax in fp32."""
+        """Move with the model; a change of floating-point dtype leaves absmax in fp32."""
         for name, buffer in list(self._buffers.items()):
             if buffer is not None:
                 self._buffers[name] = buffer.to(fn(buffer).device)
@@ -90,14 +90,14 @@ class Nf4Linear(nn.Linear):
 
 
 def dense_weight(layer: nn.Linear) -> torch.Tensor:
-    """Return a linear layer's matrix (outputs, inputs): as it is, or unpacked into fresh memory."""
+    """Return a linear layer's matrix (outputs, inputs): unchanged, or dequantized into new memory."""
     if isinstance(layer, Nf4Linear):
         return dense(layer.nf4, layer.dtype)
     return layer.weight
 
 
 def to_tensors(nf4: Nf4) -> dict[str, torch.Tensor]:
-    """The matrix's tensors under bitsandbytes' names."""
+    """Return the matrix's tensors under bitsandbytes' names."""
     facts: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": BLOCK,
@@ -112,13 +112,13 @@ def to_tensors(nf4: Nf4) -> dict[str, torch.Tensor]:
             "nested_offset": nf4.offset,
         }
         tensors["weight.nested_absmax"] = nf4.nested_absmax
-        tensors["weight.nested_quant_map"] = nf4.nested_quant_map.clone()  # each its own: layers share one
+        tensors["weight.nested_quant_map"] = nf4.nested_quant_map.clone()  # files cannot store shared tensors
     tensors[STATE_KEY] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
     return tensors
 
 
 def from_tensors(tensors: dict[str, torch.Tensor], where: str) -> Nf4:
-    """The matrix from its tensors; raises UserError where they are not NF4 in blocks of 64."""
+    """Return the matrix from its tensors; raises UserError if they are not NF4 in blocks of 64."""
     try:
         facts = json.loads(bytes(tensors[STATE_KEY].tolist()))
         found = facts["quant_type"], facts["blocksize"], facts.get("nested_blocksize", NESTED_BLOCK)
@@ -143,7 +143,7 @@ def from_tensors(tensors: dict[str, torch.Tensor], where: str) -> Nf4:
 
 
 def _require_sizes(nf4: Nf4) -> None:
-    """Raise ValueError where a part is not as long as the matrix needs: a kernel would read beyond it."""
+    """Raise ValueError if a part has the wrong length for the matrix: a kernel would read beyond its end."""
     weights = nf4.shape.numel()
     blocks = -(-weights // BLOCK)
     parts = {"weight": (nf4.packed, -(-weights // 2)), "weight.absmax": (nf4.absmax, blocks)}

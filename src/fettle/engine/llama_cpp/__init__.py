@@ -1,1 +1,1 @@
-"""A GGUF file opened in llama.cpp itself, behind the faces of a transformers model and tokenizer."""
+"""GGUF files opened in llama.cpp, with the interfaces of a transformers model and tokenizer."""

@@ -1,8 +1,8 @@
-"""One opened GGUF file: its metadata, its vocabulary, and a context that runs tokens.
+"""An open GGUF file: its metadata, its vocabulary, and a context that runs tokens.
 
-llama.cpp keeps the tokens it has run in a memory of a fixed size. Here that memory grows by doubling, so that a short
-answer from a model with a context of 131,072 tokens takes no 50 GB, and it never passes the original context of a
-LongRoPE model before the text does: llama.cpp takes the long factors for every position once the memory is larger.
+llama.cpp allocates a KV cache of fixed size. Here it grows by doubling, so that a short answer from a model with a
+context of 131,072 tokens does not take 50 GB. It exceeds the original context of a LongRoPE model only if the text
+does, as llama.cpp uses the long factors for every position once the cache is larger.
 """
 
 import ctypes
@@ -18,21 +18,21 @@ from fettle.engine.llama_cpp.library import Batch, last_fault, library, log
 from fettle.errors import UserError
 
 CHUNK_TOKENS = 512
-"""Tokens run together, llama.cpp's own n_ubatch: logits of as many are held at once."""
+"""Tokens per batch, llama.cpp's default n_ubatch; also the number of logits rows held at once."""
 
 CONTEXT_STEP = 256
-"""Tokens; llama.cpp rounds its memory up to a multiple of it."""
+"""Tokens; llama.cpp rounds the size of its KV cache up to a multiple of it."""
 
 SMALLEST_CONTEXT = 1024
 LONGEST_METADATA = 4096
 USUAL_PIECE_BYTES = 512
 
 CONTROL, USER_DEFINED, UNKNOWN = 8, 16, 1
-"""llama_token_attr: tokens that stand outside ordinary text."""
+"""llama_token_attr: tokens that are not ordinary text."""
 
 
 class _HeldOpen:
-    """llama.cpp's own model and context, by their addresses; a context must be freed before its model."""
+    """Addresses of llama.cpp's model and context; the context must be freed before its model."""
 
     def __init__(self) -> None:
         self.model: int | None = None
@@ -54,7 +54,7 @@ class GGUFFile:
     """A GGUF file that llama.cpp has opened."""
 
     def __init__(self, path: Path) -> None:
-        """Open it. Raises UserError for a file that is no GGUF, is damaged, or of an architecture that cannot run."""
+        """Open it. Raises UserError if it is not a GGUF file, is damaged, or has an architecture that cannot run."""
         require_gguf(path)
         header = read_header(path)
         if header.entries.get("general.type") == "adapter":
@@ -66,7 +66,7 @@ class GGUFFile:
         self._llama = library()
         log.clear()
         self._held_open = _HeldOpen()
-        # also at the interpreter's end, while it can still be called back: `__del__` would come too late there
+        # finalize also runs at interpreter exit, while llama.cpp can still call back; `__del__` would be too late
         weakref.finalize(self, self._held_open.close, self._llama)
         self._model = self._held_open.model = self._llama.llama_model_load_from_file(
             str(path).encode(), self._llama.llama_model_default_params()
@@ -93,7 +93,7 @@ class GGUFFile:
     # --- metadata ------------------------------------------------------------------------------------------
 
     def metadata(self, name: str) -> str | None:
-        """Return the entry of that name as text; None where the file has none."""
+        """Return the entry of that name as text; None if the file has none."""
         buffer = ctypes.create_string_buffer(LONGEST_METADATA)
         length = self._llama.llama_model_meta_val_str(self._model, name.encode(), buffer, len(buffer))
         return None if length < 0 else buffer.value.decode("utf-8", "replace")
@@ -104,14 +104,14 @@ class GGUFFile:
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template as the file has it."""
+        """Return the file's Jinja template, unchanged."""
         template: bytes | None = self._llama.llama_model_chat_template(self._model, None)
         return template.decode("utf-8", "replace") if template else None
 
     # --- vocabulary ----------------------------------------------------------------------------------------
 
     def tokenize(self, text: str, *, add_special: bool) -> list[int]:
-        """Return the ids of `text`, special tokens in it recognised. add_special: with those the file adds."""
+        """Return the ids of `text`, parsing special tokens in it. add_special: add the file's own, such as BOS."""
         data = text.encode()
         ids = (ctypes.c_int32 * (len(data) + 8))()
         count = self._llama.llama_tokenize(
@@ -138,7 +138,7 @@ class GGUFFile:
         """Return the bytes that a token stands for, special ones written out."""
         if token not in self._pieces:
             length = -USUAL_PIECE_BYTES
-            while length < 0:  # how many more there are
+            while length < 0:  # minus the size that is needed
                 size = -length
                 buffer = ctypes.create_string_buffer(size)
                 length = self._llama.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, True)
@@ -146,17 +146,17 @@ class GGUFFile:
         return self._pieces[token]
 
     def text_of(self, token: int) -> str:
-        """Return the token as the file names it."""
+        """Return the token's text as stored in the file."""
         text: bytes = self._llama.llama_vocab_get_text(self._vocabulary, token)
         return text.decode("utf-8", "replace")
 
     def special(self, role: str) -> int | None:
-        """Return the id of the token with the role `bos`, `eos` or `pad`; None where the file names none."""
+        """Return the id of the token with the role `bos`, `eos` or `pad`; None if the file has none."""
         token: int = getattr(self._llama, f"llama_vocab_{role}")(self._vocabulary)
         return None if token < 0 else token
 
     def added_tokens(self) -> list[int]:
-        """Return the ids that stand outside ordinary text."""
+        """Return the ids of tokens that are not ordinary text."""
         kinds = CONTROL | USER_DEFINED | UNKNOWN
         attributes = self._llama.llama_vocab_get_attr
         return [token for token in range(self.vocab_size) if attributes(self._vocabulary, token) & kinds]
@@ -171,7 +171,7 @@ class GGUFFile:
     # --- running -------------------------------------------------------------------------------------------
 
     def next_logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Return the logits after `ids`, fp32 (vocabulary,). The head it shares with the last call is not run again."""
+        """Return the logits after `ids`, fp32 (vocabulary,). A prefix shared with the last call is not run again."""
         shared = _shared(self._held, ids[:-1])
         self._make_room(len(ids), shared)
         logits = torch.empty(0)
@@ -183,7 +183,7 @@ class GGUFFile:
     def logits(self, ids: Sequence[int], positions: Sequence[int]) -> Iterator[torch.Tensor]:
         """Yield the logits at `positions` of `ids` (ascending), chunk by chunk, fp32 (positions, vocabulary).
 
-        Each chunk is llama.cpp's own memory: it must be used or copied before the next.
+        Each chunk is a view of llama.cpp's memory: it must be used or copied before the next.
         """
         self._make_room(len(ids), shared=0)
         for start in range(0, len(ids), CHUNK_TOKENS):
@@ -192,7 +192,7 @@ class GGUFFile:
             yield self._run(chunk, inside)
 
     def _run(self, ids: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
-        """Run `ids` after what is held; return the logits at `wanted`, a view (wanted, vocabulary)."""
+        """Run `ids` after the cached tokens; return the logits at `wanted`, a view (wanted, vocabulary)."""
         tokens = np.array(ids, dtype=np.int32)
         flags = np.zeros(len(ids), dtype=np.int8)
         flags[list(wanted)] = 1
@@ -209,7 +209,7 @@ class GGUFFile:
         return torch.from_numpy(np.ctypeslib.as_array(found, (len(wanted), self.vocab_size)))
 
     def _make_room(self, tokens: int, shared: int) -> None:
-        """Leave the first `shared` held tokens in a memory fit for `tokens`; none where it must be made anew."""
+        """Make a KV cache for `tokens` that keeps the first `shared` cached tokens, or none if it is reallocated."""
         if tokens > self._room or self._is_long(tokens) != self._is_long(self._room):
             self._new_context(self._room_for(tokens))
             return
@@ -221,7 +221,7 @@ class GGUFFile:
             self._held = []
 
     def _is_long(self, tokens: int) -> bool:
-        """Whether so many tokens call for LongRoPE's long factors."""
+        """Whether that many tokens need LongRoPE's long factors."""
         return self._original_context is not None and tokens > self._original_context
 
     def _room_for(self, tokens: int) -> int:
@@ -229,7 +229,7 @@ class GGUFFile:
         while room < tokens:
             room *= 2
         if self._original_context is not None and tokens <= self._original_context:
-            # llama.cpp rounds its memory up, and beyond the original context takes the long factors
+            # llama.cpp rounds the size up, and beyond the original context would use the long factors
             within = self._original_context // CONTEXT_STEP * CONTEXT_STEP
             return min(room, within) if tokens <= within else self._original_context
         return room
@@ -248,12 +248,12 @@ class GGUFFile:
 
 
 def supports_gpu() -> bool:
-    """Whether the installed llama.cpp can compute on a GPU; it then does."""
+    """Whether the installed llama.cpp can compute on a GPU, which it then does by default."""
     return bool(library().llama_supports_gpu_offload())
 
 
 def require_gguf(path: Path) -> None:
-    """Raise UserError unless the file begins as a GGUF file does; nothing more of it is read."""
+    """Raise UserError unless the file begins with the GGUF magic; nothing else is read."""
     head = _head(path)
     if head != MAGIC:
         raise UserError(
@@ -270,7 +270,7 @@ def _head(path: Path) -> bytes:
 
 
 def _shared(held: Sequence[int], ids: Sequence[int]) -> int:
-    """Return how many tokens both begin with."""
+    """Return the length of the common prefix."""
     count = 0
     for ours, theirs in zip(held, ids, strict=False):
         if ours != theirs:

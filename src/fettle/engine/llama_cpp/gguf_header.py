@@ -1,4 +1,4 @@
-"""The head of a GGUF file, checked before llama.cpp opens it: a library in C++ aborts where Python raises.
+"""Read and check the header of a GGUF file before llama.cpp opens it, as llama.cpp aborts the process on some faults.
 
     magic "GGUF", version, number of tensors, number of entries
     entries:  name, type, value (a text is its length and bytes, an array its type, length and items)
@@ -37,16 +37,16 @@ class Header:
 
 
 MOST_LAYERS = 512
-"""llama.cpp's own limit; it aborts beyond."""
+"""llama.cpp's own limit; it aborts beyond it."""
 ROPE_TYPES = ("none", "linear", "yarn", "longrope")
 
 
 class _Malformed(Exception):
-    """What is wrong, in words."""
+    """Describes the fault."""
 
 
 def read_header(path: Path) -> Header:
-    """Return what the file's head says. Raises UserError where it contradicts itself or the file's size."""
+    """Return the file's header. Raises UserError if it contradicts itself or the file's size."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             header = _Reader(data).header()
@@ -59,7 +59,7 @@ def read_header(path: Path) -> Header:
 
 
 def _check_entries(header: Header) -> None:
-    """Raise _Malformed for figures at which llama.cpp aborts instead of refusing the file."""
+    """Raise _Malformed for values at which llama.cpp aborts instead of refusing the file."""
     entries, arrays = header.entries, header.arrays
     for name, value in entries.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -68,11 +68,11 @@ def _check_entries(header: Header) -> None:
     if not isinstance(architecture, str):
         raise _Malformed("it names no architecture")
     if entries.get("general.type", "model") != "model":
-        return  # an adapter, say
+        return  # such as an adapter
 
     def size(name: str, default: int | None = None, most: int = 2**31 - 1) -> int | None:
         value = entries.get(f"{architecture}.{name}", default)
-        if f"{architecture}.{name}" in arrays:  # one for each layer
+        if f"{architecture}.{name}" in arrays:  # one per layer
             return default
         if value is not None and (type(value) is not int or not 1 <= value <= most):
             raise _Malformed(
@@ -83,7 +83,7 @@ def _check_entries(header: Header) -> None:
     size("block_count", most=MOST_LAYERS)
     size("context_length")
     width = size("embedding_length")
-    # a state-space model has no attention, and says 0 heads
+    # a state-space model has no attention and states 0 heads
     has_attention = any(".attn_q" in name for name in header.tensors)
     heads = size("attention.head_count", most=width or 2**16) if has_attention else None
     groups = size("attention.head_count_kv", heads, most=heads or 2**16)
@@ -106,7 +106,7 @@ def _check_entries(header: Header) -> None:
 
 
 class _Reader:
-    """Takes one part of the file after another."""
+    """Reads the parts of the header in order."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
@@ -143,12 +143,12 @@ class _Reader:
         return self.number(_FORMATS[kind])
 
     def array(self, name: str) -> int:
-        """Pass over an array; return its length."""
+        """Skip an array; return its length."""
         kind, length = self.number("I"), self.number("Q")
         if kind == _TEXT:
             self.plausible(length, least=8, what=f"texts in {name!r}")
             size, at, unpack = len(self.data), self.at, struct.Struct("<Q").unpack_from
-            for _ in range(length):  # the longest loop here: once for every token of the vocabulary
+            for _ in range(length):  # the hot loop: once per token of the vocabulary
                 if at + 8 > size:
                     raise _Malformed(f"it ends within {name!r}")
                 at += 8 + unpack(self.data, at)[0]
@@ -212,7 +212,7 @@ class _Reader:
             raise _Malformed(f"a text at byte {self.at - length:,} is not UTF-8") from None
 
     def plausible(self, count: int, least: int, what: str) -> int:
-        """Return `count`, if as many things of at least `least` bytes fit into what follows."""
+        """Return `count` if that many items of at least `least` bytes fit into the rest of the file."""
         if count * least > len(self.data) - self.at:
             raise _Malformed(f"it claims {count:,} {what}, more than fit into the file")
         return count

@@ -1,8 +1,8 @@
-"""llama.cpp as a library: found inside the `xllamacpp` wheel, its C functions given their types.
+"""llama.cpp as a library: its C functions in the `xllamacpp` wheel, with their types declared.
 
-Only what the interface has kept stable is relied on. Parameter structs are taken from llama.cpp's own defaults and
-handed back as opaque bytes; the four sizes at the head of the context's are recognised by their default values, and a
-library that has others is refused.
+Only stable parts of the interface are used. Parameter structs come from llama.cpp's own defaults and are passed back as
+opaque bytes. The four sizes at the start of the context parameters are verified by their default values; a library
+with different ones is refused.
 """
 
 import ctypes
@@ -14,26 +14,26 @@ from typing import Any
 from fettle.errors import UserError, reason_of
 
 OPAQUE_BYTES = 4096
-"""More than any parameter struct has."""
+"""More than the size of any parameter struct."""
 
 DEFAULT_SIZES = (512, 2048, 512, 1)
 """n_ctx, n_batch, n_ubatch, n_seq_max."""
 
 TESTED_RELEASE = "2026.10.11549"
-"""Of the wheel, as in constraints.txt."""
+"""Version of the wheel in constraints.txt."""
 
 LINES_OF_LOG = 200
-"""Kept of what llama.cpp says about itself, to find the reason of a failure in."""
+"""Lines of llama.cpp's log to keep, to find the reason for a failure."""
 
 
 class Parameters(ctypes.Structure):
-    """Parameters of a model or a context; of the latter, `sizes` are those of DEFAULT_SIZES."""
+    """Parameters of a model or a context; for a context, `sizes` are those of DEFAULT_SIZES."""
 
     _fields_ = [("sizes", ctypes.c_uint32 * 4), ("rest", ctypes.c_byte * (OPAQUE_BYTES - 16))]
 
 
 class Batch(ctypes.Structure):
-    """llama_batch: tokens to run. What is left at null llama.cpp fills in: positions that follow, one sequence."""
+    """llama_batch: tokens to run. For null fields llama.cpp uses consecutive positions and a single sequence."""
 
     _fields_ = [
         ("n_tokens", ctypes.c_int32),
@@ -88,7 +88,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 log: list[str] = []
-"""What llama.cpp said last."""
+"""The last lines of llama.cpp's log."""
 
 
 @_LOG
@@ -99,7 +99,7 @@ def _keep(level: int, text: bytes | None, data: Any) -> None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Return llama.cpp, ready to open files; UserError where the wheel is missing or has another interface."""
+    """Return llama.cpp, ready to open files; UserError if the wheel is missing or has an unknown interface."""
     spec = importlib.util.find_spec("xllamacpp")
     if spec is None or spec.origin is None:
         raise UserError(
@@ -126,7 +126,7 @@ def library() -> ctypes.CDLL:
 
 
 def last_fault() -> str:
-    """Return llama.cpp's own reason for what has just failed: its first line that names an error, in one line."""
+    """Return llama.cpp's own reason for the last failure: the first line of its log that mentions an error."""
     lines = [line.strip().rstrip(".") for line in "".join(log).splitlines() if line.strip()]
     faults = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
     reason = (faults or lines or ["it gives no reason"])[0]

@@ -1,7 +1,7 @@
-"""A GGUF file behind the face of a transformers model: `generate` and logits as ever, computed by llama.cpp.
+"""A GGUF file with the interface of a transformers model: `generate` and logits, computed by llama.cpp.
 
-So everything that asks a model for words or probabilities (generate, chat, compare) works with a GGUF file as with a
-checkpoint, and what it shows is what llama.cpp, Ollama and LM Studio will say.
+So generate, chat and compare work with a GGUF file as with a checkpoint, and show what llama.cpp, Ollama and LM Studio
+will answer.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from fettle.errors import UserError
 
 
 class LlamaCppForCausalLM(PreTrainedModel, GenerationMixin):
-    """One text at a time; no gradients. The weights lie in llama.cpp, none in PyTorch."""
+    """Runs one text at a time, without gradients. The weights are in llama.cpp, not in PyTorch."""
 
     config_class = PreTrainedConfig
     is_batchable = False
@@ -31,7 +31,7 @@ class LlamaCppForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where ids and logits are; llama.cpp computes where it can."""
+        """The device of ids and logits; llama.cpp itself may compute on a GPU."""
         return torch.device("cpu")
 
     @property
@@ -43,7 +43,7 @@ class LlamaCppForCausalLM(PreTrainedModel, GenerationMixin):
         return False  # llama.cpp has its own
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Return `forward`'s inputs for the next token: the whole text, of which only the new end is run."""
+        """Return `forward`'s inputs for the next token: the whole text, of which only the new tokens are run."""
         return {"input_ids": input_ids, "logits_to_keep": 1, "use_cache": True}
 
     def forward(
@@ -56,8 +56,8 @@ class LlamaCppForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Return logits, fp32 (1, N, vocabulary), of the positions `logits_to_keep` as in transformers (0: all).
 
-        use_cache: of the last position alone; the head shared with the call before is not run again.
-        attention_mask: all ones, as there is no padding in a single text.
+        use_cache: logits of the last position only; the prefix shared with the previous call is not run again.
+        attention_mask: ignored; all ones, as a single text has no padding.
         """
         (ids,) = input_ids.tolist()
         if use_cache:
@@ -78,7 +78,7 @@ def open_gguf(
 ) -> tuple[LlamaCppForCausalLM, LlamaCppTokenizer]:
     """Open a GGUF file in llama.cpp; return it as a model and a tokenizer.
 
-    Raises UserError where it cannot be opened, llama.cpp is not installed, or dtype or device cannot be had.
+    Raises UserError if it cannot be opened, llama.cpp is not installed, or dtype or device is not available.
     """
     if dtype != "auto":
         raise UserError(

@@ -1,4 +1,4 @@
-"""llama.cpp's tokenizer behind the face of a transformers tokenizer: the ids are those the shipped file gets."""
+"""llama.cpp's tokenizer with the interface of a transformers tokenizer: the same ids as in llama.cpp."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,9 +13,9 @@ Span = tuple[int, int]
 
 
 class LlamaCppTokenizer(PreTrainedTokenizerBase):
-    """What fettle asks of a tokenizer; padding and truncation are not part of it."""
+    """The part of the tokenizer interface that fettle uses; without padding and truncation."""
 
-    is_fast = True  # it tells where tokens lie in the text
+    is_fast = True  # it supports offsets
 
     def __init__(self, file: GGUFFile) -> None:
         roles = {role: file.special(role) for role in ("bos", "eos", "pad")}
@@ -32,14 +32,14 @@ class LlamaCppTokenizer(PreTrainedTokenizerBase):
 
     @cached_property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """Tokens that stand outside ordinary text, by their ids."""
+        """Return tokens that are not ordinary text, by their ids."""
         return {
             token: AddedToken(self._file.text_of(token), special=self._file.is_control(token))
             for token in self._file.added_tokens()
         }
 
     def stop_ids(self) -> list[int]:
-        """The tokens at which llama.cpp ends an answer."""
+        """Return the tokens at which llama.cpp ends an answer."""
         return [token for token in self.added_tokens_decoder if self._file.ends_answer(token)]
 
     @cached_property
@@ -73,15 +73,15 @@ class LlamaCppTokenizer(PreTrainedTokenizerBase):
 
 
 def offsets(text: str, pieces: Sequence[bytes]) -> list[Span]:
-    """Return which characters of `text` each token stands for, as (start, end), from the bytes of the tokens.
+    """Return the characters of `text` that each token covers, as (start, end), from the bytes of the tokens.
 
-    A space that the tokenizer adds before a word is no part of the text; where it is a token by itself, it stands for
-    the character it precedes, as in `tokenizers`. A special token that is added stands for nothing. White space that a
-    special token takes in belongs to that token. Raises UserError where text and tokens do not match.
+    A space that the tokenizer adds before a word is not part of the text; if it is a separate token, it covers the
+    character that follows, as in `tokenizers`. A special token that was added covers nothing. White space that a
+    special token strips belongs to that token. Raises UserError if text and tokens do not match.
     """
     data = text.encode()
     spans: list[Span] = []
-    position, last = 0, -1  # last: the token that white space taken in would belong to
+    position, last = 0, -1  # last: the token to which stripped white space belongs
     for number, piece in enumerate(pieces):
         end = _end(data, position, piece)
         if end is None:
@@ -111,15 +111,15 @@ def _is_added_space(piece: bytes, span: Span) -> bool:
 
 
 def _end(data: bytes, position: int, piece: bytes) -> int | None:
-    """Where `piece` ends in `data` if it stands at `position`, its leading space perhaps left out."""
-    for form in (piece, piece.removeprefix(b" ")):
-        if data.startswith(form, position):
-            return position + len(form)
+    """Return where `piece` ends in `data` if it is at `position`, possibly without its leading space; else None."""
+    for variant in (piece, piece.removeprefix(b" ")):
+        if data.startswith(variant, position):
+            return position + len(variant)
     return None
 
 
 def _in_characters(data: bytes, spans: Sequence[Span]) -> list[Span]:
-    """Turn spans of bytes into spans of characters; a token within a character stands for the whole of it."""
+    """Convert spans of bytes to spans of characters; a token that covers part of a character gets all of it."""
     index, character_of = -1, []
     for byte in data:
         index += byte & 0xC0 != 0x80  # a byte that begins a character
