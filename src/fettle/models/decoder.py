@@ -28,13 +28,7 @@ from fettle.models.offloaded_embedding import OffloadedEmbedding
 from fettle.models.packing import find_documents, row_documents
 from fettle.models.projections import project
 from fettle.models.rope import DecoderRotaryEmbedding
-from fettle.ops import (
-    Documents,
-    apply_rotary,
-    packed_attention,
-    rms_norm,
-    softcap_attention,
-)
+from fettle.ops import Documents, apply_rotary, packed_attention, rms_norm, softcap_attention
 from fettle.ops.attention import KeptAttention
 from fettle.recompute.policies import Keeping, Policy, run_layer
 
@@ -128,8 +122,9 @@ class DecoderAttention(nn.Module):
         query, key = apply_rotary(query, *cos_sin), apply_rotary(key, *cos_sin)
         dropout: float = self.config.attention_dropout if self.training else 0.0
         if documents is not None:
-            # (B, H, N, D) -> (B * N, H, D): documents do not care which row they are in
-            query, key, value = (t.transpose(1, 2).flatten(0, 1) for t in (query, key, value))
+            query, key, value = (
+                t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)
+            )  # (B * N, H, D)
             out = packed_attention(
                 query,
                 key,
@@ -386,10 +381,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Return `forward`'s inputs for the next token.
-
-        When the text outgrows LongRoPE's short factors, the cache made with them is dropped and computed again.
-        """
+        """Return `forward`'s inputs for the next token; drops a cache when LongRoPE's factors change with the length."""
         if past_key_values is not None and self.model.rotary_emb.changes_factors(
             past_key_values.get_seq_length(), input_ids.shape[1]
         ):
