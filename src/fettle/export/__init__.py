@@ -1,1 +1,1 @@
-"""Export: hand a trained model over in the form that others open."""
+"""Export a trained model in a format that other tools open."""

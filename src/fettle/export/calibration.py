@@ -1,4 +1,4 @@
-"""What a model's matrices see on real rows: curvatures for GPTQ, layer by layer, and the loss on rows set apart."""
+"""Calibration on real rows: the inputs' curvatures for GPTQ, layer by layer, and the loss on held-out rows."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from fettle.models.packing import row_documents
 
 SAMPLES, HELD_OUT = 128, 16
 LENGTH = 512
-"""Tokens of a row: longer ones are cut."""
+"""Tokens per row; longer rows are truncated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +28,12 @@ class Rows:
 
 
 def first_rows(data: str | Path) -> list[Row]:
-    """As many rows of the data, in any form that fettle reads, as are used. UserError where it cannot be read."""
+    """Return the first rows of the data, as many as are used. UserError if it cannot be read."""
     return read_rows(str(data))[: SAMPLES + HELD_OUT]
 
 
 def split(given: list[Row], tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """The rows as ids; every eighth, up to HELD_OUT, is set apart. Raises UserError where there are too few."""
+    """Return the rows as ids; every eighth, up to HELD_OUT, is held out. Raises UserError if there are too few."""
     examples = tokenize_rows(given, tokenizer, max_length=LENGTH).examples
     rows = [torch.tensor([each.input_ids]) for each in examples if len(each.input_ids) > 1]
     if len(rows) < 2:
@@ -47,7 +47,7 @@ def split(given: list[Row], tokenizer: PreTrainedTokenizerBase) -> Rows:
 
 @torch.no_grad()
 def mean_loss(model: DecoderForCausalLM, rows: Sequence[torch.Tensor]) -> float:
-    """Mean over tokens, in nats."""
+    """Return the mean loss per token, in nats."""
     total, count = 0.0, 0
     for row in rows:
         logits = model(input_ids=row.to(model.device), use_cache=False).logits[0, :-1].float()
@@ -60,9 +60,9 @@ def mean_loss(model: DecoderForCausalLM, rows: Sequence[torch.Tensor]) -> float:
 def curvatures_by_layer(
     model: DecoderForCausalLM, rows: Sequence[torch.Tensor]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield, for one layer after the other, X^T X (inputs, inputs) in fp32 of each linear layer's inputs X, by name.
+    """Yield layer by layer X^T X, fp32 (inputs, inputs), of each linear layer's inputs X, by name.
 
-    When asked for the next layer's, the caller may have changed this one: the next sees what it gives then.
+    The caller may change the layer before it asks for the next: the next layer's inputs are those of the changed one.
     """
     decoder = model.model
     states = [decoder.embed(row.to(model.device), None) for row in rows]
@@ -83,12 +83,12 @@ def curvatures_by_layer(
 
 
 class _Seen:
-    """What the linear layers of one layer get. Those of one input (q, k and v; gate and up) share its X^T X."""
+    """X^T X of the linear layers' inputs in one layer. Those with the same input (q, k and v; gate and up) share it."""
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.first: dict[str, str] = {}
-        """By a linear layer's name, the first that gets the same input."""
+        """From a linear layer's name to the first one with the same input."""
         self._last: tuple[torch.Tensor, str] | None = None
 
     def add(self, name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

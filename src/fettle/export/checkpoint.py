@@ -1,4 +1,4 @@
-"""Export a model, its adapter merged in, as a Hugging Face folder for transformers, vLLM and the like."""
+"""Export a model, with its adapter merged, as a Hugging Face folder for transformers, vLLM and others."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ from fettle.quantization.layers import HEAD, plain_linears
 from fettle.quantization.nf4 import to_tensors
 
 TOKENIZER_BYTES = 20 * 10**6
-"""At most, of everything but the weights."""
+"""Upper bound for everything except the weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """How the layers' matrices are stored where not as they are.
+    """A quantized storage format for the layers' matrices.
 
-    parts: of a matrix, under their names in its layer. config: the quantization_config of a model in that dtype.
-    weight_bytes: a weight's on disk, its share of the scales included.
+    parts: converts a matrix to its stored tensors, by their names in the layer. config: returns the
+    quantization_config for a model of that dtype. weight_bytes: bytes per weight on disk, including scales.
     """
 
     parts: Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -41,22 +41,22 @@ class Packing:
 
 NF4 = Packing(parts=lambda weight: to_tensors(nf4_quantize(weight)), config=nf4_config, weight_bytes=0.52)
 LARGEST_PARTS = 6
-"""Tensors that a packed matrix becomes, at most."""
+"""Upper bound for the tensors of a packed matrix."""
 
 
 def export_safetensors(name: str | Path, to: Path, *, dtype: Dtype = "auto", overwrite: bool = False) -> Path:
-    """Write the full model that `name` stands for into the new folder `to` and return it.
+    """Write the full model that `name` refers to into the new folder `to` and return it.
 
-    An adapter is merged into its base, one matrix in memory at a time. One trained beyond LongRoPE's original
-    context leaves a model that has the long factors at every length. The folder is complete (weights,
-    config, generation config, tokenizer, chat template) or not there. overwrite: a model's folder that is there makes
-    room for the new one, once that is whole.
+    An adapter is merged into its base, one matrix in memory at a time. If it was trained beyond LongRoPE's original
+    context, the merged model has the long factors at every length. The folder is written completely (weights, config,
+    generation config, tokenizer, chat template) or not at all. overwrite: replace an existing model folder, once the
+    new one is complete.
     """
     return export_folder(name, Path(to), dtype=dtype, overwrite=overwrite)
 
 
 def export_nf4(name: str | Path, to: Path, *, dtype: Dtype = "auto", overwrite: bool = False) -> Path:
-    """The same with the layers' matrices in NF4, as transformers and vLLM open it where bitsandbytes is installed."""
+    """Like `export_safetensors`, with the layers' matrices in NF4; transformers and vLLM load it with bitsandbytes."""
     return export_folder(name, Path(to), dtype=dtype, packing=NF4, overwrite=overwrite)
 
 
@@ -68,7 +68,8 @@ def export_folder(
     packing: Packing | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """The same with the layers' matrices packed as told. UserError for what the user can mend, before it begins."""
+    """Like `export_safetensors`, with the layers' matrices in the format `packing`. Raises UserError for faults that
+    the user can fix, before anything is written."""
     require_place(name, to, overwrite)
     source = open_source(name)
     if dtype != "auto":
@@ -99,7 +100,7 @@ def _write_weights(source: Source, folder: Path, packing: Packing | None) -> Non
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In the type to be written. UserError where fp16 cannot hold a number that the tensor has."""
+    """Return the tensor in the dtype to be written. UserError if a value overflows fp16."""
     found = tensor.to(dtype)
     if dtype == torch.float16 and tensor.dtype != dtype and not found.isfinite().all():
         raise UserError(
@@ -109,7 +110,7 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def require_place(name: str | Path, to: Path, overwrite: bool) -> None:
-    """Raise UserError where the folder `to` is not free for an export, or is what is to be exported."""
+    """Raise UserError if the folder `to` must not be written: it exists, or the model is read from it."""
     if Path.cwd().is_relative_to(to.resolve()):
         raise UserError(f"--to is {str(to)!r}, which contains the current directory: choose another folder.")
     require_new_folder(to, "the exported model", replace=overwrite)
@@ -121,7 +122,7 @@ def require_place(name: str | Path, to: Path, overwrite: bool) -> None:
 
 
 def require_disk(to: Path, source: Source, matrix_bytes: float) -> None:
-    """Raise UserError where the disk has too little room. matrix_bytes: what a weight of the layers' matrices takes."""
+    """Raise UserError if there is too little disk space. matrix_bytes: bytes per weight of the layers' matrices."""
     model, size = empty_model(source.config), source.dtype.itemsize
     weights = sum(each.numel() for each in model.parameters())
     inside = sum(linear.weight.numel() for linear in plain_linears(model).values())

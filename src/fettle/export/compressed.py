@@ -1,10 +1,10 @@
-"""Folders with compressed weights in the field's own layout (compressed-tensors), for vLLM and transformers.
+"""Export folders with quantized weights in the compressed-tensors format, for vLLM and transformers.
 
-- fp8: weights in float8 (e4m3) with a scale a row; activations are scaled token by token as they come.
-- w4a16: weights in four bits with a scale for 128 inputs, rounded by GPTQ on rows of the user's own.
+- fp8: weights in float8 (e4m3) with one scale per row; activations are quantized per token at run time.
+- w4a16: weights in four bits with one scale per 128 inputs, rounded by GPTQ on the user's own rows.
 
-The output head, the embedding and the norms stay as they are, and so does a matrix whose width four-bit groups do not
-divide.
+The output head, the embedding and the norms are not quantized, nor is a matrix whose width is not a multiple of the
+four-bit group size.
 """
 
 import math
@@ -31,19 +31,19 @@ from fettle.quantization.layers import HEAD, plain_linears
 
 E4M3 = torch.float8_e4m3fn
 FOUR_BITS_BYTES = 0.52
-"""A weight's on disk, its share of the scales included."""
+"""Bytes per weight on disk, including scales."""
 
 Stored = dict[str, torch.Tensor]
-"""A layer's tensors under the layout's names."""
+"""A layer's tensors under their names in the format."""
 
 Report = Callable[[str], None]
 
 
 def export_fp8(name: str, to: Path, *, data: str | None, report: Report, overwrite: bool = False) -> Path:
-    """Write the model that `name` stands for into the new folder `to`, a tensor at a time.
+    """Write the model that `name` refers to into the new folder `to`, one tensor at a time.
 
-    With data the whole model is loaded first, and the loss on rows told before and after. Raises UserError for what
-    the user can mend.
+    With data the whole model is loaded first, and the loss on held-out rows before and after is reported. Raises
+    UserError for faults that the user can fix.
     """
     if data is not None:
         model, _, rows = _opened(name, to, data, FP8.weight_bytes, overwrite)
@@ -56,7 +56,7 @@ def export_fp8(name: str, to: Path, *, data: str | None, report: Report, overwri
 
 
 def export_four_bits(name: str, to: Path, *, data: str, report: Report, overwrite: bool = False) -> Path:
-    """The same in four bits, calibrated on rows of `data`; with the whole model in memory."""
+    """Write the model in four bits, calibrated on rows of `data`; with the whole model in memory."""
     model, tokenizer, rows = _opened(name, to, data, FOUR_BITS_BYTES, overwrite)
     if all(linear.in_features % GROUP for linear in plain_linears(model).values()):
         raise UserError(
@@ -76,7 +76,7 @@ def export_four_bits(name: str, to: Path, *, data: str, report: Report, overwrit
 def _opened(
     name: str, to: Path, data: str, matrix_bytes: float, overwrite: bool
 ) -> tuple[DecoderForCausalLM, PreTrainedTokenizerBase, Rows]:
-    """The merged model in memory and rows as its ids; whatever could stand against it is looked at first."""
+    """Load the merged model and tokenize the rows, after checking everything that could make the export fail."""
     require_place(name, to, overwrite)
     given, source = first_rows(data), open_source(name)
     rows = split(given, source.tokenizer)
@@ -88,7 +88,7 @@ def _opened(
 
 
 def _loss_before(model: DecoderForCausalLM, rows: Rows, name: str) -> float:
-    """The loss on the rows set apart; UserError where it is no number, as nothing can be calibrated on it then."""
+    """Return the loss on the held-out rows; UserError if it is NaN or Inf, as calibration would be meaningless."""
     loss = mean_loss(model, rows.held_out)
     if not math.isfinite(loss):
         raise UserError(
@@ -104,7 +104,7 @@ def _tell_loss(before: float, after: float, report: Report) -> None:
 
 @torch.no_grad()
 def in_fp8(weight: torch.Tensor) -> Stored:
-    """Rounded, with a scale a row."""
+    """Return the weight (rows, columns) in e4m3, with one scale per row (rows, 1)."""
     largest = weight.float().abs().amax(1, keepdim=True)
     scale = (largest / torch.finfo(E4M3).max).to(weight.dtype).clamp(min=torch.finfo(weight.dtype).tiny)
     codes = (weight.float() / scale.float()).clamp(-torch.finfo(E4M3).max, torch.finfo(E4M3).max).to(E4M3)
@@ -112,7 +112,7 @@ def in_fp8(weight: torch.Tensor) -> Stored:
 
 
 def dense(stored: Stored) -> torch.Tensor:
-    """The matrix that `in_fp8` gives, in its scales' type."""
+    """Return the matrix that `in_fp8` represents, in its scales' dtype."""
     scale = stored["weight_scale"]
     return (stored["weight"].float() * scale.float()).to(scale.dtype)
 
@@ -120,7 +120,7 @@ def dense(stored: Stored) -> torch.Tensor:
 def _in_four_bits(
     model: DecoderForCausalLM, calibration: Sequence[torch.Tensor], report: Report
 ) -> tuple[dict[str, Stored], list[str]]:
-    """Layer by layer, each calibrated on what the rounded layers before it give."""
+    """Quantize layer by layer, each calibrated on the outputs of the quantized layers before it."""
     stored: dict[str, Stored] = {}
     narrow: list[str] = []
     for number, curvatures in enumerate(curvatures_by_layer(model, calibration)):
@@ -145,7 +145,7 @@ def _in_four_bits(
 
 
 def _replace(model: DecoderForCausalLM, stored: dict[str, Stored]) -> None:
-    """Put a layer of bare tensors in the place of each linear one, so that they are saved under its name."""
+    """Replace each linear layer by a module with the stored tensors as buffers, which are saved under its name."""
     for name, tensors in stored.items():
         linear = model.get_submodule(name)
         bare = nn.Module()

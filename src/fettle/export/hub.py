@@ -1,4 +1,4 @@
-"""To the Hugging Face hub: the finished folder or files, with a model card that says how they came about."""
+"""Upload an export to the Hugging Face hub, with a model card that says how it was made."""
 
 import re
 from collections.abc import Sequence
@@ -16,16 +16,14 @@ HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 
 
 def require_hub(name: str) -> None:
-    """Raise UserError unless the hub answers and knows who asks: before anything is computed."""
+    """Raise UserError unless the hub can be reached and the user is logged in, before anything is computed."""
     from huggingface_hub import HfApi
 
     if not re.fullmatch(HUB_NAME, name):
         raise UserError(f"--push is {name!r}; expected a hub name, owner/name.")
     try:
         HfApi().whoami()
-    except (
-        Exception
-    ) as error:  # no network, no token, a token that has run out: the library has a class for each
+    except Exception as error:  # no network, no token, an expired token: the library has a class for each
         raise UserError(
             f"--push {name}: not logged in to the hub, or the hub cannot be reached ({reason_of(error)}): log in with "
             "`hf auth login`, or export without --push."
@@ -33,9 +31,9 @@ def require_hub(name: str) -> None:
 
 
 def push(files: Sequence[Path], name: str, card: str) -> str:
-    """Upload what was exported to `name`, made private if need be, and return its address. What is here stays.
+    """Upload the export to `name`, created as a private repository if it does not exist, and return its URL.
 
-    files: one folder, or files of one folder. card: of `model_card`; one that is there already stays.
+    files: one folder, or files of one folder; they are kept. card: from `model_card`; an existing card is kept.
     """
     from huggingface_hub import HfApi
 
@@ -49,7 +47,7 @@ def push(files: Sequence[Path], name: str, card: str) -> str:
                 api.upload_file(repo_id=name, path_or_fileobj=str(file), path_in_repo=file.name)
         if not api.file_exists(name, CARD):
             api.upload_file(repo_id=name, path_or_fileobj=card.encode(), path_in_repo=CARD)
-    except Exception as error:  # whatever the hub or the network says
+    except Exception as error:  # the hub and the network raise many types
         again = " and ".join(f"`hf upload {name} {file}`" for file in files)
         raise UserError(
             f"the upload to {name} failed ({reason_of(error)}), but the export is complete: upload it with {again}."
@@ -57,10 +55,10 @@ def push(files: Sequence[Path], name: str, card: str) -> str:
     return f"https://huggingface.co/{name}"
 
 
-def model_card(model: str, file_name: str, name: str, form: str) -> str:
-    """The card: YAML that the hub reads, then how to use it and how it was trained.
+def model_card(model: str, file_name: str, name: str, export_format: str) -> str:
+    """Return the card: YAML metadata for the hub, then how to use the model and how it was trained.
 
-    model: what is exported; file_name: to what; name: on the hub; form: the --format.
+    model: the exported model; file_name: of the export; name: on the hub; export_format: the --format.
     """
     folder = locate(model)
     uses = {
@@ -69,14 +67,14 @@ def model_card(model: str, file_name: str, name: str, form: str) -> str:
     }
     settings = _settings(folder)
     origin = "Exported with fettle." if settings is None else "Fine-tuned and exported with fettle."
-    lines = ["---", yaml.safe_dump(_head(model, folder, form), sort_keys=False).strip(), "---", ""]
+    lines = ["---", yaml.safe_dump(_head(model, folder, export_format), sort_keys=False).strip(), "---", ""]
     lines += [
         f"# {name.partition('/')[2]}",
         "",
         origin,
         "",
         "```",
-        uses.get(form, f"vllm serve {name}"),
+        uses.get(export_format, f"vllm serve {name}"),
         "```",
     ]
     if settings is not None:
@@ -84,9 +82,9 @@ def model_card(model: str, file_name: str, name: str, form: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _head(model: str, folder: Path, form: str) -> dict[str, Any]:
-    """What the hub files a model by."""
-    is_file = form in ("gguf", "adapter-gguf")
+def _head(model: str, folder: Path, export_format: str) -> dict[str, Any]:
+    """Return the metadata that the hub indexes."""
+    is_file = export_format in ("gguf", "adapter-gguf")
     head: dict[str, Any] = {
         "library_name": "gguf" if is_file else "transformers",
         "pipeline_tag": "text-generation",
@@ -94,12 +92,12 @@ def _head(model: str, folder: Path, form: str) -> dict[str, Any]:
     }
     base = read_adapter_config(folder)["base_model_name_or_path"] if is_adapter(folder) else model
     if re.fullmatch(HUB_NAME, base) and not Path(base).exists():
-        head["base_model"] = base  # a hub name, not somebody's folder
+        head["base_model"] = base  # a hub name, not a local folder
     return head
 
 
 def _settings(folder: Path) -> str | None:
-    """The run's own options, without what names places on this machine."""
+    """Return the run's options, without paths on this machine."""
     file = folder / "run.yaml"
     if not file.exists():
         return None

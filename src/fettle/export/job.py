@@ -1,4 +1,4 @@
-"""`fettle export`: one model, handed over in one of several forms."""
+"""`fettle export`: write one model in one of several formats."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +12,7 @@ from fettle.export.options import ONLY_FOR, ExportOptions
 
 
 def export(options: ExportOptions) -> list[Path]:
-    """Write what is asked for and return the files or the folder. Raises UserError for what the user can mend."""
+    """Write the export and return its files or folder. Raises UserError for faults that the user can fix."""
     options = replace(options, to=options.to.expanduser())
     for name, formats in ONLY_FOR.items():
         if getattr(options, name) not in (None, False, "auto") and options.format not in formats:
@@ -20,7 +20,7 @@ def export(options: ExportOptions) -> list[Path]:
             raise UserError(f"--{option} requires --format {expected}, but --format is {options.format}.")
     if options.push is None:
         return _write(options)
-    card = model_card(options.model, options.to.name, options.push, options.format)  # its faults come first
+    card = model_card(options.model, options.to.name, options.push, options.format)  # its faults show first
     require_hub(options.push)
     files = _write(options)
     terminal.give(push(files, options.push, card))
@@ -36,7 +36,7 @@ def _write(options: ExportOptions) -> list[Path]:
         return [export_nf4(options.model, options.to, dtype=options.dtype, overwrite=options.overwrite)]
     if options.format in ("fp8", "w4a16"):
         return [_compressed(options)]
-    from fettle.export.gguf import export_adapter_gguf, export_gguf  # they bring llama.cpp's wheel with them
+    from fettle.export.gguf import export_adapter_gguf, export_gguf  # these import llama.cpp's wheel
 
     if options.format == "adapter-gguf":
         return [export_adapter_gguf(options.model, options.to, overwrite=options.overwrite)]

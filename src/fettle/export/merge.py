@@ -1,17 +1,17 @@
-"""Merge an adapter into its base, and prove that the merged model says what the adapter model says.
+"""Merge an adapter into its base, and verify that the merged model matches the adapter model.
 
-Merging rounds W + scale * B A to the type of the weights. Anything beyond that rounding means the merge went
-wrong, and it is refused. Two things are compared, for neither alone is enough:
+Merging rounds W + scale * B A to the dtype of the weights. A larger difference means that the merge failed, and it is
+refused. Two checks are made, as neither is sufficient alone:
 
-- rows of every merged weight with W + scale * B A, computed here in fp32, element by element. This sees one
-  missing layer or a wrong scale even where the adapter is small;
-- the logits of both models on a few texts. This sees what is wrong outside those weights. It is blunter: in
-  bf16 the rounding of a deep model moves logits more than a missing layer does.
+- Rows of every merged weight are compared element by element with W + scale * B A, computed here in fp32. This detects
+  a missing layer or a wrong scale even if the adapter is small.
+- The logits of both models are compared on a few texts. This detects faults outside those weights. It is less
+  sensitive: in bf16, rounding in a deep model changes logits more than a missing layer does.
 
-The bound on weights follows from the type: rounding to the nearest number moves an element by half of eps times
-its size. The bound on logits, on the root mean square of their difference as a share of that of the expected
-ones, stands on measurements: random models of phi3, gemma2 and qwen3, 2 to 32 layers, hidden size 64, and random
-adapters of rank 16 on every linear layer whose update is 2 to 50% of the weights.
+The bound on weights follows from the dtype: rounding to nearest changes an element by at most half of eps times its
+magnitude. The bound on logits limits the root mean square of the difference relative to that of the expected logits.
+It is based on measurements: random models of phi3, gemma2 and qwen3, 2 to 32 layers, hidden size 64, and random
+adapters of rank 16 on every linear layer with updates of 2 to 50% of the weights.
 """
 
 from pathlib import Path
@@ -33,31 +33,31 @@ PROBES = (
     "Water boils at 100 degrees. Why? Because its vapour pressure then equals the air's.",
 )
 ROWS = 16
-"""Rows compared of each weight, evenly spread."""
+"""Rows compared per weight, evenly spaced."""
 
 SMALLEST = 1e-6
-"""Differences of this size are never counted: the fp32 sums of B A, and fp16 near zero, are no more exact."""
+"""Absolute tolerance: the fp32 sums of B A, and fp16 near zero, are not more exact."""
 
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
-"""Measured with 8 layers: 2e-6 in fp32, 5e-3 in fp16, 4e-2 in bf16; with 32: 3e-6, 7e-3, 5e-2. One matrix left out
-in the middle of 2 to 8 layers gives as little as 6e-3 where the update is 2% of the weights, 3e-2 where it is 10%."""
+"""Measured with 8 layers: 2e-6 in fp32, 5e-3 in fp16, 4e-2 in bf16; with 32: 3e-6, 7e-3, 5e-2. A missing matrix in the
+middle of 2 to 8 layers gives as little as 6e-3 if the update is 2% of the weights, 3e-2 if it is 10%."""
 
 
 def load_merged(
     name: str | Path, *, dtype: Dtype = "auto", device: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load whatever `name` stands for (see `fettle.load`) as one dense model, and its tokenizer."""
+    """Load what `name` refers to (see `fettle.load`) as one dense merged model, and its tokenizer."""
     model, tokenizer = load(name, dtype=dtype, device=device)
-    dequantize_linears(model)  # an adapter trained on quantised weights is merged onto those, as they are
+    dequantize_linears(model)  # an adapter trained on quantized weights is merged onto the dequantized ones
     if dtype == "float32":
-        model.float()  # codes unpack to the type they were made of
+        model.float()  # dequantization gives the dtype that was quantized
     return merge(model, tokenizer) if isinstance(model, PeftModel) else model, tokenizer
 
 
 def merge(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Return the base model with the adapter merged in, changed in place; the adapter is gone from it.
+    """Return the base model with the adapter merged; it is changed in place, and the adapter is removed.
 
-    Raises UserError where the merged model differs from the adapter model beyond rounding, or PEFT cannot merge it.
+    Raises UserError if the merged model differs from the adapter model beyond rounding, or if PEFT cannot merge it.
     """
     logits, rows = probe_logits(model, tokenizer), expected_rows(model)
     try:
@@ -73,13 +73,15 @@ def merge(model: PeftModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMod
 
 @torch.no_grad()
 def expected_rows(model: PeftModel) -> dict[str, torch.Tensor]:
-    """ROWS rows (rows, in_features) in fp32 of what each adapted weight must become, by its module's name.
+    """Return ROWS rows of each merged weight's expected value, fp32 (rows, in_features), by module name.
 
-    Raises UserError for an adapter that holds a NaN.
+    Raises UserError for an adapter with NaN or Inf.
     """
     expected = {}
     for name, layer in model.get_base_model().named_modules():
-        if not isinstance(layer, LoraLinear) or layer.lora_variant:  # variants (DoRA) are left to the logits
+        if (
+            not isinstance(layer, LoraLinear) or layer.lora_variant
+        ):  # variants (DoRA) are checked by logits only
             continue
         rows = _merged_rows(layer)
         if not rows.isfinite().all():
@@ -92,7 +94,7 @@ def expected_rows(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def _merged_rows(layer: LoraLinear) -> torch.Tensor:
-    """W + scale * B A, of the compared rows only."""
+    """Return W + scale * B A for the compared rows."""
     weight = layer.get_base_layer().weight
     at = _spread(weight)
     rows: torch.Tensor = weight[at].float()
@@ -109,7 +111,7 @@ def _spread(weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def require_rows(merged: PreTrainedModel, expected: dict[str, torch.Tensor]) -> None:
-    """Raise UserError where a merged weight is not the expected one, |found - exact| <= eps |exact| + SMALLEST."""
+    """Raise UserError if a merged weight is not as expected: |found - exact| <= eps |exact| + SMALLEST."""
     for name, exact in expected.items():
         weight = merged.get_submodule(name).weight
         limit = torch.finfo(weight.dtype).eps * exact.abs() + SMALLEST
@@ -124,7 +126,7 @@ def require_rows(merged: PreTrainedModel, expected: dict[str, torch.Tensor]) -> 
 def probe_logits(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[torch.Tensor]:
-    """Logits (tokens, vocabulary) of each probe text."""
+    """Return the logits (tokens, vocabulary) of each probe text."""
     logits = []
     with evaluating(model):
         for text in PROBES:
@@ -134,7 +136,7 @@ def probe_logits(
 
 
 def require_logits(after: list[torch.Tensor], before: list[torch.Tensor], dtype: torch.dtype) -> None:
-    """Raise UserError where the logits of a text differ beyond rounding (see LOGIT_TOLERANCE)."""
+    """Raise UserError if the logits of a text differ beyond rounding (see LOGIT_TOLERANCE)."""
     difference = max(relative_difference(a, b) for a, b in zip(after, before, strict=True))
     if not difference <= LOGIT_TOLERANCE[dtype]:
         what = f"its logits (by {difference:.2%}; {LOGIT_TOLERANCE[dtype]:.2%} is allowed)"
@@ -142,13 +144,13 @@ def require_logits(after: list[torch.Tensor], before: list[torch.Tensor], dtype:
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The root mean square difference as a share of the root mean square of `expected`."""
+    """Return the root mean square of the difference, relative to that of `expected`."""
     expected = expected.float()
     return float((found.float() - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 def write_down_context(config: PreTrainedConfig, context_tokens: int | None) -> None:
-    """Where LongRoPE is fixed at its long factors, let the config give no others: stock models choose by length."""
+    """If LongRoPE is fixed at its long factors, store only those in the config, as stock models choose by length."""
     rope = config.rope_parameters
     is_longrope = rope["rope_type"] == "longrope" and context_tokens is not None
     if is_longrope and context_tokens > rope["original_max_position_embeddings"]:

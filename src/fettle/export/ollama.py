@@ -1,9 +1,9 @@
-"""A Modelfile for Ollama, its template derived from the model's own chat template.
+"""Write a Modelfile for Ollama, with a template derived from the model's own chat template.
 
-Chat templates are Jinja, Ollama's are Go. Conversations with sentinels for contents are rendered by the model's
-own template, and what stands around the sentinels becomes the Go template; it is then checked on a longer conversation.
-Where a template is not of that kind (a turn looks different by its place), none is written: Ollama then falls back on
-the one inside the GGUF file.
+Chat templates are Jinja, Ollama's are Go. Conversations with sentinels as contents are rendered by the model's own
+template, and the text around the sentinels becomes the Go template, which is then checked on a longer conversation.
+If a template cannot be expressed in this way (a turn's layout depends on its position), none is written, and Ollama
+uses the one inside the GGUF file.
 """
 
 from dataclasses import dataclass
@@ -23,28 +23,28 @@ SYSTEM, USER, ANSWER, SECOND = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turns:
-    """What stands before and after each content. system: None where the template has no place for one of its own."""
+    """The text before and after each content. system: None if the template has no separate system turn."""
 
     system: tuple[str, str] | None
     user: tuple[str, str]
     answer: tuple[str, str]
 
     def render(self, messages: list[tuple[str, str]]) -> str:
-        """The prompt for an answer to come."""
+        """Return the prompt for the next answer."""
         sides = {"system": self.system or ("", ""), "user": self.user, "assistant": self.answer}
         text = "".join(sides[role][0] + content + sides[role][1] for role, content in messages)
         return text + self.answer[0]
 
 
 def modelfile(file_name: str, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> str:
-    """The Modelfile for a GGUF file beside it: FROM, TEMPLATE where it can be said in Go, and the stops."""
+    """Return the Modelfile for a GGUF file in the same folder: FROM, TEMPLATE if Go can express it, and the stops."""
     lines = [f"FROM ./{file_name}"]
     if (turns := turns_of(tokenizer)) is not None:
         lines.append(f'TEMPLATE """{go_template(turns)}"""')
     else:
         lines.append("# The chat template has no Go equivalent: Ollama uses the one in the GGUF file.")
     stops = [tokenizer.convert_ids_to_tokens(index) for index in stop_ids]
-    # a token with a quote or a line break in it could add directives of its own
+    # a token with a quote or a line break could inject directives
     lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops) if stop and _is_quotable(stop)]
     return "\n".join(lines) + "\n"
 
@@ -54,7 +54,7 @@ def _is_quotable(token: str) -> bool:
 
 
 def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
-    """Read the turns off the chat template; None where they do not say all of it. Raises ModelFault."""
+    """Derive the turns from the chat template; None if they cannot express it. Raises ModelFault."""
     if not tokenizer.chat_template:
         return None
     try:
@@ -69,7 +69,7 @@ def _turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
     question = _render(tokenizer, [("user", USER)], asks=False)
     asked = _render(tokenizer, [("user", USER)])
     answered = _render(tokenizer, [("user", USER), ("assistant", ANSWER), ("user", SECOND)])
-    if not asked.startswith(question):  # some templates end a talk, but not a question, with the end of text
+    if not asked.startswith(question):  # some templates add the end of text unless an answer is to follow
         question = question.removesuffix(tokenizer.eos_token or "")
     if not asked.startswith(question) or any(answered.count(each) != 1 for each in (USER, ANSWER, SECOND)):
         return None
@@ -99,7 +99,7 @@ def _system(tokenizer: PreTrainedTokenizerBase, user_opening: str) -> tuple[str,
 
 
 def _is_whole(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> bool:
-    """Whether the turns render a conversation as the template does, and can stand in a Modelfile."""
+    """Whether the turns render a conversation exactly as the template does, and are safe in a Modelfile."""
     talk = [
         ("user", "Hi there"),
         ("assistant", "Hello."),
@@ -113,19 +113,19 @@ def _is_whole(tokenizer: PreTrainedTokenizerBase, turns: Turns) -> bool:
 
 
 def _is_syntax(text: str) -> bool:
-    """Whether Go's templates or the Modelfile's quotes would read the text, or its end and theirs, as their own."""
+    """Whether the text, or its end together with what follows, has a meaning in Go templates or Modelfile quotes."""
     return any(mark in text for mark in ('"""', "{{", "}}")) or text.endswith(("{", '"'))
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[tuple[str, str]], asks: bool = True) -> str:
-    """Without the beginning-of-text token, which Ollama adds itself."""
+    """Render without the beginning-of-text token, which Ollama adds itself."""
     turns = [{"role": role, "content": content} for role, content in messages]
     text = render_template(tokenizer, turns, for_generation=asks)
     return text.removeprefix(tokenizer.bos_token or "")
 
 
 def go_template(turns: Turns) -> str:
-    """The turns as Go's text/template over Ollama's `.Messages`."""
+    """Return the turns as a Go text/template over Ollama's `.Messages`."""
     branches = [("user", turns.user), ("assistant", turns.answer)]
     branches = [*([("system", turns.system)] if turns.system else []), *branches]
     text = "{{- range .Messages }}"

@@ -1,4 +1,4 @@
-"""What `fettle export` can be told. Nothing here imports torch: a mistaken command line is answered at once."""
+"""The options of `fettle export`. Nothing here imports torch, so a wrong command line is answered at once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ Format = Literal["safetensors", "nf4", "fp8", "w4a16", "gguf", "adapter-gguf"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """As the command line has them; those that belong to another format are refused."""
+    """As on the command line; options of another format are refused."""
 
     model: str
     to: Path

@@ -1,8 +1,8 @@
-"""Safetensors files written tensor by tensor, so that no more than one is in memory.
+"""Write safetensors files tensor by tensor, so that only one tensor is in memory.
 
-A file begins with the names, types and places of its tensors, known only once all have come: room is left for them,
-and what is over is filled with spaces, as the format allows. Readers map each tensor where it stands, at a multiple of
-its type's size: one of a length that would shift the next waits, and stands at its file's end.
+A file begins with the names, dtypes and offsets of its tensors, which are known only at the end: space is reserved for
+them, and the rest is filled with spaces, as the format allows. Readers map tensors in place, so offsets must be
+multiples of the item size: a tensor whose length would misalign the next one is written at the end of its file.
 """
 
 import json
@@ -16,10 +16,10 @@ from fettle.checkpoints.dtypes import SAFETENSORS
 from fettle.checkpoints.folder import WEIGHTS, WEIGHTS_INDEX
 
 SHARD_BYTES = 5 * 10**9
-"""Of a file, at most, as on the hub; a larger tensor has one to itself."""
+"""Maximum size of a file, as on the hub; a larger tensor gets its own file."""
 
 ENTRY_BYTES = 256
-"""Of a tensor's name, type and place, at most."""
+"""Upper bound for a tensor's entry in the header."""
 
 ALIGNMENT = 8
 
@@ -33,12 +33,12 @@ class ShardWriter:
         self.folder = folder
         self._room = ENTRY_BYTES * (tensors + 1)
         self._files: list[list[str]] = []
-        """The names of each file's tensors."""
+        """Names of the tensors in each file."""
         self._stream: BinaryIO | None = None
         self._entries: dict[str, Any] = {}
         self._waiting: dict[str, torch.Tensor] = {}
         self._written = self._taken = self._total = 0
-        """Bytes of the current file that are written, and taken, those that wait included; bytes of all files."""
+        """Bytes written to the current file, bytes assigned to it including waiting tensors, and bytes of all files."""
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -51,7 +51,7 @@ class ShardWriter:
             self._stream.close()
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write the tensor, into a new file where the current one would grow beyond SHARD_BYTES."""
+        """Write the tensor, to a new file if the current one would exceed SHARD_BYTES."""
         size = tensor.numel() * tensor.element_size()
         if self._stream is None or (self._taken and self._taken + size > SHARD_BYTES):
             self._end_file()
@@ -82,7 +82,7 @@ class ShardWriter:
         head = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}, separators=(",", ":")).encode()
         if len(head) > self._room:
             raise RuntimeError(
-                f"{len(head)} bytes of names and places, where {self._room} were left for them"
+                f"the header takes {len(head)} bytes, but only {self._room} were reserved for it"
             )
         self._stream.seek(0)
         self._stream.write(self._room.to_bytes(8, "little") + head.ljust(self._room))
@@ -94,7 +94,7 @@ class ShardWriter:
         return self.folder / f"shard-{number}"
 
     def _name_files(self) -> None:
-        """The names that readers look for, and with several files the index of their tensors."""
+        """Rename the files as readers expect them, and write the index if there are several."""
         count = len(self._files)
         if count == 1:
             self._place(0).rename(self.folder / WEIGHTS)

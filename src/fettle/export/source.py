@@ -1,9 +1,9 @@
-"""A model as a stream of its tensors: an adapter merged in, NF4 unpacked, one tensor in memory at a time.
+"""A model as a stream of tensors: with its adapter merged and NF4 dequantized, one tensor in memory at a time.
 
-Merging onto a stored matrix is W + scale * B A in fp32. An adapter trained on weights in NF4 is merged onto those
-weights, as NF4 holds them: a checkpoint's own codes, or those that quantising a plain one gives. What is more than
-plain LoRA (DoRA, ranks by layer, biases, embeddings, modules, PiSSA) goes through PEFT's own merge, which needs the
-whole model in memory.
+Merging a stored matrix gives W + scale * B A in fp32. An adapter trained on NF4 weights is merged onto the dequantized
+weights: from a checkpoint's own codes, or from those that quantizing a plain checkpoint gives. Anything beyond plain
+LoRA (DoRA, ranks per layer, biases, embeddings, modules, PiSSA) goes through PEFT's own merge, which needs the whole
+model in memory.
 """
 
 import math
@@ -29,13 +29,16 @@ from fettle.ops.nf4 import nf4_dequantize, nf4_quantize
 from fettle.quantization.layers import HEAD, plain_linears
 
 Update = Callable[[torch.Tensor], torch.Tensor]
-"""What merging makes of a matrix."""
+"""Merges the adapter's update into a matrix."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Source:
-    """name: for people. dtype: what the weights are stored in. tensors: called anew for every pass, Hugging Face's name
-    and the dense tensor. generation: its eos_token_id is all that ends an answer, `stop_ids`."""
+    """A model to export.
+
+    name: for display. dtype: of the stored weights. tensors: called for every pass, yields Hugging Face's name and the
+    dense tensor. generation: its eos_token_id lists all stop tokens, see `stop_ids`.
+    """
 
     name: str
     config: PreTrainedConfig
@@ -50,11 +53,13 @@ class Source:
 
 
 def open_source(name: str | Path) -> Source:
-    """Find what `name` stands for (as `fettle.load` does) without reading its weights; UserError for every fault."""
+    """Resolve `name` (as `fettle.load` does) without reading its weights; UserError for every fault."""
     found, path = find(name), Path(name).expanduser()
     config = found.stored.config
     source = Source(
-        name=(path.resolve() if path.is_dir() else path).name,  # a hub's snapshot is a folder named by a hash
+        name=(
+            path.resolve() if path.is_dir() else path
+        ).name,  # not found.folder: a hub snapshot is named by a hash
         config=config,
         tokenizer=found.tokenizer,
         dtype=found.stored.dtype,
@@ -69,9 +74,9 @@ def open_source(name: str | Path) -> Source:
 
 
 def _finite(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass the tensors on; UserError where one holds a number that is none."""
+    """Pass the tensors on; UserError if one contains NaN or Inf."""
     for name, tensor in tensors:
-        lowest, highest = tensor.aminmax()  # a NaN is both; a tenth of isfinite's time
+        lowest, highest = tensor.aminmax()  # propagates NaN to both; takes a tenth of isfinite's time
         if not (lowest.isfinite() and highest.isfinite()):
             raise UserError(
                 f"{folder}: the tensor {name} contains NaN or Inf, so nothing was written: training diverged or the "
@@ -81,18 +86,18 @@ def _finite(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> Iterat
 
 
 def _adapted(source: Source, found: Found, adapter: LoraConfig) -> None:
-    """Let the source's tensors be those of the merged model."""
+    """Replace the source's tensors by those of the merged model."""
     folder, checkpoint, facts, shapes = found.folder, found.checkpoint, found.facts, found.shapes
     if facts is not None:
         write_down_context(source.config, facts.context_tokens)
     if not is_plain_lora(adapter, shapes):
         if {HEAD, "embed_tokens"} & set(adapter.modules_to_save or ()) and not adapter.ensure_weight_tying:
-            source.config.tie_word_embeddings = False  # trained apart from each other
+            source.config.tie_word_embeddings = False  # trained separately
         source.tensors = lambda: _whole(folder)
         return
     require_plain(source.config, adapter, shapes, folder)
     has_to_be_nf4 = facts is not None and facts.quantization == "nf4" and not is_nf4(checkpoint)
-    trained_dtype = source.dtype  # the one to write may be set to another
+    trained_dtype = source.dtype  # source.dtype may be changed to the dtype to write
     matrices = {f"{name}.weight" for name in plain_linears(empty_model(source.config))}
 
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
@@ -106,7 +111,7 @@ def _adapted(source: Source, found: Found, adapter: LoraConfig) -> None:
 
 
 def require_plain(config: PreTrainedConfig, adapter: LoraConfig, shapes: TensorShapes, folder: Path) -> None:
-    """Raise UserError unless a plain adapter is whole, fits the model, and adapts no head that is the embedding."""
+    """Raise UserError unless a plain adapter is complete, fits the model, and does not adapt a tied output head."""
     require_whole(empty_model(config), adapter, shapes, folder)
     if config.tie_word_embeddings and any(f".{HEAD}.lora_" in name for name in shapes):
         raise UserError(
@@ -116,14 +121,14 @@ def require_plain(config: PreTrainedConfig, adapter: LoraConfig, shapes: TensorS
 
 
 def adapter_scale(adapter: LoraConfig) -> float:
-    """What B A is multiplied by: alpha / rank, or alpha / sqrt(rank) where the adapter is rank-stabilised."""
+    """Return the factor on B A: alpha / rank, or alpha / sqrt(rank) for a rank-stabilized adapter."""
     return float(adapter.lora_alpha / (math.sqrt(adapter.r) if adapter.use_rslora else adapter.r))
 
 
 def adapter_matrices(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield each adapted matrix's name in the base model, A (rank, inputs) and B (outputs, rank).
 
-    Raises UserError where a number in them is none.
+    Raises UserError if they contain NaN or Inf.
     """
     with safe_open(str(folder / ADAPTER_WEIGHTS), framework="pt") as file:
         for name in sorted(file.keys()):
@@ -142,30 +147,30 @@ def _updates(folder: Path) -> dict[str, Update]:
     scale = adapter_scale(read_adapter(folder))
 
     def update(a: torch.Tensor, b: torch.Tensor) -> Update:
-        # in place: what a checkpoint gives is a copy of its own; in PEFT's order, to the same bits
+        # In place, as tensors read from a checkpoint are copies; in PEFT's order, for bit-identical results.
         return lambda weight: weight.float().add_((b.float() @ a.float()).mul_(scale))
 
     return {name: update(a, b) for name, a, b in adapter_matrices(folder)}
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """The checkpoint's own tensors; NF4 matrices unpacked."""
+    """Yield the checkpoint's own tensors, with NF4 matrices dequantized."""
     stored = StoredTensors(checkpoint, torch.device("cpu"))
     for name in stored.places:
         layer, _, part = name.rpartition(".weight")
         if name.endswith("rotary_emb.inv_freq") or (part and stored.is_nf4(layer)):
-            continue  # computed, not stored; a part of the matrix below
+            continue  # recomputed from the config; or a part of an NF4 matrix, which is yielded below
         yield name, nf4_dequantize(stored.nf4(layer)[0]) if stored.is_nf4(layer) else stored.read(name)
 
 
 def _whole(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Through PEFT, in memory."""
+    """Merge the whole model in memory, with PEFT."""
     full, _ = load_merged(folder, device="cpu")
     yield from full.state_dict().items()
 
 
 def _generation(base: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The base's, ending answers where fettle ends them: others stop at what it names, and at nothing else."""
+    """Return the base's generation config with fettle's stop tokens, as other tools stop only at those it lists."""
     file = base / "generation_config.json"
     generation = read_generation(base) or GenerationConfig.from_model_config(config)
     ends = generation.eos_token_id or []

@@ -381,7 +381,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, past_key_values: Cache | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Return `forward`'s inputs for the next token; drops a cache when LongRoPE's factors change with the length."""
+        """Return `forward`'s inputs for the next token; drops a cache made with other LongRoPE factors."""
         if past_key_values is not None and self.model.rotary_emb.changes_factors(
             past_key_values.get_seq_length(), input_ids.shape[1]
         ):

@@ -1,4 +1,5 @@
-"""Functions on tensors that know no model: the formula, what is saved for backward, what is redone."""
+"""Functions on tensors that know no model. Each documents its formula, what it saves for backward and what it
+recomputes there."""
 
 from fettle.ops.attention import Documents, packed_attention, softcap_attention
 from fettle.ops.gated_activation import gated_activation

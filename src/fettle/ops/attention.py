@@ -1,19 +1,19 @@
-"""Causal attention over packed rows: every document sees only itself, without a mask.
+"""Causal attention over packed rows: attention within each document, without a mask.
 
     out = softmax(scale * q k^T) v over the keys j of the query's own document with i - window < j <= i
 
 With `softcap` the scores s become softcap * tanh(s / softcap) first (Gemma 2, arXiv 2408.00118, section 2).
 
-A pack is several documents laid end to end. A dense mask over the whole pack costs tokens^2 memory and
-computes mostly zeros. On a GPU FlashAttention-2 takes the documents' bounds, and a Triton kernel serves what that
-does not (a soft cap, fp32, GPUs before Ampere). Elsewhere documents of similar
-length (equal up to the next power of two) are gathered into one right-padded batch: under a causal rule the
-padding lies after every real query, so no mask is needed. Cost: the documents' own length^2, at most 4 times that.
+A pack is several concatenated documents. A dense mask over the whole pack would take tokens^2 memory and compute
+mostly zeros. On a GPU, FlashAttention-2 takes the documents' bounds, and a Triton kernel covers what it does not
+support (a soft cap, fp32, GPUs before Ampere). On a CPU, documents of similar length (the same next power of two) are
+gathered into one right-padded batch: with causal attention the padding comes after every real query, so no mask is
+needed. Cost: the sum of the documents' lengths squared, at most 4 times that with padding.
 
-Saved for backward: query, key, value, out and logsumexp (one fp32 number a token and head). The weights are
-made again, tile by tile (FlashAttention-2, arXiv 2307.08691).
+Saved for backward: query, key, value, out and logsumexp (one fp32 number per token and head). Recomputed: the
+weights, tile by tile (FlashAttention-2, arXiv 2307.08691).
 
-Shapes: H heads, K key-value heads (H a multiple of K), D channels a head, T tokens in all rows.
+Shapes: H heads, K key-value heads (H a multiple of K), D channels per head, T tokens in all rows.
 """
 
 from dataclasses import dataclass
@@ -29,37 +29,41 @@ from fettle.ops.attention_flash import flash_backward, flash_forward
 from fettle.ops.dispatch import product_dtype, uses_flash_attention, uses_triton
 
 SMALLEST_GROUP = 16
-"""Documents shorter than this share one group: below it a call costs more than the padding."""
+"""Documents shorter than this share one group, as separate calls would cost more than the padding."""
 
 QUERIES_AT_ONCE = 256
-"""Of attention that is written out: its scores take 12 bytes for each pair of tokens and head."""
+"""Queries per block in `softcap_attention`, whose scores take 12 bytes per pair of tokens and head."""
 
 TILED_TOKENS = 512
-"""Up to this length the tiles are faster in bf16 than PyTorch's fused attention on a CPU. Phi-3.5's heads, forward and
-backward of one layer on 2 Zen 4 cores: 8 x 128 tokens 57 against 80 ms, 4 x 256 67 against 78 ms, 2 x 512 113 against
-154 ms, 1 x 1024 213 against 168 ms. In fp32 the fused one is faster at every length (one Zen 3 core: 12 x 85 tokens
-300 against 240 ms, 8 x 128 360 against 230 ms, 2 x 512 550 against 480 ms)."""
+"""Up to this length tiled attention is faster in bf16 than PyTorch's fused attention on a CPU. Phi-3.5's heads, forward
+and backward of one layer on 2 Zen 4 cores, tiled vs. fused: 8 x 128 tokens 57 vs. 80 ms, 4 x 256 67 vs. 78 ms, 2 x 512
+113 vs. 154 ms, 1 x 1024 213 vs. 168 ms. In fp32 the fused one is faster at every length (one Zen 3 core: 12 x 85 tokens
+300 vs. 240 ms, 8 x 128 360 vs. 230 ms, 2 x 512 550 vs. 480 ms)."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Documents of similar length. index: (documents, longest) positions in the pack, the last token
-    repeated as padding; is_real: the same shape, False on padding. is_whole: these are the pack's tokens as they
-    lie, without padding, so that what is gathered is a view."""
+    """Documents of similar length.
+
+    index: (documents, longest), positions in the pack, padded with each document's last position. is_real: the same
+    shape, False on padding. is_whole: the group is the entire pack in order and without padding, so that gathering is
+    a view.
+    """
 
     index: torch.Tensor
     is_real: torch.Tensor
     is_whole: bool
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, heads, ...) to (documents, heads, longest, ...)."""
+        """Return x (T, heads, ...) as (documents, heads, longest, ...)."""
         if self.is_whole:
             return x.unflatten(0, self.index.shape).transpose(1, 2)
-        chosen = x.transpose(0, 1).index_select(1, self.index.flatten())  # a head's tokens side by side
+        # (heads, documents * longest, ...), so that a head's tokens are adjacent in memory
+        chosen = x.transpose(0, 1).index_select(1, self.index.flatten())
         return chosen.unflatten(1, self.index.shape).transpose(0, 1)
 
     def scatter(self, found: torch.Tensor, target: torch.Tensor) -> None:
-        """Put what is no padding of `found` (documents, heads, longest, ...) into `target` (T, heads, ...)."""
+        """Write `found` (documents, heads, longest, ...), without its padding, into `target` (T, heads, ...)."""
         if self.is_whole:
             self.gather(target).copy_(found)
         else:
@@ -68,16 +72,16 @@ class Group:
 
     @cached_property
     def real(self) -> torch.Tensor:
-        """Where the flattened `index` is no padding."""
+        """Return the positions in the flattened `index` that are not padding."""
         return self.is_real.flatten().nonzero().flatten()
 
 
 @dataclass(frozen=True)
 class Documents:
-    """How a flat row of T tokens divides into documents; made once per batch, used by every layer.
+    """The documents of a flat row of T tokens; made once per batch, used by every layer.
 
-    lengths: (T,) each token's own document's length. starts: (T,) int32, where each token's document begins.
-    bounds: int32, where the documents begin, and T. longest: in tokens.
+    lengths: (T,), the length of each token's document. starts: (T,) int32, the start of each token's document.
+    bounds: (documents + 1,) int32, the start of each document, and T. longest: length of the longest document.
     """
 
     lengths: torch.Tensor
@@ -87,7 +91,7 @@ class Documents:
 
     @classmethod
     def from_starts(cls, is_start: torch.Tensor) -> "Documents":
-        """is_start: (T,) bool, True where a document begins; the first token always does."""
+        """is_start: (T,) bool, True where a document begins; the first must be True."""
         starts = is_start.nonzero().flatten()
         bounds = torch.cat((starts, starts.new_tensor([is_start.numel()])))
         lengths = bounds.diff()
@@ -96,7 +100,7 @@ class Documents:
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """Documents of similar length together, for devices whose attention takes batches; made when asked for."""
+        """Return the documents grouped by similar length, for attention that takes batches; computed on demand."""
         starts, lengths = self.bounds[:-1].long(), self.bounds.diff().long()
         sizes = [max(SMALLEST_GROUP, 1 << (n - 1).bit_length()) for n in lengths.tolist()]
         groups = []
@@ -115,10 +119,10 @@ def _group(starts: torch.Tensor, lengths: torch.Tensor, tokens: int) -> Group:
 
 @dataclass(slots=True)
 class KeptAttention:
-    """What one call of `packed_attention` computed, for a layer that is redone in backward.
+    """The result of one `packed_attention` call, for a layer that is recomputed in backward.
 
-    Passed empty, it is filled; passed filled, with the same inputs, nothing is computed again. out: (T, H, D);
-    logsumexp: (H, T).
+    An empty one is filled by the call; a filled one, passed with the same inputs, replaces the computation. out:
+    (T, H, D); logsumexp: (H, T).
     """
 
     out: torch.Tensor | None = None
@@ -135,7 +139,7 @@ def packed_attention_reference(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """The formula with a dense mask over the pack, in plain PyTorch: the specification of `packed_attention`."""
+    """Compute the formula with a dense mask over the pack in plain PyTorch: the specification of `packed_attention`."""
     position = torch.arange(len(query), device=query.device)
     i, j = position[:, None], position[None]
     seen = (j <= i) & (j >= documents.starts[:, None])
@@ -160,8 +164,8 @@ def packed_attention(
 ) -> torch.Tensor:
     """Return softmax(scale * q k^T) v within each document, causal, over the last `window` tokens.
 
-    query: (T, H, D); key, value: (T, K, D); result: (T, H, D). `kept` holds the result for a second call with
-    the same inputs. With dropout the weights are written out, (longest document)^2 a head, and nothing is kept.
+    query: (T, H, D); key, value: (T, K, D); result: (T, H, D). `kept` stores the result for a second call with the
+    same inputs. Dropout materializes the weights, (longest document)^2 per head, and keeps nothing.
     """
     rules = Rules(scale, window, softcap)
     if dropout:
@@ -182,7 +186,7 @@ class _PackedAttention(torch.autograd.Function):
         kept: KeptAttention | None,
     ) -> torch.Tensor:
         if kept is not None and kept.out is not None and kept.logsumexp is not None:
-            out, logsumexp = kept.out.detach(), kept.logsumexp
+            out, logsumexp = kept.out.detach(), kept.logsumexp  # the second pass of a recomputed layer
         else:
             out, logsumexp = _forward(query, key, value, documents, rules)
         if kept is not None and kept.out is None:
@@ -216,6 +220,7 @@ def _forward(
     dtype = product_dtype(query)
     for group in documents.groups:
         forward = _fused_forward if _prefers_fused(query, group, rules) else _tiled_forward
+        # (documents, H or K, longest, D)
         q, k, v = (group.gather(x).to(dtype) for x in (query, key, value))
         group_out, group_logsumexp = forward(q, k, v, rules)
         group.scatter(group_out, out)
@@ -245,7 +250,7 @@ def _backward(
     for group in documents.groups:
         backward = _fused_backward if _prefers_fused(query, group, rules) else _tiled_backward
         q, k, v, group_out, group_grad = (group.gather(x).to(dtype) for x in (query, key, value, out, grad))
-        if not group.is_whole:  # padding repeats a real token, whose gradient must count once
+        if not group.is_whole:  # padding repeats a document's last token, whose gradient must count only once
             group_grad = group_grad.masked_fill(~group.is_real[:, None, :, None], 0)
         group_grads = backward(group_grad, q, k, v, group_out, group.gather(logsumexp.T), rules)
         for target, part in zip(grads, group_grads, strict=True):
@@ -261,7 +266,7 @@ def _prefers_fused(query: torch.Tensor, group: Group, rules: Rules) -> bool:
 
 
 def _repeat(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """A key head for every query head: PyTorch's fused attention on a CPU knows no shared ones."""
+    """Repeat key heads to one per query head: PyTorch's fused attention on a CPU does not support shared ones."""
     return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
 
 
@@ -288,12 +293,14 @@ def _fused_backward(
     grads = fused(grad, *repeated, out, logsumexp, 0.0, True, scale=rules.scale)
     if (shared := key.shape[1]) == query.shape[1]:
         return tuple(grads)
+    # A shared key head gets the sum of its query heads' gradients: (B, H, N, D) -> (B, K, H / K, N, D) -> (B, K, N, D).
     return grads[0], *(x.unflatten(1, (shared, -1)).sum(2) for x in grads[1:])
 
 
 def _tiled_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    # (B, H, N, D) -> (B * K, H / K, N, D): the query heads that share a key head side by side
     grouped = query.unflatten(1, (key.shape[1], -1)).flatten(0, 1)
     out, logsumexp = tiled_forward(grouped, key.flatten(0, 1), value.flatten(0, 1), rules)
     return out.view(query.shape), logsumexp.view(query.shape[:3])
@@ -309,6 +316,7 @@ def _tiled_backward(
     rules: Rules,
 ) -> tuple[torch.Tensor, ...]:
     shared = key.shape[1]
+    # (B, H, N, ...) -> (B * K, H / K, N, ...), as in forward
     grad, grouped, out, logsumexp = (
         x.unflatten(1, (shared, -1)).flatten(0, 1) for x in (grad, query, out, logsumexp)
     )
@@ -331,12 +339,13 @@ def _with_dropout(
         mask = _window_mask(q.shape[2], rules.window, q.device)
         out = softcap_attention(q, k, v, mask, scale=rules.scale, softcap=rules.softcap, dropout=dropout)
         outputs.append(out.transpose(1, 2)[group.is_real])
+    # Results are in the order of the groups; `order` has the position of each in the pack.
     order = torch.cat([group.index[group.is_real] for group in documents.groups])
     return torch.cat(outputs)[torch.argsort(order)]
 
 
 def _window_mask(tokens: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """(tokens, tokens), True where query i may see key j: i - window < j <= i."""
+    """Return (tokens, tokens), True where query i attends to key j: i - window < j <= i."""
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
     return causal if window is None else causal.triu(1 - window)
 
@@ -351,10 +360,11 @@ def softcap_attention(
     softcap: float | None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Attention written out, for what the fused call cannot do. All: (batch, H, tokens, D).
+    """Return attention with materialized scores, for cases that fused attention does not support.
 
-    mask: bool (True = may see) or additive, broadcast to (batch, H, queries, keys); None: causal.
-    Scores exist for QUERIES_AT_ONCE queries at a time, unless they are kept for backward.
+    query, key, value: (batch, H, tokens, D). mask: bool (True = attend) or additive, broadcast to
+    (batch, H, queries, keys); None: causal. Scores exist for QUERIES_AT_ONCE queries at a time, unless they are kept
+    for backward.
     """
     size = torch.Size((query.shape[-2], key.shape[-2]))
     if mask is None:

@@ -1,15 +1,16 @@
 """Causal attention in tiles of queries, in plain PyTorch: memory is one tile, never tokens^2.
 
-A tile is one block of queries and every key it can see: with a window that is at most window + block keys.
-It is made anew in backward from the logsumexp of its rows (FlashAttention-2, arXiv 2307.08691, section 2.3):
+A tile is one block of queries with all keys that it attends to: at most window + block keys with a sliding window.
+Backward recomputes it from the logsumexp of its rows (FlashAttention-2, arXiv 2307.08691, section 2.3):
 
     scores = scale * q k^T,  weights = exp(scores - logsumexp),  delta = sum(grad * out)
     grad_scores = weights * (grad v^T - delta),  times 1 - (scores / softcap)^2 with a soft cap
 
 Forward, scores and their gradients are computed in fp32, the other products of backward in the inputs' dtype.
-The query heads that share a key head lie side by side as rows of one product, so no key is repeated.
+The query heads that share a key head are rows of one product, so no key is repeated.
 
-Shapes: B documents times key-value heads, G query heads a key-value head, N tokens, D channels.
+Shapes: B documents times key-value heads, G query heads per key-value head, N tokens, D channels. In a tile: b of the
+B, q queries, k keys.
 """
 
 import math
@@ -18,10 +19,10 @@ from typing import NamedTuple
 import torch
 
 BLOCK = 128
-"""Queries a tile: fewer make narrow products, more waste work above the diagonal."""
+"""Queries per tile: fewer give inefficient products, more waste work above the diagonal."""
 
 TILE_SCORES = 1 << 20
-"""Scores a tile where there is a choice (4 MB in fp32), so that a tile stays in the cache."""
+"""Target for the scores per tile (4 MB in fp32), so that a tile stays in the cache."""
 
 
 class Rules(NamedTuple):
@@ -33,7 +34,7 @@ class Rules(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Which heads, queries and keys."""
+    """The slices of heads, queries and keys of one tile."""
 
     batch: slice
     queries: slice
@@ -43,7 +44,7 @@ class Tile(NamedTuple):
 def tiled_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out, as query, and the logsumexp of the scores, (B, G, N).
+    """Return out, shaped as query, and the logsumexp of the scores, (B, G, N).
 
     query: (B, G, N, D); key, value: (B, N, D).
     """
@@ -53,17 +54,17 @@ def tiled_forward(
     tiles = _tiles(query, rules.window)
     scratch = _scratch(query, tiles, wide)
     for tile in tiles:
-        rows = query[tile.batch, :, tile.queries]
-        scores = _scores(rows, key[tile.batch, tile.keys], rules, scratch)
+        rows = query[tile.batch, :, tile.queries]  # (b, G, q, D)
+        scores = _scores(rows, key[tile.batch, tile.keys], rules, scratch)  # (b, G * q, k)
         scores.unflatten(1, rows.shape[1:3]).masked_fill_(
             _hidden(tile, rules.window, query.device), -torch.inf
         )
         highest = scores.amax(-1)
         weights = torch.softmax(scores, -1, out=scores)
-        # The highest score's weight is exp(highest - logsumexp).
-        row_logsumexp = highest - weights.amax(-1).log_()
+        # The largest weight is exp(highest - logsumexp), so the softmax gives the logsumexp without a second pass.
+        row_logsumexp = highest - weights.amax(-1).log_()  # (b, G * q)
         logsumexp[tile.batch, :, tile.queries] = row_logsumexp.view(rows.shape[:3])
-        product = torch.bmm(weights, value[tile.batch, tile.keys].to(wide))
+        product = torch.bmm(weights, value[tile.batch, tile.keys].to(wide))  # (b, G * q, D)
         out[tile.batch, :, tile.queries] = product.view(rows.shape)
     return out, logsumexp
 
@@ -77,20 +78,24 @@ def tiled_backward(
     logsumexp: torch.Tensor,
     rules: Rules,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of query, key and value, given that of out and what forward returned."""
+    """Return the gradients of query, key and value, given that of out and the results of forward."""
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     wide = torch.promote_types(query.dtype, torch.float32)
+    # Several tiles add to the same keys and values, so their sums are in fp32.
     grad_key, grad_value = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (key, value))
     tiles = _tiles(query, rules.window)
     scratch, grad_scratch, narrow_scratch = (_scratch(query, tiles, t) for t in (wide, wide, query.dtype))
     for tile in tiles:
-        rows, grad_rows, out_rows = (x[tile.batch, :, tile.queries] for x in (query, grad, out))
-        keys, values = key[tile.batch, tile.keys], value[tile.batch, tile.keys]
-        row_logsumexp = logsumexp[tile.batch, :, tile.queries].flatten(1)[..., None]
-        grad_rows = grad_rows.flatten(1, 2)
-        delta = (grad_rows.to(wide) * out_rows.flatten(1, 2)).sum(-1, keepdim=True)
+        rows, grad_rows, out_rows = (
+            x[tile.batch, :, tile.queries] for x in (query, grad, out)
+        )  # (b, G, q, D)
+        keys, values = key[tile.batch, tile.keys], value[tile.batch, tile.keys]  # (b, k, D)
+        row_logsumexp = logsumexp[tile.batch, :, tile.queries].flatten(1)[..., None]  # (b, G * q, 1)
+        grad_rows = grad_rows.flatten(1, 2)  # (b, G * q, D)
+        # sum_j weight_j * (grad v_j): what the softmax's gradient subtracts, from D instead of k products
+        delta = (grad_rows.to(wide) * out_rows.flatten(1, 2)).sum(-1, keepdim=True)  # (b, G * q, 1)
 
-        scores = _scores(rows, keys, rules, scratch)
+        scores = _scores(rows, keys, rules, scratch)  # (b, G * q, k), overwritten by the weights below
         slope = None if rules.softcap is None else (scores / rules.softcap).square_().neg_().add_(1)
         weights = scores.sub_(row_logsumexp).exp_()
         hidden = _hidden(tile, rules.window, query.device)
@@ -100,6 +105,7 @@ def tiled_backward(
         if slope is not None:
             grad_scores.mul_(slope)
 
+        # The products below run in the inputs' dtype; one buffer holds the rounded weights, then the gradient.
         narrow = narrow_scratch[: scores.numel()].view(scores.shape)
         narrow.copy_(weights)
         grad_value[tile.batch, tile.keys] += torch.bmm(narrow.mT, grad_rows)
@@ -124,13 +130,13 @@ def _tiles(query: torch.Tensor, window: int | None) -> list[Tile]:
 
 
 def _scratch(query: torch.Tensor, tiles: list[Tile], dtype: torch.dtype) -> torch.Tensor:
-    """Room for the largest tile's scores."""
+    """Return a buffer for the scores of the largest tile."""
     scores = max(math.prod(side.stop - side.start for side in tile) for tile in tiles)
     return torch.empty(query.shape[1] * scores, dtype=dtype, device=query.device)
 
 
 def _scores(rows: torch.Tensor, keys: torch.Tensor, rules: Rules, scratch: torch.Tensor) -> torch.Tensor:
-    """(b, G * queries, keys), in the scratch. rows: (b, G, queries, D); keys: (b, keys, D)."""
+    """Return the scores (b, G * q, k), in `scratch`. rows: (b, G, q, D); keys: (b, k, D)."""
     rows = rows.flatten(1, 2).to(scratch.dtype) * rules.scale
     scores = scratch[: rows.shape[0] * rows.shape[1] * keys.shape[1]].view(*rows.shape[:2], keys.shape[1])
     torch.bmm(rows, keys.to(scratch.dtype).mT, out=scores)
@@ -140,7 +146,7 @@ def _scores(rows: torch.Tensor, keys: torch.Tensor, rules: Rules, scratch: torch
 
 
 def _hidden(tile: Tile, window: int | None, device: torch.device) -> torch.Tensor:
-    """(queries, keys), False where query i may see key j: i - window < j <= i."""
+    """Return (q, k), False where query i attends to key j: i - window < j <= i."""
     i = torch.arange(tile.queries.start, tile.queries.stop, device=device)[:, None]
     j = torch.arange(tile.keys.start, tile.keys.stop, device=device)
     return j > i if window is None else (j > i) | (j <= i - window)

@@ -1,7 +1,7 @@
-"""FlashAttention-2's CUDA kernels (arXiv 2307.08691), as PyTorch carries them, over documents laid end to end.
+"""FlashAttention-2's CUDA kernels (arXiv 2307.08691), as shipped in PyTorch, over concatenated documents.
 
-The fastest way on Ampere and later; it knows no soft cap. Its backward adds up with atomics, so that the last
-bits may differ between runs unless `torch.use_deterministic_algorithms(True)` is set.
+The fastest implementation on Ampere and later; it does not support a soft cap. Its backward accumulates with atomics,
+so the last bits may differ between runs unless `torch.use_deterministic_algorithms(True)` is set.
 """
 
 import torch
@@ -19,7 +19,7 @@ def flash_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out, (T, H, D), and the logsumexp of the scores, (H, T).
 
-    query: (T, H, D); key, value: (T, K, D). bounds: int32, where documents begin, and T. longest: in tokens.
+    query: (T, H, D); key, value: (T, K, D). bounds: int32, the starts of the documents, and T. longest: in tokens.
     """
     out, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
         *(query, key, value, bounds, bounds, longest, longest, 0.0, True, False), **_options(rules)
@@ -35,7 +35,7 @@ def flash_backward(
     rules: Rules,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value. saved: query, key, value, out, logsumexp."""
-    random = torch.zeros(2, dtype=torch.uint64, device=grad.device)  # asked for, without dropout not read
+    random = torch.zeros(2, dtype=torch.uint64, device=grad.device)  # required, but not read without dropout
     grads = torch.ops.aten._flash_attention_backward(
         *(grad.contiguous(), *saved, bounds, bounds, longest, longest, 0.0, True, random, random),
         **_options(rules),

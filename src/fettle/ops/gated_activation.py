@@ -1,8 +1,8 @@
 """The gate of SwiGLU and GeGLU (Shazeer, 2020, arXiv 2002.05202, equation 6).
 
 Both activations are a(g) = g * sigmoid(z(g)), with z = g for SiLU and, as (1 + tanh u) / 2 = sigmoid(2u),
-z = 2 sqrt(2 / pi) (g + 0.044715 g^3) for the tanh form of GELU. Their slope, with s = sigmoid(z), is
-a' = s + g s (1 - s) z'. Saved for backward: gate and up. Redone in backward: a(gate).
+z = 2 sqrt(2 / pi) (g + 0.044715 g^3) for the tanh approximation of GELU. The derivative, with s = sigmoid(z), is
+a' = s + g s (1 - s) z'. Saved for backward: gate and up. Recomputed in backward: a(gate).
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from fettle.ops.dispatch import uses_triton
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
-ROWS = 256  # the CPU path works on so many rows at once, which stay in the cache
+ROWS = 256  # rows that the CPU path processes at a time, so that they stay in the cache
 
-# Class names, because those of transformers are not imported here.
+# By class name, as transformers is not imported here.
 CLASSES = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_pytorch_tanh"}
 
 
@@ -37,7 +37,7 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: Activatio
 
 
 def activation_name_of(activation: Activation) -> str | None:
-    """The name that the functions below know an activation by; None for one they do not know."""
+    """Return the name of an activation for the functions below; None if they do not support it."""
     return "silu" if activation is F.silu else CLASSES.get(type(activation).__name__)
 
 
@@ -71,10 +71,10 @@ def gated_activation_forward(gate: torch.Tensor, up: torch.Tensor, activation_na
 def gated_activation_backward(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation_name: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of gate and up, and the product `activation(gate) * up` once more.
+    """Return the gradients of gate and up, and the recomputed product `activation(gate) * up`.
 
     grad, gate, up: (..., intermediate). On a GPU gradients are computed in fp32 and rounded once; on a CPU each of
-    PyTorch's own fused passes rounds, as in stock models: a third of the time that fp32 throughout takes.
+    PyTorch's own fused passes rounds, as in stock models, in a third of the time of fp32 throughout.
     """
     if uses_triton(gate):
         from fettle.ops.kernels import gated_activation as kernels
@@ -100,7 +100,7 @@ def _activate(gate: torch.Tensor, activation_name: str) -> torch.Tensor:
 def _activation_gradient(
     grad: torch.Tensor, gate: torch.Tensor, activation_name: str, *, out: torch.Tensor
 ) -> None:
-    """Put grad * a'(gate) into `out`."""
+    """Write grad * a'(gate) to `out`."""
     if activation_name == "silu":
         torch.ops.aten.silu_backward.grad_input(grad, gate, grad_input=out)
     else:

@@ -2,12 +2,16 @@
 
     y = x W^T + bias + scale * (x A^T) B^T
 
-Autograd's own graph for this keeps a second copy of x where adapters are fp32, and PEFT casts x up to the
-adapters' dtype. Here the adapters may be fp32 masters over bf16 weights: they, being small, are cast to x's
-dtype. Products run in that dtype or, where the CPU has none of it, in fp32 (`dispatch.product_dtype`).
-Layers of one input (query, key and value) share their products with it: one x A^T for all A, one sum for
-the gradient of x. Saved for backward: x, the middles x A^T (tokens * rank each) and references to W, A, B.
-Redone in backward: the unpacking of W where it is NF4. W and its bias are frozen and get no gradient.
+With fp32 adapters, autograd's own graph keeps a second copy of x, as PEFT casts x up to the adapters' dtype. Here fp32
+adapters over bf16 weights, which are small, are cast to x's dtype instead. Products run in that dtype or, if the CPU
+would emulate it, in fp32 (`dispatch.product_dtype`). Layers with a shared input (query, key and value) share products:
+one x A^T for all A, and one sum for the gradient of x.
+
+Saved for backward: x, the middles x A^T (T x rank each) and references to W, A, B. Recomputed in backward: the
+dequantized W if it is NF4. W and its bias are frozen and get no gradient. With G the gradient of y and
+M = scale * G B (T, rank):
+
+    grad_x = G W + M A,    grad_A = M^T x,    grad_B = scale * G^T (x A^T)
 
 Shapes: T tokens; inputs, outputs and rank of each layer.
 """
@@ -27,38 +31,38 @@ from fettle.ops.scratch import dense_weights
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """The update of one layer. a: (rank, inputs); b: (outputs, rank), of any floating-point dtype."""
+    """The low-rank update of one layer. a: (rank, inputs); b: (outputs, rank), of any floating-point dtype."""
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
 
     def add_to(self, output: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
-        """Add `scale * middle B^T` to `output` (T, outputs), in place. middle: x A^T, (T, rank)."""
+        """Add `scale * middle B^T` to `output` (T, outputs) in place. middle: x A^T, (T, rank)."""
         return output.addmm_(middle, self.b.to(output.dtype).T, alpha=self.scale)
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
-        """X A^T, (T, rank)."""
+        """x A^T, (T, rank)."""
         return F.linear(x, self.a.to(x.dtype))
 
     def middle_gradient(self, grad: torch.Tensor) -> torch.Tensor:
-        """D loss / d (x A^T), (T, rank), given that of the output, (T, outputs)."""
+        """d loss / d (x A^T) = scale * grad B, (T, rank), for the output's gradient `grad` (T, outputs)."""
         product = grad @ self.b.to(grad.dtype)
         return product if self.scale == 1 else product.mul_(self.scale)
 
     def add_input_gradient(self, grad_x: torch.Tensor, grad_middle: torch.Tensor) -> torch.Tensor:
-        """Add the update's share to `grad_x` (T, inputs), in place."""
+        """Add the update's share, grad_middle A, to `grad_x` (T, inputs) in place."""
         return grad_x.addmm_(grad_middle, self.a.to(grad_x.dtype))
 
     def b_gradient(self, grad: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
-        """The gradient of B in B's dtype."""
+        """scale * grad^T middle, (outputs, rank), in B's dtype."""
         grad_b = (grad.T @ middle).to(self.b.dtype)
         return grad_b if self.scale == 1 else grad_b.mul_(self.scale)
 
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """A frozen linear layer and its update, if it has one. weight: (outputs, inputs)."""
+    """A frozen linear layer and its low-rank update, if any. weight: (outputs, inputs)."""
 
     weight: torch.Tensor | Nf4
     update: LowRank | None
@@ -73,7 +77,7 @@ def lora_linear_reference(
     lora_b: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """The formula above in plain PyTorch: the specification of `lora_linear`."""
+    """Compute the formula above in plain PyTorch: the specification of `lora_linear`."""
     update = F.linear(F.linear(x, lora_a.to(x.dtype)), lora_b.to(x.dtype))
     return F.linear(x, weight, bias) + scale * update
 
@@ -86,7 +90,7 @@ def lora_linear(
     lora_b: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Return the layer's output; gradients flow to x, lora_a and lora_b only.
+    """Return the layer's output (..., outputs); only x, lora_a and lora_b get gradients.
 
     x: (..., inputs); weight: (outputs, inputs); lora_a: (rank, inputs); lora_b: (outputs, rank).
     """
@@ -95,7 +99,7 @@ def lora_linear(
 
 
 def lora_linears(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
-    """Return the outputs of layers that share the input x (..., inputs); gradients flow to x and the adapters."""
+    """Return the outputs of layers that share the input x (..., inputs); only x and the adapters get gradients."""
     updates = [layer.update for layer in layers if layer.update is not None]
     adapters = [update.a for update in updates] + [update.b for update in updates]
     outputs: tuple[torch.Tensor, ...] = _LoraLinears.apply(x, tuple(layers), *adapters)
@@ -124,9 +128,10 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layers, (x, *saved) = ctx.layers, ctx.saved_tensors
         updates = _updates(layers)
-        rows = _rows(x)
+        rows = _rows(x)  # (T, inputs)
+        # saved: all A, all B, then all middles (T, rank)
         middles = [middle.to(rows.dtype) for middle in saved[2 * len(updates) :]]
-        flat = [grad.reshape(-1, grad.shape[-1]).to(rows.dtype) for grad in grads]
+        flat = [grad.reshape(-1, grad.shape[-1]).to(rows.dtype) for grad in grads]  # (T, outputs)
         adapted = [grad for grad, layer in zip(flat, layers, strict=True) if layer.update is not None]
         grad_middles = [update.middle_gradient(grad) for update, grad in zip(updates, adapted, strict=True)]
         grad_x = None
@@ -138,6 +143,7 @@ class _LoraLinears(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         grads_a: list[torch.Tensor | None] = [None] * len(updates)
         if any(needed[: len(updates)]):
+            # one product for all layers: (sum of ranks, T) @ (T, inputs)
             ranks = [update.a.shape[0] for update in updates]
             together = (_side_by_side(grad_middles).T @ rows).split(ranks)
             grads_a = [part.to(update.a.dtype) for part, update in zip(together, updates, strict=True)]
@@ -149,13 +155,13 @@ class _LoraLinears(torch.autograd.Function):
 def frozen_linear(
     rows: torch.Tensor, weight: torch.Tensor | Nf4, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Rows W^T + bias in the dtype of `rows` (T, inputs)."""
+    """Return rows W^T + bias, (T, outputs), in the dtype of `rows` (T, inputs)."""
     with dense_weights([weight], rows.dtype) as (matrix,):
         return F.linear(rows, matrix, None if bias is None else bias.to(rows.dtype))
 
 
 def _rows(x: torch.Tensor, *, has_gradient: bool = True) -> torch.Tensor:
-    """X as (T, inputs), in the dtype of its products."""
+    """Return x as (T, inputs), in the dtype of its products."""
     rows = x.reshape(-1, x.shape[-1])
     return rows.to(product_dtype(rows, has_gradient=has_gradient))
 
@@ -165,7 +171,7 @@ def _updates(layers: Sequence[Projection]) -> list[LowRank]:
 
 
 def _middles(rows: torch.Tensor, updates: Sequence[LowRank]) -> tuple[torch.Tensor, ...]:
-    """X A^T of every update, from one product."""
+    """Return x A^T (T, rank) of every update, from one product."""
     if len(updates) < 2:
         return tuple(update.middle(rows) for update in updates)
     together = torch.cat([update.a.to(rows.dtype) for update in updates])
@@ -173,7 +179,7 @@ def _middles(rows: torch.Tensor, updates: Sequence[LowRank]) -> tuple[torch.Tens
 
 
 def _input_gradient(grads: Sequence[torch.Tensor], layers: Sequence[Projection]) -> torch.Tensor:
-    """The frozen matrices' share of the gradient of x, (T, inputs)."""
+    """Return the frozen matrices' share of the gradient of x, (T, inputs)."""
     total: torch.Tensor | None = None
     for grad, layer in zip(grads, layers, strict=True):
         with dense_weights([layer.weight], grad.dtype) as (matrix,):

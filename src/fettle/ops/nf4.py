@@ -2,12 +2,13 @@
 
     code = nearest entry of TABLE to weight / absmax,    weight ~ TABLE[code] * absmax
 
-absmax is the largest magnitude among 64 weights in a row (a block). Double quantisation stores it, less its
+absmax is the largest magnitude in a block of 64 consecutive weights. Double quantization stores it, minus its
 mean over the matrix, as 8-bit codes in blocks of 256. Two weights share a byte, the first in its high half.
-A weight so takes 4.127 bits.
+So a weight takes 4.127 bits.
 
-What bitsandbytes wrote is read to its bits. What is written here has its codes, nested scales and offset to the
-bit; of the 8-bit codes of absmax its routine for CPUs gives a few (under 1%) the neighbour that lies farther.
+Dequantizing bitsandbytes' matrices gives bit-identical results. Quantizing gives bit-identical codes, nested scales and
+offset; of the 8-bit codes of absmax, a few (under 1%) differ, for which bitsandbytes' CPU routine does not choose the
+nearest value.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ BLOCK = 64
 NESTED_BLOCK = 256
 CELLS = 1024
 SLAB = BLOCK * 4096
-"""Weights worked on at a time: their fp32 values (1 MB) stay in a core's cache."""
+"""Weights processed at a time: their fp32 values (1 MB) stay in a core's cache."""
 
 # fmt: off
 TABLE = (
@@ -38,9 +39,9 @@ TABLE = (
 class Nf4:
     """A matrix in NF4.
 
-    packed: (weights / 2, 1) uint8. absmax: (blocks,), uint8 codes where it is itself quantised
-    (`nested_absmax` (blocks / 256,) and `nested_quant_map` (256,), both fp32, and `offset` are then given),
-    fp32 where it is not. shape, dtype: of the matrix that was quantised.
+    packed: (weights / 2, 1) uint8. absmax: (blocks,), fp32, or uint8 codes if it is itself quantized, with
+    `nested_absmax` (blocks / 256,) and `nested_quant_map` (256,), both fp32, and `offset`. shape, dtype: of the matrix
+    that was quantized.
     """
 
     packed: torch.Tensor
@@ -53,25 +54,25 @@ class Nf4:
 
 
 def dense(weight: torch.Tensor | Nf4, dtype: torch.dtype) -> torch.Tensor:
-    """Return the matrix in `dtype`: a plain one as it is or converted, an NF4 one unpacked into fresh memory."""
+    """Return the matrix in `dtype`: a plain one unchanged or converted, an NF4 one dequantized into new memory."""
     return nf4_dequantize(weight, dtype) if isinstance(weight, Nf4) else weight.to(dtype)
 
 
-# --- quantise ----------------------------------------------------------------------------------------------
+# --- quantize ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def nf4_quantize(weight: torch.Tensor) -> Nf4:
-    """Quantise a matrix of any floating-point dtype, absmax doubly. Temporary memory: a few slabs.
+    """Quantize a matrix of any floating-point dtype, with double quantization. Temporary memory: a few slabs.
 
-    A NaN or an infinite weight makes `offset` no finite number, and the rest meaningless.
+    If a weight is NaN or Inf, so is `offset`, and the rest is meaningless.
     """
     flat = weight.detach().reshape(-1)
     packed = torch.empty((len(flat) + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-len(flat) // BLOCK), dtype=torch.float32, device=flat.device)
     for start in range(0, len(flat), SLAB):
         codes, largest = _blockwise_codes(flat[start : start + SLAB].float(), BLOCK, _table(flat.device))
-        if len(codes) % 2:  # as bitsandbytes: the byte's second half stands for a weight of zero
+        if len(codes) % 2:  # as in bitsandbytes, the last byte's second half is a weight of zero
             codes = torch.cat((codes, codes.new_full((1,), TABLE.index(0.0))))
         packed[start // 2 : start // 2 + len(codes) // 2] = (codes[::2] << 4) | codes[1::2]
         absmax[start // BLOCK : start // BLOCK + len(largest)] = largest
@@ -88,8 +89,8 @@ def _blockwise_codes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return each value's nearest entry of `table`, as uint8, and each block's largest magnitude.
 
-    A tie goes to the lower entry. As in bitsandbytes, whole blocks are multiplied by the reciprocal of their
-    magnitude and a last part of one is divided by it.
+    Ties go to the lower entry. As in bitsandbytes, full blocks are multiplied by the reciprocal of their magnitude,
+    and an incomplete last block is divided by it.
     """
     whole = len(values) // block * block
     blocks = values[:whole].view(-1, block)
@@ -102,9 +103,10 @@ def _blockwise_codes(
 
 
 def _nearest(scaled: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """The uint8 codes of numbers from -1 to 1: what `torch.bucketize` gives for the table's middles.
+    """Return the uint8 codes of numbers from -1 to 1: the result of `torch.bucketize` with the midpoints of `table`.
 
-    For NF4 5 times as fast: no cell of 1 / 512 holds two middles, so that a look-up and a comparison suffice.
+    For NF4 it is 5 times as fast: no cell of width 1 / 512 contains two midpoints, so one lookup and one comparison
+    suffice.
     """
     if len(table) > len(TABLE):
         return torch.bucketize(scaled, _middles(table), out_int32=True).to(torch.uint8)
@@ -119,7 +121,7 @@ def _middles(table: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _cells(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many of the table's middles lie below each cell, and the next one."""
+    """Return the number of midpoints below each cell, and the next midpoint."""
     middles = _middles(_table(device))
     below = torch.bucketize(torch.arange(CELLS, device=device) / (CELLS / 2) - 1, middles)
     beyond = torch.cat((middles, middles.new_tensor([torch.inf])))
@@ -128,9 +130,9 @@ def _cells(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 @cache
 def dynamic_map() -> torch.Tensor:
-    """The 256 values, ascending, of an 8-bit number with a dynamic exponent (Dettmers, 2015, arXiv 1511.04561).
+    """Return the 256 values, ascending, of an 8-bit number with a dynamic exponent (Dettmers, 2015, arXiv 1511.04561).
 
-    Seven decades up to 1, the i-th cut into 2^i parts on each side of zero, each represented by its middle.
+    Seven decades up to 1, the i-th divided into 2^i intervals on each side of zero, each represented by its midpoint.
     """
     values = [0.0, 1.0]
     for exponent in range(7):
@@ -140,11 +142,11 @@ def dynamic_map() -> torch.Tensor:
     return torch.tensor(sorted(values))
 
 
-# --- and back ----------------------------------------------------------------------------------------------
+# --- dequantize --------------------------------------------------------------------------------------------
 
 
 def block_scales(weight: Nf4) -> torch.Tensor:
-    """The absmax of every block, in fp32."""
+    """Return the absmax of every block, in fp32."""
     if weight.nested_absmax is None or weight.nested_quant_map is None:
         return weight.absmax.float()
     nested = weight.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(weight.absmax)]
@@ -152,7 +154,7 @@ def block_scales(weight: Nf4) -> torch.Tensor:
 
 
 def nf4_dequantize_reference(weight: Nf4, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The formula above in plain PyTorch: the specification of `nf4_dequantize`."""
+    """Compute the formula above in plain PyTorch: the specification of `nf4_dequantize`."""
     packed = weight.packed.flatten()
     codes = torch.stack((packed >> 4, packed & 15), 1).flatten()[: weight.shape.numel()]
     scales = block_scales(weight).repeat_interleave(BLOCK)[: len(codes)]
@@ -166,7 +168,7 @@ def nf4_dequantize(
 ) -> torch.Tensor:
     """Return the matrix, computed in fp32 and rounded once to `dtype` (default: the one it was quantised from).
 
-    out: a contiguous matrix of that dtype to put it in, on a CPU.
+    out: a contiguous matrix of that dtype to write to, on a CPU.
     """
     dtype, device = dtype or weight.dtype, weight.packed.device
     if out is None and uses_triton(torch.empty(0, dtype=dtype, device=device)):
@@ -178,11 +180,12 @@ def nf4_dequantize(
         out = torch.empty(weight.shape, dtype=dtype, device=device)
     packed, scales, blocks = weight.packed.view(-1, BLOCK // 2), block_scales(weight), out.view(-1, BLOCK)
     table, size = _pair_table(device), SLAB // BLOCK
-    bytes_at_work = torch.empty(size, BLOCK // 2, dtype=torch.int32, device=device)
+    # Buffers for one slab: bytes as indices, and the two fp32 values of each byte as one int64.
+    indices = torch.empty(size, BLOCK // 2, dtype=torch.int32, device=device)
     pairs = torch.empty(size * BLOCK // 2, dtype=table.dtype, device=device)
     for start in range(0, len(blocks), size):
         part = slice(start, start + size)
-        codes = bytes_at_work[: len(blocks[part])].copy_(packed[part]).view(-1)
+        codes = indices[: len(blocks[part])].copy_(packed[part]).view(-1)
         torch.index_select(table, 0, codes, out=pairs[: len(codes)])
         values = pairs[: len(codes)].view(torch.float32).view(-1, BLOCK)
         torch.mul(values, scales[part, None], out=blocks[part])
@@ -206,6 +209,6 @@ def _table(device: torch.device) -> torch.Tensor:
 
 @cache
 def _pair_table(device: torch.device) -> torch.Tensor:
-    """The two fp32 values that a byte stands for, side by side in an int64: one look-up for two weights."""
+    """Return the two fp32 values of each byte as one int64, so that one lookup gives two weights."""
     codes = torch.arange(256, device=device)
     return _table(device)[torch.stack((codes >> 4, codes & 15), 1)].view(torch.int64).flatten()

@@ -1,9 +1,9 @@
-"""Root-mean-square normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467, equation 4).
+"""Root-mean-square normalization (Zhang and Sennrich, 2019, arXiv 1910.07467, equation 4).
 
     y = n * weight,  n = x * rstd,  rstd = 1 / sqrt(mean(x^2) + eps)
 
 With d = grad * weight: grad_x = rstd * (d - n * mean(d * n)), grad_weight = sum over rows of grad * n.
-Saved for backward: x, weight and rstd (one fp32 number per row). Redone in backward: n.
+Saved for backward: x, weight and rstd (one fp32 number per row). Recomputed in backward: n.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fettle.ops.dispatch import uses_triton
 
-ROWS = 256  # the CPU path's fp32 temporaries are this many rows high
+ROWS = 256  # rows that the CPU path processes at a time, which bounds its fp32 temporaries
 
 
 def rms_norm_reference(
@@ -30,10 +30,10 @@ def rms_norm_reference(
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: bool = False) -> torch.Tensor:
     """Return `x / sqrt(mean(x^2) + eps) * weight`, computed in fp32 and returned in x's dtype.
 
-    x: (..., hidden); weight: (hidden,). With `offset` the weight is stored as its distance from one and
-    the product is taken before rounding (Gemma); without, the normalised x is rounded first (Llama).
+    x: (..., hidden); weight: (hidden,). With `offset` the weight is stored as its difference from one and
+    the product is computed before rounding (Gemma); without, the normalized x is rounded first (Llama).
     """
-    if weight.dtype != x.dtype:  # the product's dtype is then PyTorch's to decide
+    if weight.dtype != x.dtype:  # leave type promotion to PyTorch
         return rms_norm_reference(x, weight, eps, offset=offset)
     output: torch.Tensor = _RMSNorm.apply(x, weight, eps, offset)
     return output

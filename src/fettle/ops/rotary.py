@@ -2,8 +2,8 @@
 
     y1 = x1 cos1 - x2 sin1,  y2 = x2 cos2 + x1 sin2
 
-A rotation's transpose is the rotation by the negative angle, so backward is forward with the sine negated
-(and its halves, equal in every model, exchanged). Saved for backward: cos and sin, which get no gradient.
+The transpose of a rotation is the rotation by the negative angle, so backward is forward with the sine negated (and
+its halves exchanged, which are equal in every model). Saved for backward: cos and sin, which get no gradient.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     x: (batch, heads, tokens, head_dim); cos, sin: (batch or 1, tokens, rotary_dim). Channel i is paired
     with channel i + rotary_dim / 2; channels beyond rotary_dim pass unchanged (partial rotary).
     """
-    if cos.dtype != x.dtype:  # the product's dtype is then PyTorch's to decide
+    if cos.dtype != x.dtype:  # leave type promotion to PyTorch
         return apply_rotary_reference(x, cos, sin)
     output: torch.Tensor = _Rotary.apply(x, cos, sin)
     return output

@@ -1,14 +1,14 @@
-"""What a model's head says of given next tokens, without its logits ever existing for all of them at once.
+"""Log-probabilities of given next tokens, without materializing the logits of all tokens at once.
 
     logits = cap * tanh(h W^T / cap) or h W^T;  log_prob = logits[label] - logsumexp(logits)
 
-Work goes in chunks of tokens, (chunk, V) each. With a frozen head the gradient of a log-probability by its
-hidden state, (onehot - softmax) W, is taken in the forward pass already, while the chunk's logits are at hand,
-and backward only scales it: two passes of products instead of three. Saved for backward then: that gradient,
-(T, E). With a trainable head: h, W and labels; the logits are redone.
+Tokens are processed in chunks with logits of (chunk, V). With a frozen head the gradient of a log-probability with
+respect to its hidden state, (onehot - softmax) W, is computed in the forward pass, while the chunk's logits exist, and
+backward only scales it: two passes of products instead of three. Saved for backward in that case: this gradient,
+(T, E). With a trainable head: h, W and labels; the logits are recomputed.
 
-A chunk is worked on in place, in memory that the next one takes over: twice its logits, three times with a soft cap.
-Where products run in another dtype than the head's (`dispatch.product_dtype`), it is converted slice by slice.
+A chunk is computed in place, in buffers that the next chunk reuses: twice the size of its logits, three times with a
+soft cap. If products run in another dtype than the head's (`dispatch.product_dtype`), it is converted in slices.
 
 Shapes: T tokens, E hidden size, V vocabulary.
 """
@@ -25,13 +25,13 @@ from fettle.ops.dispatch import product_dtype
 from fettle.ops.scratch import scratch
 
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**26}
-"""Of fp32 logits in a chunk."""
+"""Size of the fp32 logits of a chunk."""
 FEWEST_TOKENS = 64
-"""In a chunk, whatever they take: each chunk reads the whole head twice. With 256,000 words and half as many tokens
-that was a third of a step on a CPU."""
+"""Minimum tokens per chunk, whatever their logits' size: each chunk reads the whole head twice. With a vocabulary of
+256,000 and 32 tokens per chunk that took a third of a step on a CPU."""
 
 SLICE = 4096
-"""Rows of the head that are converted at a time."""
+"""Rows of the head converted at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class TokenScores:
 def token_log_probs_reference(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None = None
 ) -> TokenScores:
-    """The formula above in plain PyTorch: the specification of `token_log_probs`."""
+    """Compute the formula above in plain PyTorch: the specification of `token_log_probs`."""
     logits = (hidden @ weight.T).float()
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
@@ -61,7 +61,7 @@ def token_log_probs_reference(
 def token_log_probs(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None = None
 ) -> TokenScores:
-    """Score `labels` (T,) after `hidden` (T, E) with the head `weight` (V, E), of one dtype; gradients flow to both."""
+    """Score `labels` (T,) for `hidden` (T, E) with the head `weight` (V, E) of the same dtype; both get gradients."""
     assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype} and the head {weight.dtype}"
     log_probs, entropy, is_top1 = _TokenLogProbs.apply(hidden, weight, labels, softcap)
     return TokenScores(log_probs, entropy, is_top1)
@@ -79,18 +79,20 @@ class _TokenLogProbs(torch.autograd.Function):
         slope = torch.empty_like(hidden) if has_gradient and not is_trained else None
         with _buffers(hidden, weight, softcap) as buffers:
             for chunk in _chunks(hidden, weight):
-                logits, spare = _logits(hidden[chunk], weight, softcap, buffers)
+                logits, spare = _logits(hidden[chunk], weight, softcap, buffers)  # (chunk, V) each
                 is_top1[chunk] = logits.argmax(-1) == labels[chunk]
                 label_logits = logits.gather(1, labels[chunk, None])[:, 0]
-                if slope is not None:
+                if slope is not None:  # before the logits are overwritten
                     factor = _cap_slope(logits, softcap, buffers)
                 highest = logits.amax(-1, keepdim=True)
                 total = torch.sub(logits, highest, out=spare).exp_().sum(-1)
                 logsumexp = total.log_().add_(highest[:, 0])
                 log_probs[chunk] = label_logits - logsumexp
-                each_log_prob = logits.sub_(logsumexp[:, None])
+                each_log_prob = logits.sub_(
+                    logsumexp[:, None]
+                )  # the logits become log-probabilities in place
                 entropy[chunk] = torch.exp(each_log_prob, out=spare).mul_(each_log_prob).sum(-1).neg_()
-                if slope is not None:
+                if slope is not None:  # and now probabilities, and then the gradient of the logits
                     grad_logits = _score_gradient(each_log_prob.exp_(), labels[chunk], factor)
                     _times_head(grad_logits, weight, buffers, out=slope[chunk])
         ctx.softcap = softcap
@@ -122,8 +124,8 @@ class _TokenLogProbs(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class _Buffers:
-    """Memory for one chunk, used again by the next. logits, spare and slope (of the cap): (chunk, V), fp32 or fp64;
-    rows: (SLICE, E), of the products' type, for a slice of the head that is converted."""
+    """Buffers for one chunk, reused by the next. logits, spare and slope (of the cap): (chunk, V), fp32 or fp64;
+    rows: (SLICE, E), in the products' dtype, for a converted slice of the head."""
 
     logits: torch.Tensor
     spare: torch.Tensor
@@ -134,7 +136,7 @@ class _Buffers:
 def buffer_shapes(
     tokens: int, weight_shape: tuple[int, int], *, is_capped: bool, is_converted: bool
 ) -> list[torch.Size]:
-    """Those that a chunk of `tokens` needs, of the logits' type: logits, spare, the cap's slope, a converted slice."""
+    """Return the shapes of a chunk's buffers, in the logits' dtype: logits, spare, the cap's slope, converted slice."""
     vocabulary, hidden = weight_shape
     shapes = [torch.Size((tokens, vocabulary))] * (3 if is_capped else 2)
     return shapes + ([torch.Size((min(SLICE, vocabulary), hidden))] if is_converted else [])
@@ -152,14 +154,14 @@ def _buffers(hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None) 
 
 
 def _wide(hidden: torch.Tensor) -> torch.dtype:
-    """The logits' type: fp32, or fp64 where the head is."""
+    """Return the logits' dtype: fp32, or fp64 if the head is."""
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def _logits(
     hidden: torch.Tensor, weight: torch.Tensor, softcap: float | None, buffers: _Buffers
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """H W^T, capped, in fp32 (or fp64), and as much memory to spare; both (chunk, V), in the buffers."""
+    """Return h W^T, capped, in fp32 (or fp64), and a spare buffer; both (chunk, V). hidden: (chunk, E)."""
     logits, spare = buffers.logits[: len(hidden)], buffers.spare[: len(hidden)]
     if buffers.rows is not None:
         rows = hidden.to(logits.dtype)
@@ -177,7 +179,7 @@ def _logits(
 def _times_head(
     grad_logits: torch.Tensor, weight: torch.Tensor, buffers: _Buffers, *, out: torch.Tensor
 ) -> None:
-    """Put grad_logits W into `out`. grad_logits: (chunk, V); out: (chunk, E), of the head's dtype."""
+    """Write grad_logits W to `out`. grad_logits: (chunk, V); out: (chunk, E), in the head's dtype."""
     if buffers.rows is not None:
         total = torch.zeros_like(out, dtype=grad_logits.dtype)
         for part, grad in zip(weight.split(SLICE), grad_logits.split(SLICE, dim=1), strict=True):
@@ -190,26 +192,26 @@ def _times_head(
 
 
 def _narrowed(memory: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The beginning of `memory`, contiguous, as a tensor of the same shape in a narrower type."""
+    """Return the beginning of `memory`, contiguous, as a tensor of the same shape in a narrower dtype."""
     return memory.view(-1).view(dtype)[: memory.numel()].view(memory.shape)
 
 
 def _cap_slope(capped: torch.Tensor, softcap: float | None, buffers: _Buffers) -> torch.Tensor | None:
-    """The soft cap's slope where it gave `capped`: 1 - tanh^2."""
+    """Return the derivative of the soft cap at the logits with result `capped`: 1 - (capped / softcap)^2."""
     if softcap is None or buffers.slope is None:
         return None
     return torch.div(capped, softcap, out=buffers.slope[: len(capped)]).square_().neg_().add_(1)
 
 
 def _score_gradient(probs: torch.Tensor, labels: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    """(onehot - probs) * factor, in place of `probs` (chunk, V). factor: the soft cap's slope."""
+    """Return (onehot - probs) * factor, in place of `probs` (chunk, V). factor: the derivative of the soft cap."""
     slope = probs.neg_()
     slope[torch.arange(len(labels), device=labels.device), labels] += 1
     return slope if factor is None else slope.mul_(factor)
 
 
 def chunk_tokens(vocabulary: int, device_type: str) -> int:
-    """How many tokens' logits are made at a time."""
+    """Return the number of tokens per chunk."""
     return max(FEWEST_TOKENS, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
 
 

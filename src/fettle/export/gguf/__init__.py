@@ -1,4 +1,4 @@
-"""GGUF: the file that llama.cpp, Ollama and LM Studio run, written and proved without a compiler."""
+"""GGUF, the file format of llama.cpp, Ollama and LM Studio: written and verified without a compiler."""
 
 from fettle.export.gguf.adapter import export_adapter_gguf
 from fettle.export.gguf.job import export_gguf

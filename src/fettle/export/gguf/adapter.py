@@ -1,4 +1,4 @@
-"""A LoRA adapter alone as GGUF, for llama.cpp's --lora beside a GGUF of its base."""
+"""Export a LoRA adapter without its base as GGUF, for llama.cpp's --lora with a GGUF file of the base."""
 
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from fettle.files import require_new_file, write_aside
 
 
 def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) -> Path:
-    """Write a LoRA adapter as llama.cpp takes it, in fp32, and return the file.
+    """Write a LoRA adapter in llama.cpp's format, in fp32, and return the file.
 
-    llama.cpp scales B A by alpha / rank, so a rank-stabilised adapter's alpha is written times sqrt(rank).
-    Raises UserError where `name` is no adapter's folder, not plain LoRA on linear layers, or its base another one now.
+    llama.cpp scales B A by alpha / rank, so a rank-stabilized adapter's alpha is multiplied by sqrt(rank).
+    Raises UserError if `name` is not an adapter's folder, not plain LoRA on linear layers, or if its base has changed.
     """
     require_name(to := Path(to))
     require_new_file(to, replace=overwrite)

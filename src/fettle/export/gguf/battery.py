@@ -1,4 +1,4 @@
-"""Texts that tokenizers stumble over: 22 languages, code, numbers, emoji, runs of white space."""
+"""Difficult texts for tokenizers: 22 languages, code, numbers, emoji, runs of white space."""
 
 from collections.abc import Iterable
 
@@ -45,7 +45,7 @@ OTHERS = (
 
 
 def battery(special_tokens: Iterable[str] = ()) -> list[str]:
-    """Return more than 500 texts, none twice; those with special tokens hold the ones given."""
+    """Return more than 500 distinct texts, some of them with the given special tokens."""
     texts = [*LANGUAGES, *OTHERS]
     for text in (*LANGUAGES, *OTHERS):
         texts += [text.upper(), text + "\n", " " + text, "\n\n" + text, text[::-1], text[: len(text) // 2]]

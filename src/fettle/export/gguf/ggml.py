@@ -1,4 +1,4 @@
-"""ggml's own quantiser, inside llama.cpp's library: weights get the very bytes that its own tools would write."""
+"""ggml's own quantizer, from llama.cpp's library: bit-identical to the output of llama.cpp's tools."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -10,16 +10,16 @@ from gguf import GGMLQuantizationType
 from fettle.engine.llama_cpp.library import library
 
 CHUNK_WEIGHTS = 2**20
-"""Weights widened to fp32 at once, by each thread: 4 MB."""
+"""Weights converted to fp32 at a time, per thread: 4 MB."""
 
 
 def quantize(
     weight: torch.Tensor, kind: GGMLQuantizationType, importance: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the rows of `weight` (rows, columns) as ggml packs them, uint8 (rows, bytes of a row).
+    """Return the rows of `weight` (rows, columns) in ggml's format, uint8 (rows, bytes per row).
 
-    importance: (columns,) fp32, how much an error in each column counts (llama.cpp's importance matrix).
-    Rows are widened to fp32 in small chunks, so that little memory is needed beside the result.
+    importance: (columns,) fp32, the weight of errors in each column (llama.cpp's importance matrix).
+    Rows are converted to fp32 in small chunks, so that little memory is needed besides the result.
     """
     ggml, (rows, columns) = library(), weight.shape
     if importance is not None:
@@ -42,7 +42,7 @@ def quantize(
             )
 
     step = max(1, CHUNK_WEIGHTS // columns)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # ctypes lets go of the interpreter's lock
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # ctypes releases the GIL
         chunks = [threads.submit(pack, at, min(at + step, rows)) for at in range(0, rows, step)]
         for chunk in chunks:
             chunk.result()

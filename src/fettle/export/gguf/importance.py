@@ -1,4 +1,4 @@
-"""llama.cpp's importance matrix: how much an error in each input column of a matrix counts."""
+"""llama.cpp's importance matrix: the weight of errors in each input column of a matrix."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +13,10 @@ SUMS, COUNTS = ".in_sum2", ".counts"
 
 
 def read_importance(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Importance:
-    """Mean squared input of each column, by GGUF tensor name, from a file of llama-imatrix.
+    """Return the mean squared input of each column, by GGUF tensor name, from a file of llama-imatrix.
 
-    shapes: the model's, by GGUF tensor name. Raises UserError for another file, one made for another model, or one that
-    holds a NaN.
+    shapes: the model's, by GGUF tensor name. Raises UserError for another type of file, one made for another model, or
+    one with NaN or Inf.
     """
     if not (found := _means(path)):
         raise UserError(f"{path}: contains no importance matrix; expected a .gguf file from llama-imatrix.")
@@ -36,14 +36,14 @@ def read_importance(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Import
 
 
 def _means(path: Path) -> dict[str, np.ndarray]:
-    """As the file has them; ones where it counted nothing, as llama.cpp takes them."""
+    """Return the file's means; ones for a tensor without counts, as in llama.cpp."""
     try:
         tensors = {
             each.name: np.array(each.data, dtype=np.float32).ravel()
             for each in GGUFReader(path).tensors
             if each.name.endswith((SUMS, COUNTS))
         }
-    except Exception as error:  # whatever the reader's parsing raises
+    except Exception as error:  # the reader's parser raises many types
         raise UserError(
             f"{path}: not a readable importance matrix ({reason_of(error)}); expected a .gguf file from llama-imatrix."
         ) from error

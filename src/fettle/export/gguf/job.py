@@ -1,4 +1,4 @@
-"""From whatever `--model` names to GGUF files: one pass over the weights, a proof, and a Modelfile."""
+"""Export what `--model` names as GGUF files: one pass over the weights, a verification, and a Modelfile."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,12 +35,12 @@ def export_gguf(
     ollama: bool = False,
     console: Console | None = None,
 ) -> list[Path]:
-    """Write the model that `name` stands for, an adapter merged in, as GGUF and return the files.
+    """Write the model that `name` refers to, with its adapter merged, as GGUF and return the files.
 
-    to: the file, my-model.gguf; with several quantizations each has its own name in it, my-model-q4_k_m.gguf.
+    to: the file, my-model.gguf; with several quantizations their names are added, as in my-model-q4_k_m.gguf.
     importance: llama.cpp's importance matrix (a .gguf of llama-imatrix). check: run each file in llama.cpp and print
-    how it compares with the model. ollama: write a Modelfile beside each file. Raises UserError for what the user can
-    mend; a file is complete or not there.
+    how it compares with the model. ollama: write a Modelfile next to each file. Raises UserError for faults that the
+    user can fix. Each file is written completely or not at all.
     """
     console = console or terminal.console()
     files = files_for(Path(to), quantizations)
@@ -73,14 +73,14 @@ def export_gguf(
 
 
 def _window_line(config: PreTrainedConfig) -> str | None:
-    """What to say where llama.cpp leaves the model's sliding window out."""
+    """Return the warning for a model whose sliding window llama.cpp ignores."""
     if (window := ignored_window(config)) is None:
         return None
     return f"llama.cpp ignores this model's sliding window: results differ beyond {window:,} tokens."
 
 
 def _longrope_line(config: PreTrainedConfig) -> str | None:
-    """What to say where llama.cpp cannot keep its memory within LongRoPE's original context."""
+    """Return the warning for a model whose original LongRoPE context llama.cpp rounds."""
     rope = config.rope_parameters
     original = rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None
     if original is None or original % CONTEXT_STEP == 0 or rope["short_factor"] == rope["long_factor"]:
@@ -92,7 +92,7 @@ def _longrope_line(config: PreTrainedConfig) -> str | None:
 
 
 def _first_token_line(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What to say where chats do not begin with the token that the tokenizer puts before other texts."""
+    """Return the warning for a model whose chats do not begin with the token that the tokenizer adds to other texts."""
     begins = tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
     if not tokenizer.chat_template or not begins or template_begins(tokenizer):
         return None
@@ -103,7 +103,7 @@ def _first_token_line(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _tell_of_narrow(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str], console: Console) -> None:
-    """One line for each quantization whose blocks do not divide the width of some matrices."""
+    """Print one line per quantization whose blocks do not divide the width of some matrices."""
     matrices = {name: shape[-1] for name, shape in shapes.items() if len(shape) == 2}
     for each in names:
         block = GGML_QUANT_SIZES[quantization_of(each).usual][0]
@@ -116,7 +116,7 @@ def _tell_of_narrow(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str],
 
 
 def files_for(to: Path, quantizations: Sequence[str]) -> dict[str, Path]:
-    """Each quantization's file; UserError for an unknown one, or for a name that is no GGUF file's."""
+    """Return each quantization's file; UserError for an unknown one, or for a name without the .gguf extension."""
     names = list(dict.fromkeys(each.lower() for each in quantizations))
     for each in names:
         quantization_of(each)
@@ -128,7 +128,7 @@ def files_for(to: Path, quantizations: Sequence[str]) -> dict[str, Path]:
 
 @contextmanager
 def _progress(console: Console, what: str) -> Iterator[Progress]:
-    """A bar, and what moves it."""
+    """Show a progress bar; yield the function that advances it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,7 +1,7 @@
-"""What llama.cpp must be told about a model, family by family: names, figures, and tensors stored otherwise.
+"""A model's metadata in GGUF, per family: tensor names, sizes and other values, and tensors with another layout.
 
-A GGUF file names the architecture, gives its figures under `{architecture}.…`, and holds tensors under llama.cpp's
-own names. Three families of tensors are not stored as Hugging Face has them:
+A GGUF file names the architecture, has its values under `{architecture}.…`, and stores tensors under llama.cpp's own
+names. Three groups of tensors differ from Hugging Face's layout:
 
 - q and k of Llama and Mistral: llama.cpp rotates neighbouring channels (2i, 2i + 1), Hugging Face channel i with
   i + head_dim / 2, so the rows of each head are interleaved;
@@ -24,7 +24,7 @@ from fettle.models.families import head_dim_of, option, sliding_window_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GGUFFamily:
-    """How one family is written. Tensor names are those of `LAYER` unless `names` has others."""
+    """How one family is stored in GGUF. Tensor names are those of `LAYER` unless `names` overrides them."""
 
     architecture: str
     names: dict[str, str] = field(default_factory=dict)
@@ -32,14 +32,14 @@ class GGUFFamily:
     """q and k are interleaved for llama.cpp's rotation."""
     has_norm_offset: bool = False
     writes_window: bool = False
-    """The file names the family's sliding window. llama.cpp heeds Gemma 2's, and switches Phi-3's off."""
+    """The file states the sliding window. llama.cpp uses Gemma 2's, but disables Phi-3's."""
     figures: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
     """The family's own entries, under `{architecture}.`."""
     activations: tuple[str, ...] = ("silu", "swish")
-    """What llama.cpp computes for this architecture, whatever a file says, by its names in transformers."""
+    """The activation that llama.cpp hard-codes for this architecture, by its names in transformers."""
     rope_types: tuple[str, ...] = ("default", "linear", "yarn", "llama3")
     has_attention_bias: bool = False
-    """llama.cpp reads biases of the attention's matrices, where there are any."""
+    """llama.cpp supports biases of the attention projections."""
 
 
 OUTSIDE = {
@@ -102,7 +102,7 @@ def _gemma2_figures(config: PreTrainedConfig) -> dict[str, Any]:
     caps = (config.attn_logit_softcapping, config.final_logit_softcapping)
     if None in caps:
         raise UserError("llama.cpp runs Gemma 2 only with both soft caps; this config.json lacks one.")
-    is_27b = config.num_hidden_layers == 46  # by which llama.cpp knows it
+    is_27b = config.num_hidden_layers == 46  # how llama.cpp detects it
     expected = config.hidden_size / config.num_attention_heads if is_27b else head_dim_of(config)
     if config.query_pre_attn_scalar != expected:
         raise UserError(
@@ -141,7 +141,7 @@ GGUF_FAMILIES: dict[str, GGUFFamily] = {
 
 
 def gguf_family_of(config: PreTrainedConfig) -> GGUFFamily:
-    """Return how the config's family is written; UserError for one that is not."""
+    """Return how the config's family is stored in GGUF; UserError if it is not supported."""
     if config.model_type not in GGUF_FAMILIES:
         known = ", ".join(GGUF_FAMILIES)
         raise UserError(
@@ -151,7 +151,7 @@ def gguf_family_of(config: PreTrainedConfig) -> GGUFFamily:
 
 
 def figures_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the entries under `{architecture}.`: sizes, the rotation, and what is the family's own."""
+    """Return the entries under `{architecture}.`: sizes, rotary options, and the family's own."""
     family, head_dim = gguf_family_of(config), head_dim_of(config)
     _require_expressible(config, family)
     figures = {
@@ -172,7 +172,7 @@ def figures_of(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _require_expressible(config: PreTrainedConfig, family: GGUFFamily) -> None:
-    """Raise UserError for what llama.cpp would compute in another way than the config says."""
+    """Raise UserError for options that llama.cpp would compute differently from the config."""
     activation = option(config, "hidden_activation") or config.hidden_act
     if activation not in family.activations:
         raise UserError(
@@ -191,7 +191,7 @@ def _require_expressible(config: PreTrainedConfig, family: GGUFFamily) -> None:
 
 
 def ignored_window(config: PreTrainedConfig) -> int | None:
-    """Return the sliding window, in tokens, that llama.cpp does not heed; None where that makes no difference."""
+    """Return the sliding window, in tokens, that llama.cpp ignores; None if that makes no difference."""
     if config.model_type == "gemma2":
         return None
     windows = (sliding_window_of(config, layer) for layer in range(config.num_hidden_layers))
@@ -207,11 +207,11 @@ YARN_USUAL = {
     "beta_slow": 1,
     "truncate": True,
 }
-"""What llama.cpp and transformers both take where a config says nothing."""
+"""Defaults of both llama.cpp and transformers."""
 
 
 def _scaling(config: PreTrainedConfig) -> dict[str, Any]:
-    """Scalings that are figures; llama3 and longrope are tensors (see `factor_tensors`)."""
+    """Return the rope scalings that are stored as values; llama3 and longrope are tensors (see `factor_tensors`)."""
     rope = config.rope_parameters
     if rope["rope_type"] == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
@@ -243,12 +243,11 @@ def factor_tensors(config: PreTrainedConfig) -> dict[str, torch.Tensor]:
 
 
 def _llama3_factors(config: PreTrainedConfig) -> torch.Tensor:
-    """1 for short waves, `factor` for long ones, and between them a smooth passage (Llama 3.1)."""
+    """Return 1 for short wavelengths, `factor` for long ones, and a smooth transition between (Llama 3.1)."""
     rope, head_dim = config.rope_parameters, head_dim_of(config)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
-    wave_tokens = (
-        2 * math.pi / (1 / rope["rope_theta"] ** exponents)
-    )  # in llama.cpp's order, whose rounding it has
+    # In llama.cpp's order of operations, for the same rounding.
+    wave_tokens = 2 * math.pi / (1 / rope["rope_theta"] ** exponents)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] / wave_tokens
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
@@ -256,7 +255,7 @@ def _llama3_factors(config: PreTrainedConfig) -> torch.Tensor:
 
 
 def gguf_name(name: str, config: PreTrainedConfig) -> str:
-    """Return llama.cpp's name of the tensor that Hugging Face calls `name`; UserError where it has none."""
+    """Return llama.cpp's name of the tensor that Hugging Face calls `name`; UserError if it has none."""
     names = LAYER | gguf_family_of(config).names
     module, _, kind = name.rpartition(".")
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
@@ -270,7 +269,7 @@ def gguf_name(name: str, config: PreTrainedConfig) -> str:
 
 
 def as_stored(name: str, tensor: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
-    """Return what llama.cpp expects under `name` (Hugging Face's) in place of `tensor`."""
+    """Return `tensor`, called `name` in Hugging Face, in the layout that llama.cpp expects."""
     family = gguf_family_of(config)
     if family.has_norm_offset and name.endswith("norm.weight"):
         return tensor.float() + 1

@@ -1,4 +1,4 @@
-"""The proof as a table: every file in llama.cpp beside the model it was made from."""
+"""Verify GGUF files against the model they were made from, and print the result as a table."""
 
 import math
 from pathlib import Path
@@ -16,19 +16,19 @@ from fettle.files import human_bytes
 from fettle.models.load import empty_model
 
 NEAR = ("f32", "f16", "bf16", "q8_0")
-"""Quantizations whose rounding hardly shows: anything more is a fault of the file."""
+"""Quantizations with negligible rounding: a larger divergence is a fault of the file."""
 
 KL_ALLOWED = 2e-2
 """In nats. Measured on fettle-tiny and random models of every family: at most 1.3e-3, with the source in bf16."""
 
 FP32_SHARE = 0.6
-"""Of the free memory: a source model larger than this in fp32 is compared in its own type."""
+"""Share of the free memory: a source model larger than this in fp32 is compared in its own dtype."""
 
 
 def print_proof(name: str | Path, source: Source, files: dict[str, Path], console: Console) -> None:
     """Run each file and print how it compares.
 
-    Raises UserError where llama.cpp does not run one, ProofError where one says other things than the model.
+    Raises UserError if llama.cpp does not run a file, ProofError if its output does not match the model's.
     """
     model = _model(name, source)
     table = Table(
@@ -66,7 +66,7 @@ def _require_alike(proofs: dict[str, Verification], files: dict[str, Path]) -> N
         if not proof.has_template:
             raise ProofError(f"{files[kind]} has no chat template, but the model has one: export it again.")
         allowed = KL_ALLOWED if kind in NEAR else math.inf
-        if not proof.kl < allowed:  # a NaN is not
+        if not proof.kl < allowed:  # also true for NaN
             expected = f"less than {allowed:g}" if kind in NEAR else "a number"
             raise ProofError(
                 f"{files[kind]} does not match the model: the mean KL divergence is {proof.kl:.2g} nats, "
@@ -75,7 +75,7 @@ def _require_alike(proofs: dict[str, Verification], files: dict[str, Path]) -> N
 
 
 def _model(name: str | Path, source: Source) -> PreTrainedModel:
-    """The model whole, an adapter merged in: in fp32 where memory allows, as rounding would count as the file's."""
+    """Load the merged model: in fp32 if memory allows, as its own rounding would be attributed to the file."""
     weights = sum(each.numel() for each in empty_model(source.config).parameters())
     is_small = 4 * weights < FP32_SHARE * psutil.virtual_memory().available
     return load_merged(name, dtype="float32" if is_small else "auto", device="cpu")[0]

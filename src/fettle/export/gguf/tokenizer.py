@@ -1,14 +1,14 @@
-"""The tokenizer's part of a GGUF file, from tokenizer.json alone.
+"""The tokenizer's entries in a GGUF file, derived from tokenizer.json alone.
 
-llama.cpp has two ways to cut text that the families here use:
+The families here use two of llama.cpp's tokenizers:
 
-- "llama" (SentencePiece): characters are joined pairwise, the pair of the best score first; what is not in the
-  vocabulary falls back to bytes. tokenizer.json holds ranked merges in place of scores, so a piece gets minus the
-  rank of the first merge that yields it. A space is written ▁.
-- "gpt2" (byte-level BPE): text is first cut by a regular expression, which llama.cpp knows by a name only.
+- "llama" (SentencePiece): characters are merged pairwise, the pair with the best score first; characters outside the
+  vocabulary fall back to bytes. tokenizer.json has ranked merges instead of scores, so a piece's score is minus the
+  rank of the first merge that yields it. A space is written as ▁.
+- "gpt2" (byte-level BPE): text is first split by a regular expression, which GGUF refers to by name.
 
-fettle-tiny is byte-level with a regular expression that llama.cpp does not know. It is written the first way, which
-says the same there: its pieces are whole characters, none spans a cut, and scores order the merges.
+fettle-tiny is byte-level with a regular expression that llama.cpp does not support. It is stored as "llama", which is
+equivalent for it: its pieces are whole characters, none spans a split, and scores order the merges.
 """
 
 import json
@@ -23,17 +23,17 @@ from fettle.errors import UserError
 
 SPACE = "▁"
 UNREACHABLE = -1e9
-"""The score of a piece that no merge yields."""
+"""Score of a piece that no merge yields."""
 
 STRIPPING_NAME = "phi-3"
-"""llama.cpp drops white space after special tokens in models whose name holds this."""
+"""llama.cpp strips white space after special tokens in models whose name contains this."""
 
 STRIPPING_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>")
-"""What it then looks up; it refuses a file that lacks one."""
+"""Tokens that it then looks up; it refuses a file that lacks one."""
 
 BYTES_NOT_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
 
-# The cut before byte-level BPE, by its regular expression.
+# llama.cpp's names of the splits before byte-level BPE, by regular expression.
 PRE_TOKENIZERS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
@@ -42,7 +42,7 @@ PRE_TOKENIZERS = {
 }
 
 RUNS = r"\p{L}+|\p{N}|[^\p{L}\p{N}]+"
-"""fettle-tiny's cut, which the first way does not need: no piece spans two such runs, so none can be joined."""
+"""fettle-tiny's split, which SentencePiece does not need: no piece spans two such runs, so they are never merged."""
 
 
 def tokenizer_fields(
@@ -50,7 +50,7 @@ def tokenizer_fields(
 ) -> dict[str, Any]:
     """Return the entries under `tokenizer.`: pieces, scores or merges, types, special ids, chat template.
 
-    vocab_size: rows of the embedding; ids beyond the tokenizer's are filled up. stop_ids: what ends an answer.
+    vocab_size: rows of the embedding; ids beyond the tokenizer's get placeholders. stop_ids: tokens that end an answer.
     Raises UserError for a tokenizer that GGUF cannot express.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -74,7 +74,8 @@ def tokenizer_fields(
 
 
 def name_for(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    """Return the model's name such that llama.cpp treats white space after special tokens as the tokenizer does."""
+    """Return the model's name, changed if necessary so that llama.cpp strips white space after special tokens exactly
+    if the tokenizer does."""
     strips = _strips(json.loads(tokenizer.backend_tokenizer.to_str()))
     is_marked = re.search("phi-?3", name, re.IGNORECASE)
     if strips and not is_marked:
@@ -83,12 +84,12 @@ def name_for(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
 
 
 def _strips(content: dict[str, Any]) -> bool:
-    """Whether special tokens take the white space after them."""
+    """Whether special tokens strip the white space after them."""
     return any(token["rstrip"] and token["special"] for token in content["added_tokens"])
 
 
 def _lend(fields: dict[str, Any]) -> None:
-    """Name what llama.cpp looks up for STRIPPING_NAME, in the places of bytes that no text can hold."""
+    """Add the tokens that llama.cpp looks up for STRIPPING_NAME, in place of bytes that do not occur in UTF-8."""
     pieces, kinds = fields["ggml.tokens"], fields["ggml.token_type"]
     free = [pieces.index(f"<0x{byte:02X}>") for byte in BYTES_NOT_IN_UTF8 if f"<0x{byte:02X}>" in pieces]
     absent = [token for token in STRIPPING_TOKENS if token not in pieces]
@@ -102,7 +103,7 @@ def _lend(fields: dict[str, Any]) -> None:
 
 
 def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
-    """Merges as pairs; older files write a pair as one text with a space."""
+    """Return merges as pairs; older files store a pair as one string with a space."""
     pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
     return [(left, right) for left, right in pairs]
 
@@ -172,11 +173,11 @@ def _adds_space(content: dict[str, Any]) -> bool:
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -> str | None:
-    """Return the chat template, such that llama.cpp cuts what it renders as the tokenizer cuts the original.
+    """Return the chat template, changed so that llama.cpp tokenizes rendered chats as the tokenizer does.
 
-    llama.cpp puts a space before a text's first word and after every special token. A tokenizer that does so before
-    the first word only (Mistral's) has templates that write that space themselves, as in "[INST] " + question or
-    " " + answer: it is left out.
+    llama.cpp inserts a space before a text's first word and after every special token. For a tokenizer that does so
+    only before the first word (Mistral's), templates write that space themselves, as in "[INST] " + question or
+    " " + answer; it is removed here.
     """
     template = tokenizer.get_chat_template() if tokenizer.chat_template else None  # the default of several
     if template and (content.get("pre_tokenizer") or {}).get("prepend_scheme") == "first":
@@ -188,7 +189,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, content: dict[str, Any]) -> st
 
 
 def _pattern(content: dict[str, Any]) -> str:
-    """The regular expression that cuts text before byte-level BPE; "" where there is none."""
+    """Return the regular expression that splits text before byte-level BPE; "" if there is none."""
     cut = content.get("pre_tokenizer") or {}
     for step in [cut, *cut.get("pretokenizers", [])]:
         if step.get("type") == "Split":
@@ -197,14 +198,14 @@ def _pattern(content: dict[str, Any]) -> str:
 
 
 def byte_of_character() -> dict[str, int]:
-    """The byte that each of the 256 characters of byte-level BPE stands for (GPT-2's table)."""
+    """Return the byte of each of the 256 characters of byte-level BPE (GPT-2's table)."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
 
 
 def _as_characters(content: dict[str, Any]) -> dict[str, Any]:
-    """Rewrite a byte-level vocabulary in characters, single bytes beyond ASCII as <0x..>."""
+    """Convert a byte-level vocabulary to characters, with single bytes beyond ASCII as <0x..>."""
     table, added = byte_of_character(), {token["content"] for token in content["added_tokens"]}
 
     def plain(piece: str) -> str:
@@ -233,7 +234,7 @@ def _as_characters(content: dict[str, Any]) -> dict[str, Any]:
 def _special_ids(
     tokenizer: PreTrainedTokenizerBase, content: dict[str, Any], stop_ids: list[int]
 ) -> dict[str, Any]:
-    """Ids of the roles that llama.cpp asks for, what it adds by itself, and the chat template."""
+    """Return the ids of special roles, which tokens llama.cpp adds by itself, and the chat template."""
     template = _template(tokenizer, content)
     fields: dict[str, Any] = {
         "ggml.bos_token_id": tokenizer.bos_token_id,
@@ -245,9 +246,7 @@ def _special_ids(
     }
     begins, ends = _added(content)
     if template and begins and not template_begins(tokenizer):
-        begins = (
-            False  # chats are trained and answered as the template writes them; llama.cpp would add the token
-        )
+        begins = False  # chats are trained as the template renders them; llama.cpp would add the token
     fields |= {"ggml.add_bos_token": begins, "ggml.add_eos_token": ends}
     return {name: value for name, value in fields.items() if value is not None}
 
@@ -263,7 +262,7 @@ def template_begins(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str | None, stop_ids: list[int]) -> int | None:
-    """The stop token other than eos that the chat template writes; None where there is none."""
+    """Return the stop token other than eos that the chat template writes; None if there is none."""
     for index in stop_ids:
         text = tokenizer.convert_ids_to_tokens(index)
         if index != tokenizer.eos_token_id and text and text in (template or ""):
@@ -272,7 +271,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str | None, stop_
 
 
 def _added(content: dict[str, Any]) -> tuple[bool, bool]:
-    """Whether a text gets a special token before it, and one after it."""
+    """Whether the tokenizer adds a special token before a text, and one after it."""
     processor = content.get("post_processor") or {}
     for step in [processor, *processor.get("processors", [])]:
         if step.get("type") == "TemplateProcessing":

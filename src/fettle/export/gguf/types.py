@@ -1,10 +1,10 @@
-"""Which type each tensor gets in a GGUF file of a given quantization: llama.cpp's own mixtures.
+"""The type of each tensor in a GGUF file of a given quantization: llama.cpp's own mixtures.
 
-A quantization like q4_k_m is a mixture: most matrices get one type, while those that suffer most from rounding (the
-values of attention, the way back out of the MLP, the output head) get a finer one, in some layers or in all. The
-rules below follow llama.cpp's `llama-quant.cpp` of 2026 for dense models with fewer than 70 billion weights. Releases
-before it sorted tensors into categories differ in two places: a fused attn_qkv was no kind of attn_v (q4_k_m gave it
-q5_k throughout), and narrow q2_k and q3_k matrices became iq4_nl.
+A quantization like q4_k_m is a mixture: most matrices get one type, while those most sensitive to rounding (attention's
+values, the MLP's down projection, the output head) get a finer one, in some layers or in all. The rules below follow
+llama.cpp's `llama-quant.cpp` of 2026 for dense models with fewer than 70 billion weights. Releases before it introduced
+tensor categories differ in two ways: a fused attn_qkv did not count as attn_v (q4_k_m used q5_k for all), and narrow
+q2_k and q3_k matrices became iq4_nl.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from fettle.errors import UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a matrix stands in the model: all that the rules look at."""
+    """The position of a matrix in the model, as far as the rules depend on it."""
 
     layer: int
     """0 for matrices outside the layers."""
@@ -42,7 +42,7 @@ class Place:
 
 
 Rule = Callable[[Place], Type | None]
-"""The type for a place, or None for the quantization's usual one."""
+"""Returns the type for a position, or None for the quantization's usual one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +52,10 @@ class Quantization:
     file_type: LlamaFileType
     usual: Type
     values: Rule = lambda place: None
-    """attn_v, and attn_qkv where the projections are fused."""
+    """For attn_v, and for attn_qkv if the projections are fused."""
     attention_output: Rule = lambda place: None
     down: Rule = lambda place: None
-    """ffn_down."""
+    """For ffn_down."""
     is_plain: bool = field(default=False)
     """Every matrix has the usual type."""
 
@@ -69,7 +69,7 @@ def _sensitive(kind: Type) -> Rule:
 
 
 def _grouped(kind: Type, otherwise: Type | None = None) -> Rule:
-    """Where at least four query heads share a value head, the matrix is small and can be finer."""
+    """If at least four query heads share a value head, the matrix is small and can have a finer type."""
     return lambda place: kind if place.queries_per_key >= 4 else otherwise
 
 
@@ -146,7 +146,7 @@ QUANTIZATIONS: dict[str, Quantization] = {
     ),
 }
 
-# The type, in blocks of 32, for a matrix whose width is no multiple of 256.
+# The type, in blocks of 32, for a matrix whose width is not a multiple of 256.
 NARROW = {
     Type.IQ4_XS: Type.IQ4_NL,
     Type.Q2_K: Type.Q4_0,
@@ -158,7 +158,7 @@ NARROW = {
 
 
 def quantization_of(name: str) -> Quantization:
-    """Return the quantization a user names, in either case; UserError with the nearest names otherwise."""
+    """Return the quantization of that name, ignoring case; UserError with the most similar names otherwise."""
     if name.lower() in QUANTIZATIONS:
         return QUANTIZATIONS[name.lower()]
     near = difflib.get_close_matches(name.lower(), QUANTIZATIONS, n=3, cutoff=0.4) or list(QUANTIZATIONS)
@@ -199,7 +199,7 @@ def _wanted(name: str, quantization: Quantization, place: Place, is_tied: bool) 
 
 
 def _that_fits(wanted: Type, columns: int) -> Type:
-    """Return `wanted`, or a coarser-blocked stand-in where a row is no whole number of its blocks."""
+    """Return `wanted`, or a substitute with smaller blocks if a row is not a whole number of its blocks."""
     for kind in (wanted, NARROW.get(wanted, wanted)):
         if columns % GGML_QUANT_SIZES[kind][0] == 0:
             return kind

@@ -1,4 +1,4 @@
-"""Proof of a GGUF file: llama.cpp opens it, cuts text as the tokenizer does, and says what the source model says."""
+"""Verify a GGUF file: llama.cpp opens it, tokenizes as the tokenizer does, and gives the source model's output."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,24 +27,24 @@ CHAT = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """What llama.cpp made of a file, beside the model it came from."""
+    """The results of llama.cpp with a file, compared with the model that it was made from."""
 
     texts: int
     texts_equal: int
-    """Of `texts`, those cut into the tokenizer's own ids."""
+    """How many of `texts` get the same ids from llama.cpp and the tokenizer."""
     unequal: tuple[str, ...]
-    """The first few others."""
+    """The first few of the others."""
     kl: float
     """Mean over positions of KL(source || file), in nats."""
     top_agreement: float
-    """Share of positions whose likeliest token is the same."""
+    """Share of positions with the same most likely token."""
     continuation_tokens: int
     continuation_equal: int
     """Tokens of the greedy continuation before the first that differs."""
     has_template: bool
     """The file has a chat template, or the model has none either."""
     chat_equal: bool
-    """A chat becomes the same ids, written in the file's template and tokenized as llama.cpp does it."""
+    """A chat rendered in the file's template and tokenized by llama.cpp gets the same ids."""
 
 
 def verify(
@@ -56,12 +56,12 @@ def verify(
 ) -> Verification:
     """Run the file in llama.cpp and compare it with `model`.
 
-    texts: to be cut into ids (default: `battery`, with the tokenizer's special tokens).
-    Raises UserError where llama.cpp is not installed, or does not open or run the file.
+    texts: to tokenize (default: `battery`, with the tokenizer's special tokens).
+    Raises UserError if llama.cpp is not installed, or does not open or run the file.
     """
     file = GGUFFile(Path(path))
     texts = battery(tokenizer.all_special_tokens) if texts is None else texts
-    # a file whose template begins without the first token adds none to other texts either
+    # a file whose template does not begin with the first token does not add it to other texts either
     adds = not tokenizer.chat_template or template_begins(tokenizer)
     expected_ids = {text: tokenizer(text, add_special_tokens=adds)["input_ids"] for text in texts}
     unequal = [text for text, ids in expected_ids.items() if file.tokenize(text, add_special=adds) != ids]
@@ -82,7 +82,7 @@ def verify(
 
 
 def _is_chat_equal(file: GGUFFile, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """True as well where there is nothing to compare: no template, or one that refuses the chat."""
+    """Whether the chat gets equal ids; also true if there is no template, or if it refuses the chat."""
     if not tokenizer.chat_template or not file.chat_template:
         return True
     try:
@@ -96,13 +96,13 @@ def _is_chat_equal(file: GGUFFile, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def file_logits(file: GGUFFile, ids: list[int]) -> torch.Tensor:
-    """Logits at every position, fp32 (tokens, vocabulary)."""
+    """Return the logits at every position, fp32 (tokens, vocabulary)."""
     return torch.cat([chunk.clone() for chunk in file.logits(ids, range(len(ids)))])
 
 
 @torch.inference_mode()
 def _compare(model: PreTrainedModel, file: GGUFFile, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return KL(source || file) in nats and whether the likeliest token is the same, both (tokens,)."""
+    """Return KL(source || file) in nats and whether the most likely token is the same, both (tokens,)."""
     output = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
     source = output.logits[0].double().cpu().log_softmax(-1)
     found = file_logits(file, ids).double().log_softmax(-1)
@@ -126,7 +126,7 @@ def _greedy_in_file(file: GGUFFile, prompt: list[int]) -> list[int]:
 
 
 def _common(expected: list[int], found: list[int]) -> int:
-    """Return how many tokens from the start are the same."""
+    """Return the length of the common prefix."""
     same = 0
     for left, right in zip(expected, found, strict=False):
         if left != right:

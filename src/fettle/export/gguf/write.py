@@ -1,8 +1,8 @@
-"""Write GGUF files tensor by tensor: every quantization asked for from one pass over the weights.
+"""Write GGUF files tensor by tensor: all requested quantizations in one pass over the weights.
 
-A GGUF file begins with everything about its tensors but their bytes. Shapes follow from the config, so this part is
-written first, with each tensor's place in the file; then every tensor goes to its place as it comes, in any order.
-At most one tensor is in memory beside the source's own.
+A GGUF file begins with everything about its tensors except their bytes. Shapes follow from the config, so this header
+is written first, with each tensor's offset in the file; then every tensor is written to its offset, in any order.
+At most one tensor is in memory besides the source's own.
 """
 
 import math
@@ -31,23 +31,23 @@ ALIGNMENT = 32
 """Bytes; every tensor begins at a multiple of it."""
 
 HEAD_BYTES = 20 * 10**6
-"""At most, of a file's head: the tokenizer's pieces and merges."""
+"""Upper bound for a file's header: the tokenizer's pieces and merges."""
 
 QUANTIZATION_VERSION = 2
-"""Of ggml's block layouts."""
+"""Version of ggml's block layouts."""
 
 PLAIN = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 
 Progress = Callable[[int, int], None]
-"""Told the weights written so far and how many there are."""
+"""Called with the number of weights written so far and in total."""
 
 Importance = Mapping[str, np.ndarray]
-"""By GGUF tensor name: how much each input column counts, fp32 (columns,)."""
+"""The importance of each input column, fp32 (columns,), by GGUF tensor name."""
 
 
 @dataclass(slots=True)
 class Slot:
-    """One tensor's type, shape and place in the file."""
+    """One tensor's type, shape and offset in the file."""
 
     kind: Type
     shape: tuple[int, ...]
@@ -74,8 +74,8 @@ def write_gguf(
     """Write one GGUF file per quantization; `files` maps its name (q4_k_m) to the path.
 
     tensors: (Hugging Face name, weight), in any order, each read once. name: the model's, shown by llama.cpp.
-    Raises UserError for an unknown quantization, a file already there, too little disk, a model or tokenizer that
-    GGUF cannot express, or missing tensors; no file is then left under its final name.
+    Raises UserError for an unknown quantization, an existing file, too little disk space, a model or tokenizer that
+    GGUF cannot express, or missing tensors; then no file is left under its final name.
     """
     shapes = shapes_of(config)
     plans = {
@@ -113,7 +113,7 @@ def _plan(
     quantization: Quantization,
     importance: Importance,
 ) -> dict[str, Slot]:
-    """Give each tensor its type and its place after the file's head."""
+    """Choose each tensor's type and its offset after the file's header."""
     slots, offset = {}, 0
     for name, shape in shapes.items():
         place = Place(
@@ -133,13 +133,13 @@ def _aligned(count: int) -> int:
 
 
 def require_name(path: Path) -> None:
-    """Raise UserError for a name that is no GGUF file's."""
+    """Raise UserError for a name without the .gguf extension."""
     if path.suffix != ".gguf":
         raise UserError(f"--to is {str(path)!r}; expected a name that ends in .gguf, such as model.gguf.")
 
 
 def _require_possible(plans: Mapping[Path, Mapping[str, Slot]]) -> None:
-    """Raise UserError where the quantiser or the disk is wanting, before anything is written."""
+    """Raise UserError if the quantizer or the disk space is missing, before anything is written."""
     if any(slot.kind not in PLAIN for slots in plans.values() for slot in slots.values()):
         library()
     for path in plans:
@@ -152,7 +152,7 @@ def _require_possible(plans: Mapping[Path, Mapping[str, Slot]]) -> None:
 def _entries(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, name: str, stop_ids: list[int]
 ) -> dict[str, Any]:
-    """Everything the file says beside its tensors, but for the quantization."""
+    """Return all metadata of the file except that of the quantization."""
     family = gguf_family_of(config)
     fields = tokenizer_fields(tokenizer, config.vocab_size, stop_ids)
     return {
@@ -166,7 +166,7 @@ def _entries(
 def _write_head(
     path: Path, entries: Mapping[str, Any], slots: Mapping[str, Slot], quantization: Quantization
 ) -> int:
-    """Write all but the tensors' bytes; return where the first of these belongs."""
+    """Write everything except the tensors' bytes; return the offset of the first of these."""
     architecture = next(key for key in entries if key.endswith(".block_count")).split(".")[0]
     writer = GGUFWriter(str(path), architecture)
     for key, value in entries.items():
@@ -181,7 +181,7 @@ def _write_head(
     writer.close()
     begin = _aligned(path.stat().st_size)
     last = max(slots.values(), key=lambda slot: slot.offset)
-    with open(path, "r+b") as stream:  # whole from the start: what is not written is zero
+    with open(path, "r+b") as stream:  # the full size from the start; gaps are zero
         stream.truncate(begin + last.offset + _aligned(last.bytes))
     return begin
 
@@ -207,7 +207,7 @@ def _write_tensors(
     importance: Importance,
     progress: Progress | None,
 ) -> None:
-    """Send each tensor to its place in every file; UserError unless all came, once each, in the right shape."""
+    """Write each tensor to every file; UserError unless each arrives exactly once, in the right shape."""
     missing, done = dict(shapes), 0
     total = sum(math.prod(shape) for shape in shapes.values())
     for name, tensor in _for_file(tensors, config):
@@ -238,7 +238,7 @@ def _for_file(
 
 
 def _bytes(name: str, tensor: torch.Tensor, kind: Type, importance: Importance) -> np.ndarray:
-    """Return the tensor as the file holds it, uint8 (rows, bytes)."""
+    """Return the tensor's bytes in the file, uint8 (rows, bytes)."""
     if kind not in PLAIN:
         return quantize(tensor, kind, importance.get(name))
     cast = tensor.to(PLAIN[kind]).contiguous()

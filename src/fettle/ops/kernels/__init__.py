@@ -1,1 +1,1 @@
-"""Triton kernels of the functions one folder up; imported only where fettle.ops.dispatch says so."""
+"""Triton kernels for the functions in the parent folder; imported only if fettle.ops.dispatch chooses them."""

@@ -1,11 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Flash attention over packed rows in Triton: cost follows the documents, memory follows the tokens.
+"""Flash attention over packed rows in Triton: time grows with the documents' squared lengths, memory with the tokens.
 
-FlashAttention-2 (arXiv 2307.08691): a program holds one block of queries (or of keys, in the backward
-pass for key and value) and walks the blocks of the other side that it can see. No atomics, so that
-results are the same from run to run. Saved for backward: out and logsumexp.
+FlashAttention-2 (arXiv 2307.08691): a program holds one block of queries (or of keys, in the backward pass for key
+and value) and loops over the visible blocks of the other side. Without atomics, so that results are reproducible.
+Saved for backward: out and logsumexp.
 
-Shapes: T tokens of all documents, H heads, K key-value heads (H a multiple of K), D channels a head.
+Shapes: T tokens of all documents, H heads, K key-value heads (H a multiple of K), D channels per head, PADDED the next
+power of two of D. A program's block is (QUERIES, PADDED) or (KEYS, PADDED).
 """
 
 import torch
@@ -17,7 +18,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _load(pointer, tokens, stride, T, D: tl.constexpr, PADDED: tl.constexpr):
-    """(block, PADDED) of one head, zero beyond T and D."""
+    """Load (block, PADDED) of one head, zero beyond T and D."""
     channels = tl.arange(0, PADDED)
     seen = (tokens[:, None] < T) & (channels[None, :] < D)
     return tl.load(pointer + tokens[:, None].to(tl.int64) * stride + channels[None, :], mask=seen, other=0.0)
@@ -33,7 +34,7 @@ def _store(pointer, tokens, stride, block, T, D: tl.constexpr, PADDED: tl.conste
 
 @triton.jit
 def _scores(left, right, scale, SOFTCAP: tl.constexpr):
-    """(left, right): queries by keys, or the other way round; the score is the same."""
+    """Return the scores (left, right): queries by keys or keys by queries."""
     scores = tl.dot(left, tl.trans(right), input_precision="ieee") * scale
     if SOFTCAP > 0:  # tanh(x) = 1 - 2 / (exp(2x) + 1)
         scores = SOFTCAP * (1 - 2 / (tl.exp2(scores * (2 * LOG2_E / SOFTCAP)) + 1))
@@ -49,9 +50,9 @@ def _visible(i, j, starts, T, window):
 def _score_gradient(
     left, right, left_value, right_value, logsumexp, delta, seen, scale, SOFTCAP: tl.constexpr
 ):
-    """Return weights and the gradient of q.k * scale, fp32 (left, right).
+    """Return the weights and the gradient of q.k * scale, fp32 (left, right).
 
-    The query side brings q and the gradient of out, the key side k and v; either may be the left one.
+    The query side has q and the gradient of out, the key side k and v; either may be the left one.
     """
     scores = _scores(left, right, scale, SOFTCAP)
     # Masked before the exponential: an unseen score may be far above the row's logsumexp.
@@ -75,28 +76,31 @@ def forward_kernel(
     first = tl.program_id(0) * QUERIES
     head = tl.program_id(1)
     queries = first + tl.arange(0, QUERIES)
-    own = tl.load(starts + queries, mask=queries < T, other=T)
+    own = tl.load(starts + queries, mask=queries < T, other=T)  # start of each query's document
     q = _load(query + head * query_head, queries, query_token, T, D, PADDED)
-    # Finite, so that a row that sees nothing yet has exp2(-inf - highest) = 0 and no NaN.
+    # Finite, so that a row without visible keys so far gives exp2(-inf - highest) = 0 instead of NaN.
     highest = tl.full((QUERIES,), -1.0e30, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     result = tl.zeros((QUERIES, PADDED), tl.float32)
+    # The first query has the earliest start, so no query of the block attends to a key before `begin`.
     begin = tl.maximum(tl.load(starts + first), first - window + 1)
     for block in range(begin, tl.minimum(first + QUERIES, T), KEYS):
         keys = block + tl.arange(0, KEYS)
         k = _load(key + head // GROUP * key_head, keys, key_token, T, D, PADDED)
         v = _load(value + head // GROUP * value_head, keys, value_token, T, D, PADDED)
+        # In units of log 2, as exp2 is faster than exp.
         scores = _scores(q, k, scale, SOFTCAP) * LOG2_E
         scores = tl.where(
             _visible(queries[:, None], keys[None, :], own[:, None], T, window), scores, float("-inf")
         )
+        # Online softmax: rescale sum and result whenever a row's maximum grows.
         higher = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(highest - higher)
         total = total * shrink + tl.sum(weights, 1)
         result = result * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         highest = higher
-    total = tl.where(queries < T, total, 1.0)
+    total = tl.where(queries < T, total, 1.0)  # rows beyond T are not stored; avoid 0 / 0 and log(0)
     _store(out + head * out_head, queries, out_token, result / total[:, None], T, D, PADDED)
     tl.store(logsumexp + head * T + queries, (highest + tl.log2(total)) / LOG2_E, mask=queries < T)
 
@@ -146,8 +150,10 @@ def key_value_gradient_kernel(
     v = _load(value + shared * value_head, keys, value_token, T, D, PADDED)
     sum_key = tl.zeros((KEYS, PADDED), tl.float32)
     sum_value = tl.zeros((KEYS, PADDED), tl.float32)
+    # The last key has the latest end of document and window, so no query from `end` on attends to the block.
     last = tl.minimum(first + KEYS, T) - 1
     end = tl.minimum(tl.load(ends + last), last + window)
+    # All query heads of the shared key head, in one program instead of with atomics.
     for head in range(shared * GROUP, shared * GROUP + GROUP):
         for block in range(first, end, QUERIES):
             queries = block + tl.arange(0, QUERIES)
@@ -167,7 +173,7 @@ def key_value_gradient_kernel(
 
 
 def block_size(channels: int, item_bytes: int, capability: int) -> int:
-    """Tokens a block, of queries and of keys alike; four such blocks must fit into shared memory."""
+    """Return the tokens per block, of queries and keys alike; four such blocks must fit into shared memory."""
     padded = triton.next_power_of_2(channels) * item_bytes // 2
     if capability < 80:
         return {32: 64, 64: 64, 128: 32}.get(padded, 16)
@@ -195,7 +201,7 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
 
 
 def _dense_channels(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Tokens and heads may have any stride; channels lie side by side."""
+    """Return the tensors with contiguous channels; tokens and heads may have any stride."""
     return [tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in tensors]
 
 
@@ -213,7 +219,7 @@ def attention_forward(
     """Return softmax(scale * q k^T) v, (T, H, D), and the natural logsumexp of the scores, fp32 (H, T).
 
     query: (T, H, D); key, value: (T, K, D). starts: int32 (T,), where each token's document begins:
-    token i sees j with starts[i] <= j <= i and j > i - window. block: tokens a block, by device if None.
+    token i attends to j with starts[i] <= j <= i and j > i - window. block: tokens per block, by device if None.
     """
     query, key, value = _dense_channels(query, key, value)
     tokens, heads, _ = query.shape
@@ -242,12 +248,14 @@ def attention_backward(
     softcap: float | None = None,
     block: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of query, key and value, given that of out and what forward returned."""
+    """Return the gradients of query, key and value, given that of out and the results of forward."""
     query, key, value, grad = _dense_channels(query, key, value, grad)
     tokens, heads, _ = query.shape
     starts = starts.contiguous()
-    ends = torch.searchsorted(starts, starts, right=True, out_int32=True)
-    delta = (grad.float() * out.float()).sum(-1).T.contiguous()
+    ends = torch.searchsorted(
+        starts, starts, right=True, out_int32=True
+    )  # (T,), where each token's document ends
+    delta = (grad.float() * out.float()).sum(-1).T.contiguous()  # (H, T), see ops/attention_cpu.py
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
     options = _options(query, key, softcap, block)
     strides = _strides(query, key, value, grad)

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""SwiGLU and GeGLU on the GPU: a program works on a stretch of one row."""
+"""SwiGLU and GeGLU on the GPU: a program processes a block of one row."""
 
 import torch
 import triton
@@ -13,7 +13,7 @@ CUBIC = tl.constexpr(0.044715)
 
 @triton.jit
 def _sigmoid(gate, IS_SILU: tl.constexpr):
-    """The sigmoid that the gate is multiplied by: activation(gate) = gate * sigmoid."""
+    """Return the sigmoid s with activation(gate) = gate * s."""
     if IS_SILU:
         return tl.sigmoid(gate)
     return tl.sigmoid(SLOPE * gate * (1.0 + CUBIC * gate * gate))
@@ -77,7 +77,7 @@ def gated_activation_forward(gate: torch.Tensor, up: torch.Tensor, activation_na
 def gated_activation_backward(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation_name: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of gate and up, and the product once more. grad, gate, up: (..., width)."""
+    """Return the gradients of gate and up, and the recomputed product. grad, gate, up: (..., width)."""
     grad_gate, grad_up, product = (
         torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(3)
     )

@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""NF4 weights unpacked on the GPU (Dettmers et al., 2023, arXiv 2305.14314), in bitsandbytes' layout.
+"""Dequantize NF4 weights on the GPU (Dettmers et al., 2023, arXiv 2305.14314), in bitsandbytes' layout.
 
     value = table[code] * absmax[i // 64]
 
-A byte holds two codes, the earlier weight's in its high half. With double quantisation absmax itself comes as
-one byte for 64 weights: absmax = code_book[byte] * nested_absmax[block // 256] + nested_offset.
+A byte holds two codes, the earlier weight's in its high half. With double quantization absmax itself is
+one byte per 64 weights: absmax = code_book[byte] * nested_absmax[block // 256] + nested_offset.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import triton.language as tl
 
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax that share one nested absmax
-BLOCKS = 32  # blocks a program unpacks
+BLOCKS = 32  # blocks per program
 
 
 @triton.jit
@@ -49,8 +49,8 @@ def nf4_dequantize(
 ) -> torch.Tensor:
     """Return the weights, of `shape`, computed in fp32 and rounded once to `dtype`.
 
-    packed: uint8, two weights a byte; table: fp32 (16,); absmax: fp32, one for each block of 64 weights, or,
-    where `nested` = (code_book fp32 (256,), nested_absmax fp32, nested_offset) is given, its uint8 codes.
+    packed: uint8, two weights per byte; table: fp32 (16,); absmax: fp32, one per block of 64 weights, or uint8 codes
+    if `nested` = (code_book fp32 (256,), nested_absmax fp32, nested_offset) is given.
     """
     output = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
     code_book, nested_absmax, nested_offset = nested or (absmax, absmax, 0.0)

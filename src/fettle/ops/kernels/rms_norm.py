@@ -1,15 +1,14 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""RMS norm on the GPU: a program holds a few whole rows at a time; in backward it walks on to further ones.
+"""RMS norm on the GPU: a program holds a few whole rows at a time; in backward it loops over several such groups.
 
-Walking lets a program add up its rows' share of the weight's gradient: no atomics, so that results are the
-same from run to run.
+So each program accumulates its rows' share of the weight's gradient, without atomics, and results are reproducible.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-TILE = 1024  # values a program holds at least: a row of a model's width, or several of a head's
+TILE = 1024  # minimum values per program: one row of a model's width, or several of a head's
 PROGRAMS = 512  # each leaves one partial weight gradient, summed afterwards
 
 
@@ -61,7 +60,7 @@ def rms_norm_backward_kernel(
 
 
 def layout(hidden: int) -> dict[str, int]:
-    """Rows a program holds at once, their padded width, and the warps that share them, 8 values a thread."""
+    """Return the rows per program, their padded width, and the number of warps (8 values per thread)."""
     block = triton.next_power_of_2(hidden)
     rows = max(1, TILE // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, rows * block // 256)}

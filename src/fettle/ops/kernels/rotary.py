@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Rotary embedding on the GPU: a program turns one token's heads, eight at a time, at any strides."""
+"""Rotary embedding on the GPU: a program rotates eight heads of one token, at any strides."""
 
 import torch
 import triton
