@@ -11,7 +11,7 @@ from fettle.recompute.allocator import release_unused
 
 
 @pytest.fixture(autouse=True)
-def _empty_room() -> Iterator[None]:
+def _empty_buffer() -> Iterator[None]:
     SHARED_BUFFER.release()
     yield
     SHARED_BUFFER.release()
@@ -82,7 +82,7 @@ def test_memory_first_used_in_inference_serves_training() -> None:
         assert not found.fill_(1).is_inference()
 
 
-def test_nothing_takes_no_room():
+def test_empty_shapes_take_no_memory():
     from fettle.ops.scratch import ScratchBuffer
 
     (empty,) = ScratchBuffer().carve([torch.Size((0, 8))], torch.float32)

@@ -218,7 +218,7 @@ def _encode(
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
-def _room(model: Model, prompt_tokens: int, sampling: Sampling) -> int:
+def _new_tokens(model: Model, prompt_tokens: int, sampling: Sampling) -> int:
     """Return how many tokens may follow the prompt. Raises UserError if the context is too short for them."""
     context: int = model.config.max_position_embeddings
     room = context - prompt_tokens
@@ -236,7 +236,7 @@ def _arguments(
 ) -> dict[str, Any]:
     """Return the arguments of the GenerationConfig; stop ids include those of the checkpoint's own config."""
     arguments: dict[str, Any] = {
-        "max_new_tokens": _room(model, inputs["input_ids"].shape[1], sampling),
+        "max_new_tokens": _new_tokens(model, inputs["input_ids"].shape[1], sampling),
         "do_sample": sampling.temperature > COLDEST,
         "eos_token_id": stop_ids(model.generation_config.eos_token_id, tokenizer),
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,

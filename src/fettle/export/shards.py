@@ -31,7 +31,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, *, tensors: int) -> None:
         self.folder = folder
-        self._room = ENTRY_BYTES * (tensors + 1)
+        self._header_bytes = ENTRY_BYTES * (tensors + 1)
         self._files: list[list[str]] = []
         """Names of the tensors in each file."""
         self._stream: BinaryIO | None = None
@@ -56,7 +56,7 @@ class ShardWriter:
         if self._stream is None or (self._taken and self._taken + size > SHARD_BYTES):
             self._end_file()
             self._stream = open(self._place(len(self._files)), "wb")  # noqa: SIM115  # closed by _end_file
-            self._stream.seek(8 + self._room)
+            self._stream.seek(8 + self._header_bytes)
             self._files.append([])
         self._files[-1].append(name)
         self._taken += size
@@ -80,12 +80,12 @@ class ShardWriter:
         for name, tensor in sorted(self._waiting.items(), key=lambda item: -item[1].element_size()):
             self._write(name, tensor)
         head = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}, separators=(",", ":")).encode()
-        if len(head) > self._room:
+        if len(head) > self._header_bytes:
             raise RuntimeError(
-                f"the header takes {len(head)} bytes, but only {self._room} were reserved for it"
+                f"the header takes {len(head)} bytes, but only {self._header_bytes} were reserved for it"
             )
         self._stream.seek(0)
-        self._stream.write(self._room.to_bytes(8, "little") + head.ljust(self._room))
+        self._stream.write(self._header_bytes.to_bytes(8, "little") + head.ljust(self._header_bytes))
         self._stream.close()
         self._stream, self._entries, self._waiting = None, {}, {}
         self._written = self._taken = 0

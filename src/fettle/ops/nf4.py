@@ -166,7 +166,7 @@ def nf4_dequantize_reference(weight: Nf4, dtype: torch.dtype | None = None) -> t
 def nf4_dequantize(
     weight: Nf4, dtype: torch.dtype | None = None, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return the matrix, computed in fp32 and rounded once to `dtype` (default: the one it was quantised from).
+    """Return the matrix, computed in fp32 and rounded once to `dtype` (default: the one it was quantized from).
 
     out: a contiguous matrix of that dtype to write to, on a CPU.
     """

@@ -21,10 +21,10 @@ def rms_norm_reference(
 ) -> torch.Tensor:
     """The formula in plain PyTorch: the specification of `rms_norm`."""
     x_fp32 = x.float()
-    normalised = x_fp32 * torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + eps)
+    normalized = x_fp32 * torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + eps)
     if offset:
-        return (normalised * (1.0 + weight.float())).to(x.dtype)
-    return weight * normalised.to(x.dtype)
+        return (normalized * (1.0 + weight.float())).to(x.dtype)
+    return weight * normalized.to(x.dtype)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: bool = False) -> torch.Tensor:
@@ -77,11 +77,11 @@ def _forward(
         block = slice(start, start + ROWS)
         x_fp32 = x[block].float()
         rstd[block] = torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + eps)
-        normalised = x_fp32 * rstd[block]
+        normalized = x_fp32 * rstd[block]
         if offset:
-            output[block] = normalised.mul_(1.0 + weight.float())
+            output[block] = normalized.mul_(1.0 + weight.float())
         else:
-            torch.mul(weight, normalised.to(x.dtype), out=output[block])
+            torch.mul(weight, normalized.to(x.dtype), out=output[block])
     return output, rstd
 
 
@@ -98,10 +98,10 @@ def _backward(
     grad_weight = torch.zeros_like(scale) if needs_weight_grad else None
     for start in range(0, len(x), ROWS):
         block = slice(start, start + ROWS)
-        normalised, grad_fp32 = x[block].float() * rstd[block], grad[block].float()
+        normalized, grad_fp32 = x[block].float() * rstd[block], grad[block].float()
         if grad_weight is not None:
-            grad_weight += (grad_fp32 * normalised).sum(0)
-        grad_normalised = grad_fp32 * scale
-        mean = (grad_normalised * normalised).mean(-1, keepdim=True)
-        grad_x[block] = grad_normalised.sub_(normalised.mul_(mean)).mul_(rstd[block])
+            grad_weight += (grad_fp32 * normalized).sum(0)
+        grad_normalized = grad_fp32 * scale
+        mean = (grad_normalized * normalized).mean(-1, keepdim=True)
+        grad_x[block] = grad_normalized.sub_(normalized.mul_(mean)).mul_(rstd[block])
     return grad_x, None if grad_weight is None else grad_weight.to(weight.dtype)

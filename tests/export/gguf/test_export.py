@@ -79,7 +79,7 @@ def with_adapter(base: Path, adapter: Path) -> GGUFFile:
     llama.llama_adapter_lora_init.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     opened = ctypes.c_void_p(llama.llama_adapter_lora_init(file._model, str(adapter).encode()))
     assert opened
-    file._make_room(len(IDS), shared=0)
+    file._ensure_capacity(len(IDS), shared=0)
     context, scale = ctypes.c_void_p(file._context), ctypes.c_float(1)
     assert (
         llama.llama_set_adapters_lora(context, ctypes.byref(opened), ctypes.c_size_t(1), ctypes.byref(scale))

@@ -83,7 +83,7 @@ class GGUFFile:
         original = self.metadata(f"{self.architecture}.rope.scaling.original_context_length")
         self._original_context = None if original is None else int(original)
         self._held: list[int] = []
-        self._room = 0
+        self._capacity = 0
         self._pieces: dict[int, bytes] = {}
 
     @property
@@ -135,7 +135,7 @@ class GGUFFile:
             size = -length
 
     def piece(self, token: int) -> bytes:
-        """Return the bytes that a token stands for, special ones written out."""
+        """Return the bytes of a token; special tokens give their text."""
         if token not in self._pieces:
             length = -USUAL_PIECE_BYTES
             while length < 0:  # minus the size that is needed
@@ -173,7 +173,7 @@ class GGUFFile:
     def next_logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits after `ids`, fp32 (vocabulary,). A prefix shared with the last call is not run again."""
         shared = _shared(self._held, ids[:-1])
-        self._make_room(len(ids), shared)
+        self._ensure_capacity(len(ids), shared)
         logits = torch.empty(0)
         for start in range(len(self._held), len(ids), CHUNK_TOKENS):
             chunk = ids[start : start + CHUNK_TOKENS]
@@ -185,7 +185,7 @@ class GGUFFile:
 
         Each chunk is a view of llama.cpp's memory: it must be used or copied before the next.
         """
-        self._make_room(len(ids), shared=0)
+        self._ensure_capacity(len(ids), shared=0)
         for start in range(0, len(ids), CHUNK_TOKENS):
             chunk = ids[start : start + CHUNK_TOKENS]
             inside = [position - start for position in positions if 0 <= position - start < len(chunk)]
@@ -208,10 +208,10 @@ class GGUFFile:
         found = self._llama.llama_get_logits(self._context)
         return torch.from_numpy(np.ctypeslib.as_array(found, (len(wanted), self.vocab_size)))
 
-    def _make_room(self, tokens: int, shared: int) -> None:
+    def _ensure_capacity(self, tokens: int, shared: int) -> None:
         """Make a KV cache for `tokens` that keeps the first `shared` cached tokens, or none if it is reallocated."""
-        if tokens > self._room or self._is_long(tokens) != self._is_long(self._room):
-            self._new_context(self._room_for(tokens))
+        if tokens > self._capacity or self._is_long(tokens) != self._is_long(self._capacity):
+            self._new_context(self._capacity_for(tokens))
             return
         memory = self._llama.llama_get_memory(self._context)
         if shared and self._llama.llama_memory_seq_rm(memory, 0, shared, -1):
@@ -224,26 +224,28 @@ class GGUFFile:
         """Whether that many tokens need LongRoPE's long factors."""
         return self._original_context is not None and tokens > self._original_context
 
-    def _room_for(self, tokens: int) -> int:
-        room = SMALLEST_CONTEXT
-        while room < tokens:
-            room *= 2
+    def _capacity_for(self, tokens: int) -> int:
+        capacity = SMALLEST_CONTEXT
+        while capacity < tokens:
+            capacity *= 2
         if self._original_context is not None and tokens <= self._original_context:
             # llama.cpp rounds the size up, and beyond the original context would use the long factors
             within = self._original_context // CONTEXT_STEP * CONTEXT_STEP
-            return min(room, within) if tokens <= within else self._original_context
-        return room
+            return min(capacity, within) if tokens <= within else self._original_context
+        return capacity
 
-    def _new_context(self, room: int) -> None:
+    def _new_context(self, capacity: int) -> None:
         self._held_open.close_context(self._llama)
         parameters = self._llama.llama_context_default_params()
-        parameters.sizes[0], parameters.sizes[1], parameters.sizes[2] = room, CHUNK_TOKENS, CHUNK_TOKENS
+        parameters.sizes[0], parameters.sizes[1], parameters.sizes[2] = capacity, CHUNK_TOKENS, CHUNK_TOKENS
         log.clear()
         self._held_open.context, self._held = self._llama.llama_init_from_model(self._model, parameters), []
         if not self._context:
-            self._room = 0
-            raise UserError(f"{self.path} cannot be run in llama.cpp with {room:,} tokens: {last_fault()}.")
-        self._room = room
+            self._capacity = 0
+            raise UserError(
+                f"{self.path} cannot be run in llama.cpp with {capacity:,} tokens: {last_fault()}."
+            )
+        self._capacity = capacity
         self._llama.llama_set_n_threads(self._context, torch.get_num_threads(), torch.get_num_threads())
 
 

@@ -23,11 +23,11 @@ def rms_norm_forward_kernel(
     values = tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32)
     scale = tl.load(weight + column, column < hidden, 0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(values * values, 1, keep_dims=True) / hidden + eps)
-    normalised = values * inverse
+    normalized = values * inverse
     if OFFSET:
-        product = normalised * (1.0 + scale)
+        product = normalized * (1.0 + scale)
     else:  # rounded before the product, as in Llama
-        product = normalised.to(output.dtype.element_ty).to(tl.float32) * scale
+        product = normalized.to(output.dtype.element_ty).to(tl.float32) * scale
     tl.store(output + row * hidden + column, product.to(output.dtype.element_ty), mask)
     tl.store(rstd + row, inverse, row < rows)
 
@@ -46,13 +46,13 @@ def rms_norm_backward_kernel(
         row = tl.cast(first, tl.int64) + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & (column < hidden)
         inverse = tl.load(rstd + row, row < rows, 0.0)
-        normalised = tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32) * inverse
+        normalized = tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32) * inverse
         grads = tl.load(grad + row * grad_stride + column, mask, 0.0).to(tl.float32)
         if NEEDS_WEIGHT_GRAD:
-            grad_weight += grads * normalised
+            grad_weight += grads * normalized
         grads *= scale
-        mean = tl.sum(grads * normalised, 1, keep_dims=True) / hidden
-        result = (grads - normalised * mean) * inverse
+        mean = tl.sum(grads * normalized, 1, keep_dims=True) / hidden
+        result = (grads - normalized * mean) * inverse
         tl.store(grad_x + row * hidden + column, result.to(grad_x.dtype.element_ty), mask)
     if NEEDS_WEIGHT_GRAD:
         partial = tl.sum(grad_weight, 0, keep_dims=True)
