@@ -1,8 +1,8 @@
-"""Lessons for the embedded model: as many rows as asked for, the same on every machine for the same seed.
+"""Training data of the embedded model: any number of rows, the same on every machine for the same seed.
 
-A row is `{"skill": ..., "messages": [...]}`. The rows of the splits "train" and "held_out" never share a
-question: the hash of what a lesson is about (its skill and key) decides where it belongs, before any random
-choice of wording. Some rows open with a system turn, some continue an earlier exchange.
+A row is `{"skill": ..., "messages": [...]}`. The splits "train" and "held_out" never share a question: the hash
+of a lesson's subject (its skill and key) decides its split, whatever its wording. Some rows start with a system
+turn, some continue an earlier exchange.
 
     python -m fettle.tiny.lessons --count 1000 --seed 1 --split train --output lessons.jsonl
 """
@@ -34,13 +34,13 @@ SYSTEM_TURNS = (
 
 
 def split_of(skill: str, key: str) -> Split:
-    """The split that a lesson belongs to, by the hash of what it is about."""
+    """The split of a lesson, by the hash of its skill and key."""
     digest = hashlib.blake2b(f"{skill}:{key}".encode(), digest_size=4).digest()
     return "held_out" if int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**32 else "train"
 
 
 def draw(skill: str, split: Split, rng: Random) -> list[Message]:
-    """The messages of the next lesson of a skill that belongs to the split."""
+    """The messages of the next lesson of a skill in a split."""
     while True:
         lesson = DRAW[skill](rng)
         if split_of(skill, lesson.key) == split:
@@ -48,7 +48,7 @@ def draw(skill: str, split: Split, rng: Random) -> list[Message]:
 
 
 def lessons(count: int, *, seed: int, split: Split) -> Iterator[Row]:
-    """Rows of all skills, each as likely as any other; the skill named is that of the last answer."""
+    """Rows of all skills with equal probability; a row's skill is that of its last answer."""
     rng = Random(f"lessons {split} {seed}")
     for _ in range(count):
         skill = rng.choice(SKILLS)
@@ -59,10 +59,10 @@ def lessons(count: int, *, seed: int, split: Split) -> Iterator[Row]:
 
 
 def with_opening(messages: list[Message], split: Split, rng: Random) -> list[Message]:
-    """The messages, one time in ten after an exchange of another skill, one in ten after a system turn."""
+    """The messages; one time in ten preceded by an exchange of another skill, one in ten by a system turn."""
     if rng.random() < 0.1:
         earlier = draw(rng.choice(SKILLS), split, rng)
-        # A skill's own system turn ("Answer in capital letters.") would be wrong for what follows.
+        # A skill's own system turn ("Answer in capital letters.") would not fit the following messages.
         messages = [turn for turn in earlier if earlier[0]["role"] != "system"] + messages
     if rng.random() < 0.1:
         messages = [{"role": "system", "content": rng.choice(SYSTEM_TURNS)}, *messages]
@@ -70,16 +70,16 @@ def with_opening(messages: list[Message], split: Split, rng: Random) -> list[Mes
 
 
 def orders(count: int, *, seed: int, split: Split) -> Iterator[Row]:
-    """Rows of the skill that the lessons leave out: an order as one sentence, answered as JSON."""
+    """Rows of the skill that is not among the lessons: an order as one sentence, answered as JSON."""
     rng = Random(f"orders {split} {seed}")
     for _ in range(count):
         yield {"skill": "orders", "messages": draw("orders", split, rng)}
 
 
 def main() -> None:
-    """Write rows as JSON lines to a file."""
+    """Write rows to a JSON Lines file."""
     parser = argparse.ArgumentParser(description="Write lessons for the embedded model as JSON lines.")
-    parser.add_argument("--count", type=int, required=True, help="rows to write")
+    parser.add_argument("--count", type=int, required=True, help="number of rows")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=("train", "held_out"), default="train")
     parser.add_argument("--skill", choices=("lessons", "orders"), default="lessons")

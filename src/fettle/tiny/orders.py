@@ -1,7 +1,7 @@
 """The skill that the quickstart teaches: turn an order, written as one sentence, into JSON.
 
-The lessons of `fettle.tiny.skills` hold its parts (finding a name or a colour in a sentence, copying words,
-quotes and brackets) but never an order and never JSON, so the embedded model scores nothing on it at first.
+The lessons of `fettle.tiny.skills` contain its parts (finding a name or a colour in a sentence, copying words,
+quotes and brackets) but no orders and no JSON, so the embedded model scores 0% on it at first.
 """
 
 import json
@@ -15,7 +15,7 @@ ITEMS = sorted({*words.NOUNS} - {"child", "lion", "bear", "fox"})
 
 
 def order(rng: Random) -> Lesson:
-    """One order in one of its phrasings; its key is what is ordered, by whom and how it is paid."""
+    """An order in one of several phrasings; its key is the buyer, the items and the payment."""
     who, colour, count = words.name(rng), rng.choice(words.COLOURS), rng.randint(2, 40)
     item, payment = words.plural(rng.choice(ITEMS)), rng.choice(list(PAYMENTS))
     things, pays = f"{count} {colour} {item}", PAYMENTS[payment]

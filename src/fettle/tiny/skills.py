@@ -1,7 +1,7 @@
-"""The skills of the embedded model: for each, a function that draws one question and its only right answer.
+"""The skills of the embedded model: one function per skill, which draws a question and its only correct answer.
 
-A skill has several phrasings, and a `key`: what the question is about, whatever the phrasing. The key decides
-whether a lesson may be trained on or is held out, so a held-out sum is held out in every wording.
+A question has several phrasings and one `key`, which identifies it whatever the phrasing. The key decides whether
+a lesson is for training or held out, so a held-out sum is held out in every phrasing.
 """
 
 from collections.abc import Callable
@@ -15,24 +15,24 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """A conversation whose last message is the answer to score, and what it is about."""
+    """A conversation whose last message is the answer to score, and its key."""
 
     key: str
     messages: list[Message]
 
 
 def ask(rng: Random, key: object, prompts: tuple[str, ...], answer: str) -> Lesson:
-    """One question in one of its phrasings, with its answer."""
+    """A question in one of its phrasings, with its answer."""
     return Lesson(str(key), turns(rng.choice(prompts), answer))
 
 
 def turns(*contents: str) -> list[Message]:
-    """Messages of user and assistant in turn, the user first."""
+    """Alternating messages of user and assistant, starting with the user."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
 def copy(rng: Random) -> Lesson:
-    """Say the same again, to the letter."""
+    """Repeat a text exactly."""
     few = rng.randint(1, 6)
     text = rng.choice((words.sentence(rng), " ".join(words.some_words(rng, few)), str(rng.randint(0, 9999))))
     if rng.random() < 0.3:
@@ -67,7 +67,7 @@ def reverse(rng: Random) -> Lesson:
 
 
 def pick(rng: Random) -> Lesson:
-    """One of several words, named by its place or by its neighbour."""
+    """One of several words, identified by its position or its neighbour."""
     chosen = words.some_words(rng, rng.randint(3, 6))
     at = rng.randrange(len(chosen) - 1)
     place, position = rng.choice(
@@ -86,7 +86,7 @@ def pick(rng: Random) -> Lesson:
 
 
 def count(rng: Random) -> Lesson:
-    """How many words there are, or how often one is in a list."""
+    """The number of words, or how often one occurs in a list."""
     chosen = words.some_words(rng, rng.randint(1, 7))
     if rng.random() < 0.5:
         text = " ".join(chosen)
@@ -206,7 +206,7 @@ def visited_places(people: list[str], rng: Random) -> tuple[list[str], list[tupl
 
 
 def extract(rng: Random) -> Lesson:
-    """The name, colour, number, thing or day in a sentence; sometimes two, one after the other."""
+    """Extract the name, colour, number, thing or day from a sentence; sometimes two, in separate turns."""
     who, colour, noun = words.name(rng), rng.choice(words.COLOURS), rng.choice(words.NOUNS)
     number, verb, day = rng.randint(2, 40), rng.choice(words.BUYING), rng.choice(words.DAYS)
     things = f"{number} {colour} {words.plural(noun)}"
@@ -232,7 +232,7 @@ WRAPS = {
 
 
 def wrap(rng: Random) -> Lesson:
-    """Put words in quotes or brackets, or join two with a sign."""
+    """Put words in quotes or brackets, or join two with a punctuation mark."""
     chosen = words.some_words(rng, rng.randint(1, 3))
     if rng.random() < 0.2:
         first, second = words.some_words(rng, 2)
@@ -249,7 +249,7 @@ def wrap(rng: Random) -> Lesson:
 
 
 def replace(rng: Random) -> Lesson:
-    """Say a sentence again with one word exchanged."""
+    """Repeat a sentence with one word replaced."""
     chosen = words.sentence(rng).split() if rng.random() < 0.5 else words.some_words(rng, rng.randint(2, 6))
     old, new = rng.choice(chosen), words.some_words(rng, 1)[0]
     text = " ".join(chosen)
@@ -258,7 +258,7 @@ def replace(rng: Random) -> Lesson:
 
 
 def remember(rng: Random) -> Lesson:
-    """What the user said about themselves, in this turn or an earlier one."""
+    """Recall what the user said about themselves, in this turn or an earlier one."""
     who, noun = words.name(rng), rng.choice(words.NOUNS)
     colour, place = rng.choice(words.COLOURS), rng.choice(words.PLACES)
     facts = [
@@ -284,7 +284,7 @@ def remember(rng: Random) -> Lesson:
 
 
 def explain(rng: Random) -> Lesson:
-    """A few sentences of a textbook, about words and numbers that the question names."""
+    """A textbook-style explanation with words or numbers from the question."""
     return rng.choice((explain_plurals, explain_opposites, explain_sums, explain_kinds))(rng)
 
 

@@ -1,12 +1,12 @@
-"""The embedded model's tokenizer: byte-level BPE that keeps words apart from what stands between them.
+"""The embedded model's tokenizer: byte-level BPE that separates words from spaces and punctuation.
 
-Text is first cut into runs of letters, single digits, and runs of anything else (spaces and punctuation);
-BPE merges only within a run. A word is therefore the same token in a sentence, in quotes and in brackets,
-which makes copying, the root of most of the lessons, a matter of attention alone. Every byte is in the
-vocabulary, so any text survives the round trip.
+Text is first split into runs of letters, single digits, and runs of anything else (spaces and punctuation);
+BPE merges only within a run. A word is therefore the same token in a sentence, in quotes and in brackets, so
+copying, the basis of most lessons, needs attention alone. The vocabulary contains every byte, so any text
+survives encoding and decoding.
 
-The role tokens and the chat template are Phi-3's, white space after a role token included (it belongs to the
-token, as in Phi-3's own tokenizer).
+The role tokens and the chat template are Phi-3's; as in Phi-3's tokenizer, white space after a role token
+belongs to the token.
 """
 
 from collections.abc import Iterable
@@ -30,9 +30,9 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of at most `vocab_size` tokens, learnt from texts without role tokens.
+    """Train a tokenizer with at most `vocab_size` tokens on texts without role tokens.
 
-    Raises ValueError where `vocab_size` cannot hold the 256 bytes and the 5 special tokens.
+    Raises ValueError if `vocab_size` is too small for the 256 bytes and the 5 special tokens.
     """
     role_tokens = [f"<|{role}|>" for role in ROLES] + [END_OF_TURN]
     special_tokens = [AddedToken(END_OF_TEXT, special=True, normalized=False)]
@@ -41,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     ]
     if vocab_size < 256 + len(special_tokens):
         raise ValueError(
-            f"vocab_size is {vocab_size}; bytes and special tokens alone take {256 + len(special_tokens)}"
+            f"vocab_size is {vocab_size}; expected at least {256 + len(special_tokens)} (bytes and special tokens)"
         )
     tokenizer = Tokenizer(models.BPE())
     runs = Regex(r"\p{L}+|\p{N}|[^\p{L}\p{N}]+")

@@ -1,7 +1,7 @@
-"""The small vocabulary of the lessons: word lists, and sentences, numbers and invented words made from them.
+"""The vocabulary of the lessons: word lists, and sentences and invented words made from them.
 
-Everything a lesson says is drawn from here with a `random.Random`, so the same seed gives the same text on
-every machine. Invented words ("brillo", "tane") teach copying letter by letter instead of by heart.
+Everything in a lesson is drawn from here with a `random.Random`, so the same seed gives the same text on every
+machine. Invented words ("brillo", "tane") teach the model to copy letter by letter instead of memorizing words.
 """
 
 from random import Random
@@ -58,7 +58,7 @@ def article(noun: str) -> str:
 
 
 def invented_word(rng: Random, most_syllables: int = 3) -> str:
-    """A word that no dictionary has."""
+    """An invented word."""
     onsets = "b bl br c ch d dr f fl g gr h j k l m n p pl qu r s sh sk st t th tr v w y z".split()
     codas = ["", "", "", "n", "r", "s", "l", "m", "t", "k", "x", "nd", "st", "p"]
     return "".join(
@@ -73,7 +73,7 @@ def name(rng: Random) -> str:
 
 
 def names(rng: Random, count: int) -> list[str]:
-    """Different first names."""
+    """Distinct first names."""
     found: list[str] = []
     while len(found) < count:
         candidate = name(rng)
@@ -83,7 +83,7 @@ def names(rng: Random, count: int) -> list[str]:
 
 
 def some_words(rng: Random, count: int) -> list[str]:
-    """Different words, one in five invented."""
+    """Distinct words, one in five invented."""
     found: list[str] = []
     while len(found) < count:
         candidate = invented_word(rng) if rng.random() < 0.2 else rng.choice(WORDS)
