@@ -268,7 +268,7 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
     from fettle.models.config import StoredModel
     from fettle.models.load import empty_model
     from fettle.recompute.allocator import restored_heap, set_heap
-    from fettle.runs.memory_plan import follow
+    from fettle.runs.memory_plan import plan_run
     from fettle.runs.options import TrainOptions
     from fettle.runs.steps import Trainer
 
@@ -283,7 +283,7 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
         quantization=options.quantization,
     )  # fmt: skip
     stored = StoredModel(config, torch.bfloat16, is_nf4=False)
-    followed = follow(run, stored, device, lengths, Console(stderr=True))
+    run_plan = plan_run(run, stored, device, lengths, Console(stderr=True))
     model = empty_model(config).to(torch.bfloat16)
     with restored_heap():
         set_heap("return")  # as load_model has it
@@ -298,9 +298,9 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
         **data,
     }
     is_dpo = options.method == "dpo"  # TRL's trainer and head on fettle's model
-    trainer = DPOTrainer(**common) if is_dpo else Trainer(**common, step_leaner=followed.step_leaner)
-    followed.apply_to(model)
-    plan = followed.plan
+    trainer = DPOTrainer(**common) if is_dpo else Trainer(**common, use_leaner_plan=run_plan.use_leaner_plan)
+    run_plan.apply_to(model)
+    plan = run_plan.plan
     return trainer, {
         "peak_bytes": plan.peak,
         "seconds": plan.seconds,

@@ -479,12 +479,12 @@ def _run_file() -> st.SearchStrategy[bytes]:
 
 def _read_run_file(content: bytes, folder: Path) -> object:
     from fettle.options import read
-    from fettle.runs.defaults import require_sensible
+    from fettle.runs.defaults import require_valid
     from fettle.runs.options import TrainOptions
 
     (folder / "run.yaml").write_bytes(content)
     options = read(TrainOptions, folder / "run.yaml")
-    require_sensible(options)
+    require_valid(options)
     return options
 
 
@@ -508,12 +508,12 @@ def _read_words(words: list[str], folder: Path) -> object:
     """As `fettle plan` does, up to the model."""
     from fettle.cli.main import _parser
     from fettle.options import resolve
-    from fettle.runs.defaults import require_sensible
+    from fettle.runs.defaults import require_valid
     from fettle.runs.options import PlanOptions
 
     given = vars(_parser().parse_args(["plan", "--model", "fettle-tiny", *words]))
     options = resolve(PlanOptions, given, given.pop("config", None))
-    require_sensible(options)
+    require_valid(options)
     if options.memory is not None:
         from fettle.planning.budget import parse_bytes
 

@@ -582,7 +582,7 @@ def test_an_output_folder_that_holds_another_run(refused_train, adapter_copy):
 def test_an_output_folder_that_holds_something_else(refused, refused_train, trained, chats, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
-    says = ("full", "thesis.txt", "name another")
+    says = ("full", "thesis.txt", "choose another")
     refused_train(output=tmp_path / "full", says=says)
     refused("pretrain", "--data", chats, "--output", tmp_path / "full", says=says)
     refused("export", "--model", trained, "--to", tmp_path / "full", says=says)
@@ -623,7 +623,7 @@ def test_nothing_to_resume(refused, tmp_path, command):
     "more", [("--rank", 4), ("--config", "run.yaml"), ("--max-steps", 100), ("--model", "x", "--data", "y")]
 )
 def test_resuming_takes_no_other_options(refused, adapter_copy, more):
-    refused("train", "--resume", "--output", adapter_copy, *more, says="--resume takes --output alone")
+    refused("train", "--resume", "--output", adapter_copy, *more, says="--resume accepts only --output")
 
 
 def test_resuming_needs_the_folder(refused):
@@ -647,7 +647,7 @@ def change_option(run: Path, name: str, value: object) -> None:
 def test_resuming_with_changed_data(refused, unfinished, chats, tmp_path):
     (tmp_path / "changed.jsonl").write_text(chats.read_text() + GOOD + "\n")
     change_option(unfinished, "data", tmp_path / "changed.jsonl")
-    says = ("changed.jsonl", "has changed since the run began", "--output")
+    says = ("changed.jsonl", "has changed since the run started", "--output")
     refused("train", "--resume", "--output", unfinished, says=says)
 
 
@@ -656,7 +656,7 @@ def test_resuming_with_a_changed_base(refused, unfinished, model_copy):
     weights["lm_head.weight"] += 0.01
     save_file(weights, model_copy / "model.safetensors", {"format": "pt"})
     change_option(unfinished, "model", model_copy)
-    says = (str(model_copy), "has changed since the run began")
+    says = (str(model_copy), "has changed since the run started")
     refused("train", "--resume", "--output", unfinished, says=says)
 
 

@@ -230,7 +230,7 @@ def test_a_finished_run_has_nothing_to_resume(cli, trained):
     before = (trained / "adapter_model.safetensors").stat().st_mtime_ns
     ended = cli("train", "--resume", "--output", trained)
     assert ended.code == 0
-    assert "has come to its end" in ended.out
+    assert "has already finished" in ended.out
     assert (trained / "adapter_model.safetensors").stat().st_mtime_ns == before
 
 
@@ -315,11 +315,11 @@ def test_help_and_import_answer_without_loading_torch():
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device: free some space there"),
         (
             OSError(errno.EFBIG, "File too large", "/there/file"),
-            "/there/file: File too large: raise the limit",
+            "/there/file: File too large: raise the file size limit",
         ),
         (
             RuntimeError("serializing: I/O error: File too large (os error 27)"),
-            "File too large: raise the limit",
+            "File too large: raise the file size limit",
         ),
         (MemoryError(), "Cannot allocate memory: close other programs"),
         (
@@ -353,7 +353,7 @@ def test_a_disk_that_takes_no_more_leaves_nothing(small_model, tmp_path, form):
         f"sys.exit(fettle.cli.main({words}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "File too large: raise the limit" in done.stderr
+    assert done.returncode == 2 and "File too large: raise the file size limit" in done.stderr
     assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
 
 
@@ -424,5 +424,5 @@ def test_the_next_commands_work_as_printed(cli, small_model, chats, tmp_path, mo
     assert cli(*generate[1:], "--max-new-tokens", 2).code == 0
     assert cli(*merge[1:]).code == 0 and (tmp_path / "my run.v1-merged" / "config.json").exists()
     assert gguf[gguf.index("--to") + 1] == "my run.v1.gguf"
-    assert "before training: answering 2 of the held-out rows" in ended.out
-    assert "after training: answering 2 of the held-out rows" in ended.out
+    assert "before training: answering 2 held-out rows" in ended.out
+    assert "after training: answering 2 held-out rows" in ended.out

@@ -79,7 +79,7 @@ def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
             aside.write_text("mine")
             (tmp_path / "file").write_text("another's")
 
-    with pytest.raises(UserError, match="already there"):
+    with pytest.raises(UserError, match="already exists"):
         write()
     assert names(tmp_path) == ["file"]
     assert (tmp_path / "file").read_text() == "another's"
@@ -167,13 +167,13 @@ def test_only_a_models_folder_is_replaced(tmp_path: Path, entry: str) -> None:
     else:
         (target / entry).write_text("x")
     with (
-        pytest.raises(UserError, match=f"'{entry.rstrip('/')}' in it is none of a model's files"),
+        pytest.raises(UserError, match=f"it contains '{entry.rstrip('/')}', which is not a model file"),
         replace_folder(target),
     ):
         pass
     (empty_of_models := tmp_path / "notes").mkdir()
     (empty_of_models / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds no whole model"):
+    with pytest.raises(UserError, match="is not a complete model"):
         require_new_folder(empty_of_models, "it", replace=True)
 
 
@@ -225,7 +225,7 @@ def test_a_used_output_folder_is_refused_with_what_it_holds(tmp_path: Path, held
     require_new_folder(tmp_path / "a" / "b", "the run")  # absent
     assert names(tmp_path) == []  # the check itself makes nothing
     (tmp_path / held).touch()
-    with pytest.raises(UserError, match=f"{tmp_path.name} already holds .*{said}.*the run needs"):
+    with pytest.raises(UserError, match=f"{tmp_path.name} already contains .*{said}.*the run needs"):
         require_new_folder(tmp_path, "the run")
     with pytest.raises(UserError, match="is a file"):
         require_new_folder(tmp_path / held, "the run")
@@ -298,7 +298,7 @@ except UserError as error:
         return subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=True).stdout
 
     with only_process(tmp_path):
-        assert "another process is at work" in other_process()
+        assert "another process is using" in other_process()
     assert other_process() == "held\n"
 
 
@@ -356,7 +356,7 @@ def test_what_a_killed_process_left_at_its_start_does_not_occupy_a_folder(tmp_pa
 
 def test_what_a_running_process_writes_does(tmp_path: Path) -> None:
     (tmp_path / f".partial-{os.getppid()}-run.yaml").write_text("half")
-    with pytest.raises(UserError, match=r"already holds '\.partial"):
+    with pytest.raises(UserError, match=r"already contains '\.partial"):
         require_new_folder(tmp_path, "the run")
 
 
@@ -364,7 +364,7 @@ def test_a_folder_set_aside_comes_back_without_overwrite_too(tmp_path: Path) -> 
     old = tmp_path / f".replaced-{DEAD}-model"
     old.mkdir()
     (old / "config.json").write_text("old")
-    with pytest.raises(UserError, match="already holds a model"):
+    with pytest.raises(UserError, match="already contains a model"):
         require_new_folder(tmp_path / "model", "the exported model")
     assert (tmp_path / "model" / "config.json").read_text() == "old"
 

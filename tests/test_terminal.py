@@ -76,17 +76,17 @@ def test_an_error_about_a_hostile_name(capsys, tmp_path) -> None:
 
 
 def test_an_answer_is_data_in_a_pipe_and_clean_on_a_terminal(capsys, monkeypatch) -> None:
-    terminal.give(HOSTILE)
+    terminal.print_result(HOSTILE)
     assert capsys.readouterr().out == HOSTILE + "\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    terminal.give(HOSTILE)
+    terminal.print_result(HOSTILE)
     assert "\x1b" not in capsys.readouterr().out
 
 
 def test_a_real_terminal(tmp_path) -> None:
     """Nothing but the process's own styles reaches a pseudo-terminal."""
     ours, theirs = pty.openpty()
-    code = f"from fettle import terminal; terminal.give({HOSTILE!r}); terminal.say({HOSTILE!r})"
+    code = f"from fettle import terminal; terminal.print_result({HOSTILE!r}); terminal.print_message({HOSTILE!r})"
     subprocess.run([sys.executable, "-c", code], stdout=theirs, stderr=theirs, check=True)
     os.close(theirs)
     shown = os.read(ours, 10000).decode()

@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from fettle import threads
-from fettle.threads import settle_threads
+from fettle.threads import configure_threads
 
 
 def settled(**given: str) -> dict[str, str]:
     environment = dict(given)
-    settle_threads(environment)
+    configure_threads(environment)
     return environment
 
 
@@ -21,7 +21,7 @@ def test_threads_sleep_while_they_wait():
 
 
 def test_few_compiled_products_are_kept():
-    capacity = str(threads.KEPT_PRODUCTS)
+    capacity = str(threads.PRIMITIVE_CACHE_ENTRIES)
     assert {settled()[f"{cache}_CAPACITY"] for cache in ("ONEDNN_PRIMITIVE_CACHE", "LRU_CACHE")} == {capacity}
 
 

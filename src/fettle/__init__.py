@@ -10,7 +10,7 @@
     fettle.export_safetensors("my-model", "my-model-merged")
     fettle.export_gguf("my-model", "my-model.gguf")
 
-Names are imported when first used, so that `fettle --help` answers at once.
+Names are imported on first use, so that `fettle --help` starts fast.
 """
 
 from importlib import import_module

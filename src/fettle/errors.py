@@ -1,62 +1,62 @@
-"""The errors a user is meant to read, and the one interruption."""
+"""Errors with messages for the user, and the exception for an interrupted run."""
 
 import errno
 import os
 import re
 
-WAYS_OUT = {
-    errno.ENOSPC: "free some space there, or name a place on another disk",
-    errno.EDQUOT: "free some of your quota there, or name a place on another disk",
-    errno.EFBIG: "raise the limit on a file's size (ulimit -f), or name a place on a disk that takes larger files",
+REMEDIES = {
+    errno.ENOSPC: "free some space there, or choose a location on another disk",
+    errno.EDQUOT: "free some of your quota there, or choose a location on another disk",
+    errno.EFBIG: "raise the file size limit (ulimit -f), or choose a disk that allows larger files",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ENOMEM: "close other programs, or take a smaller model",
+    errno.ENOMEM: "close other programs, or use a smaller model",
 }
-"""What a user can do where the system has no more of something."""
+"""What the user can do when the system runs out of a resource, by errno."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend.
+    """An error the user can fix.
 
-    The message is one sentence or two: the file, row or option; what was found; what was expected;
-    the nearest thing that works. The command line prints it without a traceback and exits with code 2.
+    The message is one or two sentences: which file, row or option; what was found; what was expected; how to fix it.
+    The command line prints it without a traceback and exits with code 2.
     """
 
 
 class ModelFault(UserError):
-    """The model's files are at fault, whatever it is given: logits of NaN, a chat template without end.
+    """The model's own files are broken, whatever the input: NaN logits, a chat template that does not terminate.
 
-    Where a row or a message that the model refuses is left out, this still ends the job.
+    Code that skips rows or messages that the model cannot process must let this error through.
     """
 
 
 class ProofError(Exception):
-    """What was made is there, and does not say what it should: one sentence like a UserError's, exit code 1."""
+    """The output was written but failed verification. The message is one sentence, like a UserError's; exit code 1."""
 
 
 class Interrupted(Exception):
-    """Ctrl-C ended a run that can go on; the message is the command to type."""
+    """Ctrl-C stopped a run that can be resumed; the message is the command that resumes it."""
 
 
 def shortage(error: Exception) -> str | None:
-    """Return the sentence for what the system has no more of: disk, memory, a name's length; None for other errors.
+    """Return a message if `error` says that the system is out of a resource (disk, memory, name length), else None.
 
-    Libraries in C++ and Rust pass its number, or its lack of memory, on as text.
+    C++ and Rust libraries report the errno, or the lack of memory, only in the text of their errors.
     """
     number = error.errno if isinstance(error, OSError) else None
     if found := re.search(r"\(os error (\d+)\)", str(error)):
         number = int(found[1])
     elif isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
         number = errno.ENOMEM
-    if number not in WAYS_OUT:
+    if number not in REMEDIES:
         return None
     place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
-    return f"{place}{os.strerror(number)}: {WAYS_OUT[number]}."
+    return f"{place}{os.strerror(number)}: {REMEDIES[number]}."
 
 
 def reason_of(error: BaseException) -> str:
-    """Return a library's error as one line for a UserError: its first line, or two where that only announces.
+    """Return a library's error as one line for a UserError: its first line, or two if the first ends with a colon.
 
-    KeyError and the like, whose text alone says nothing, are named.
+    The type is included for errors such as KeyError, whose text alone says little.
     """
     if isinstance(error, UserError):
         return str(error)

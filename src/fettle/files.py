@@ -1,11 +1,10 @@
-"""Files that are there whole or not at all.
+"""Atomic writes, and checks of the output location before a job starts.
 
-A run that is interrupted must leave nothing half-written, and a run that cannot end well must say so before
-it starts. Everything fettle writes therefore goes to a temporary name beside its target and is renamed onto
-it as the last step (a rename inside one folder is atomic), and every job first asks whether its output
-folder is free and the disk is large enough.
+An interrupted run must leave no half-written files, and a run that cannot succeed must fail before it starts.
+fettle therefore writes everything under a temporary name next to the target and renames it at the end (a rename
+within one folder is atomic), and every job first checks that its output folder is free and the disk has space.
 
-Sizes are decimal, as disks and model pages count them: 1 GB is 10^9 bytes.
+Sizes are decimal: 1 GB is 10^9 bytes.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from fettle.errors import UserError
 
-# What a folder holds, told by the first of these names found in it.
+# What a folder contains: the first of these names found in it decides.
 _SIGNS = (
     ("run.yaml", "another run"),
     ("checkpoint-*", "a training run"),
@@ -30,7 +29,7 @@ _SIGNS = (
     ("config.json", "a model"),
 )
 
-# What a folder with a full model may hold: what fettle, transformers and a model page put there.
+# Files that fettle, transformers and the Hub put into the folder of a full model.
 _MODEL_FILES = (
     *("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"),
     *("README.md", "LICENSE*", ".gitattributes"),
@@ -38,21 +37,21 @@ _MODEL_FILES = (
 
 
 _NAMED_TEMPLATES = "additional_chat_templates"
-"""Where transformers keeps a model's chat templates other than the default one, as .jinja files."""
+"""The folder of a model's chat templates other than the default one, as .jinja files (a transformers convention)."""
 
 LOCK = ".lock"
-"""The file that `only_process` locks; it stays behind where its process is killed."""
+"""The file that `only_process` locks; a killed process leaves it behind."""
 
 
 @contextmanager
 def write_aside(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `path` to write to; rename it onto `path` when the block succeeds.
 
-    The caller makes a file or a folder at the yielded path. On any failure, Ctrl-C included, it is removed.
-    What a killed process left behind for the same target is removed first.
+    The caller creates a file or a folder at the yielded path. On any failure, including Ctrl-C, it is removed.
+    Leftovers of a killed process for the same target are removed first.
 
-    With `replace`, an existing file is replaced, that which a link points to; without, `path` must be absent or an
-    empty folder. Raises UserError before the block runs where `path` cannot be written.
+    With `replace`, an existing file is replaced (the target of a link, not the link); without, `path` must be absent
+    or an empty folder. Raises UserError before the block runs if `path` cannot be written.
     """
     path = Path(path).resolve() if replace else Path(path)
     _put_back(path)
@@ -73,11 +72,11 @@ def write_aside(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling to make a model's folder at; it takes the place of the one at `path`, if any.
+    """Yield a temporary sibling for a new model folder, which then replaces the one at `path`, if any.
 
-    The old folder stays until the new one is whole. It is renamed before that takes its name, and deleted last: a
-    process that is killed in between leaves it beside `path`, and the next one puts it back.
-    Raises UserError where `path` is anything but the folder of a model.
+    The old folder is kept until the new one is complete. It is renamed, the new one takes its name, and it is deleted
+    last. If the process is killed in between, the old folder remains next to `path` and the next call restores it.
+    Raises UserError if `path` is anything but the folder of a model.
     """
     path = Path(path).resolve()
     _put_back(path)
@@ -91,7 +90,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
     aside, old = (path.with_name(f".{kind}-{os.getpid()}-{path.name}") for kind in ("partial", "replaced"))
     try:
         yield aside
-        _require_model(path)  # again: something may have been laid there while the block ran
+        _require_model(path)  # again: a file may have appeared while the block ran
         os.rename(path, old)
         try:
             os.rename(aside, path)
@@ -104,7 +103,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
 
 def require_new_folder(path: Path, what: str, *, replace: bool = False) -> None:
-    """Raise UserError unless `path`, where `what` is to go, is absent or an empty folder.
+    """Raise UserError unless `path`, the destination of `what`, is absent or an empty folder.
 
     With `replace` it may be the folder of a model, as `replace_folder` takes it.
     """
@@ -114,35 +113,37 @@ def require_new_folder(path: Path, what: str, *, replace: bool = False) -> None:
         _require_model(path)
     elif _is_occupied(path):
         raise UserError(
-            f"{path} already holds {describe_folder(path)}, and {what} needs a new or empty folder: "
-            f"name another one, or move {path} away."
+            f"{path} already contains {describe_folder(path)}, but {what} needs a new or empty folder: "
+            f"choose another folder, or move {path} away."
         )
     if os.path.lexists(path) and not path.is_dir():
-        raise UserError(f"{path} is a file, and {what} needs a folder: name another one.")
+        raise UserError(f"{path} is a file, but {what} needs a folder: choose another path.")
     _require_writable(path)
 
 
 def require_new_file(path: Path, *, replace: bool = False) -> None:
-    """Raise UserError unless `path` can become a file: it is absent or, with `replace`, one already."""
+    """Raise UserError unless a file can be created at `path`: it is absent or, with `replace`, a file."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path} is a folder, and a file is to be written: name another one.")
+        raise UserError(f"{path} is a folder, but the output is a file: choose another path.")
     if os.path.lexists(path) and not replace:
-        raise UserError(f"{path} is already there: name another file, or give --overwrite.")
+        raise UserError(f"{path} already exists: choose another file, or pass --overwrite.")
     _require_writable(path.resolve())
 
 
 def _is_occupied(path: Path) -> bool:
-    """Whether `path` is a folder that holds more than what a killed process left of its first steps."""
+    """Whether `path` is a folder that contains anything but the leftovers of a killed process."""
     return path.is_dir() and any(not _is_leftover(entry) for entry in path.iterdir())
 
 
 def _require_model(path: Path) -> None:
-    """Raise UserError unless the folder holds a full model and nothing that is no part of one."""
+    """Raise UserError unless the folder contains a full model and nothing else."""
     foreign = sorted(entry.name for entry in path.iterdir() if not _is_part_of_model(entry))
     if foreign or not (path / "config.json").exists() or not any(path.glob("*.safetensors")):
-        found = f"{foreign[0]!r} in it is none of a model's files" if foreign else "it holds no whole model"
-        raise UserError(f"{path} is not replaced, as {found}: name another folder, or move this one away.")
+        found = (
+            f"contains {foreign[0]!r}, which is not a model file" if foreign else "is not a complete model"
+        )
+        raise UserError(f"{path} was not replaced: it {found}; choose another folder, or move this one away.")
 
 
 def _is_part_of_model(entry: Path) -> bool:
@@ -152,7 +153,7 @@ def _is_part_of_model(entry: Path) -> bool:
 
 
 def _put_back(path: Path) -> None:
-    """What a killed process had renamed to make room gets its name back, or goes where the new folder is there."""
+    """Restore the name of a folder that a killed process had renamed, or delete it if its replacement exists."""
     is_readable = path.parent.is_dir() and os.access(path.parent, os.R_OK | os.X_OK)
     for entry in sorted(path.parent.iterdir()) if is_readable else ():
         if _is_abandoned(entry, "replaced", path.name):
@@ -164,9 +165,9 @@ def _put_back(path: Path) -> None:
 
 @contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process while the block runs; raise UserError where another one holds it.
+    """Lock `folder` for this process while the block runs; raise UserError if another process has locked it.
 
-    The system lets go of it when the process ends, however it ends. Where it cannot lock files, nothing is held.
+    The system releases the lock when the process ends, however it ends. On Windows nothing is locked.
     """
     if sys.platform == "win32":
         yield
@@ -183,7 +184,7 @@ def only_process(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"another process is at work in {folder}: wait until it has ended, or choose another folder."
+                f"another process is using {folder}: wait until it ends, or choose another folder."
             ) from None
         try:
             yield
@@ -192,7 +193,7 @@ def only_process(folder: Path) -> Iterator[None]:
 
 
 def describe_folder(path: Path) -> str:
-    """Say in a few words what a folder holds, the leftovers of a killed process aside."""
+    """Describe in a few words what a folder contains, ignoring the leftovers of a killed process."""
     for pattern, meaning in _SIGNS:
         if found := sorted(path.glob(pattern)):
             return f"{meaning} ({found[0].name})"
@@ -203,7 +204,7 @@ def describe_folder(path: Path) -> str:
 
 
 def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
-    """Raise UserError where the disk that is to hold `path` has less than `needed_bytes` free for `what`."""
+    """Raise UserError if the disk of `path` has less than `needed_bytes` free for `what`."""
     place = _nearest_folder(Path(path).resolve())
     free_bytes = shutil.disk_usage(place).free
     if free_bytes < needed_bytes:
@@ -214,20 +215,20 @@ def require_free_space(path: Path, needed_bytes: int, what: str) -> None:
 
 
 def sibling(path: Path, ending: str) -> Path:
-    """Return the path next to `path` whose name is longer by `ending`, also for a path such as `.` or `run/..`."""
+    """Return the path next to `path` with `ending` appended to its name, also for a path such as `.` or `run/..`."""
     if path.name in ("", ".."):
         path = path.resolve()
     return path.with_name(path.name + ending)
 
 
 def shell_path(path: str | Path) -> str:
-    """Return `path` as a word to type in a shell, which a command takes for no option."""
+    """Return `path` quoted for a shell, in a form that a command does not parse as an option."""
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def human_bytes(count: int | float) -> str:
-    """Write a number of bytes with a unit and three or four figures: 512 B, 1.5 kB, 7.64 GB."""
+    """Format a number of bytes with a unit and three or four digits: 512 B, 1.50 kB, 7.64 GB."""
     if abs(count) < 1000:
         return f"{count:.0f} B"
     power = 1
@@ -238,11 +239,11 @@ def human_bytes(count: int | float) -> str:
 
 
 def sha256_of(files: Iterable[Path]) -> str:
-    """Return the SHA-256, in hex, of the contents of `files` in the order given; their names do not count."""
+    """Return the SHA-256, in hex, of the contents of `files` in the given order; names are ignored."""
     total = hashlib.sha256()
     for file in files:
         with open(file, "rb") as stream:
-            # Hashing each file by itself keeps ["ab", "c"] apart from ["a", "bc"].
+            # Hashing each file separately keeps ["ab", "c"] apart from ["a", "bc"].
             total.update(hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()
 
@@ -253,10 +254,10 @@ def _require_replaceable(path: Path, replace: bool) -> None:
     if path.is_dir() and not path.is_symlink():
         if _is_occupied(path):
             raise UserError(
-                f"{path} already holds {describe_folder(path)}: name another folder, or move it away."
+                f"{path} already contains {describe_folder(path)}: choose another folder, or move it away."
             )
     elif not replace:
-        raise UserError(f"{path} is already there: name another file, or move it away.")
+        raise UserError(f"{path} already exists: choose another file, or move it away.")
 
 
 def _make_parent(path: Path) -> None:
@@ -271,7 +272,7 @@ def _require_writable(path: Path) -> None:
 
 
 def _nearest_folder(path: Path) -> Path:
-    """Return `path` or the closest folder above it that exists; a file on the way raises UserError."""
+    """Return `path` or its nearest existing parent folder. Raises UserError if a parent is a file."""
     for place in (path, *path.parents):
         if place.is_dir():
             return place
@@ -288,7 +289,7 @@ def _remove(path: Path) -> None:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what a process that no longer runs (kill -9, power cut) left beside `path` for `path`."""
+    """Remove temporary siblings of `path` left by a process that no longer runs (kill -9, power cut)."""
     for entry in path.parent.iterdir():
         if _is_abandoned(entry, "partial", path.name):
             _remove(entry)
@@ -301,15 +302,15 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _is_leftover(entry: Path) -> bool:
-    """Whether a killed process left it in the folder of its run: its lock, or a file that it was still writing."""
+    """Whether a killed process left it in its folder: the lock, or a partial file."""
     return entry.name == LOCK or _is_abandoned(entry, "partial")
 
 
 def _is_abandoned(entry: Path, kind: str, target: str | None = None) -> bool:
-    """Whether it was set aside, for `target` or for any, by a process that no longer runs.
+    """Whether it is a temporary sibling, of `target` or of any path, made by a process that no longer runs.
 
-    The number of this process itself counts as another's: in a container every run is process 1, and callers look
-    before they set anything aside.
+    This process's own id counts as another's: in a container every run is process 1, and callers check before
+    they create any temporary file.
     """
     match = re.fullmatch(rf"\.{kind}-(\d+)-(.+)", entry.name, re.DOTALL)
     if match is None or target not in (None, match[2]):
@@ -319,7 +320,7 @@ def _is_abandoned(entry: Path, kind: str, target: str | None = None) -> bool:
 
 
 def _is_running(process_id: int) -> bool:
-    with suppress(PermissionError):  # it runs, under another user
+    with suppress(PermissionError):  # it runs as another user
         try:
             os.kill(process_id, 0)
         except (ProcessLookupError, OverflowError):

@@ -1,16 +1,16 @@
-"""One dataclass says what a command can be told; the command line and the YAML file both come from it.
+"""Command-line options and YAML config files, both generated from one dataclass per command.
 
     @dataclass(kw_only=True, slots=True)
     class TrainOptions:
         model: str = field(metadata={"help": "checkpoint folder or hub name"})
         rank: int = field(default=16, metadata={"help": "width of the adapters"})
 
-gives `--model` and `--rank`, a file with `model:` and `rank:`, and an object whose types a checker knows.
-A value comes from the first of these that has one: what was typed, the `--config` file, the default.
+gives `--model` and `--rank`, a file with `model:` and `rank:`, and a statically typed object.
+Command-line options override the `--config` file, which overrides the defaults.
 
-Both sources are text, so both pass through one converter and follow one set of rules. For that the YAML is
-read as a tree of nodes, never as Python objects: `2e-4` is a number (PyYAML alone would call it text), `no`
-stays text where text is expected, every error names the line of the file, and no YAML tag can run code.
+Both sources are text, so both go through the same converter and follow the same rules. The YAML is therefore
+read as a tree of nodes, never as Python objects: `2e-4` is a number (PyYAML alone would read it as text), `no`
+stays text if text is expected, every error names the line of the file, and no YAML tag can run code.
 
 Types: str, int, float, bool, Literal, list[str], and any of these with `| None`.
 """
@@ -38,29 +38,28 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 # PyYAML's time grows with the square of the depth; options need a depth of one.
-_LONGEST_FILE, _DEEPEST = 2**20, 50
+_MAX_FILE_CHARACTERS, _MAX_DEPTH = 2**20, 50
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 _METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
-# ---- from a dataclass to the command line ------------------------------------------------------------------
+# ---- command-line options from a dataclass ------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistake with one sentence and exit code 2.
+    """An argument parser that reports a mistake in one sentence and exits with code 2.
 
-    Options must be spelled out: an abbreviation that works today would break with tomorrow's new option.
+    Options must be spelled out: an abbreviation could become ambiguous when an option is added.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
-        self._negative_number_matcher = re.compile(
-            r"-\.?\d"
-        )  # -5GB too is a value, to be refused by its option
+        # -5GB is a value too; its option rejects it
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, but refuse unknown options here, where the command they follow is known."""
+        """Parse as argparse does, but reject unknown options here, where the subcommand is known."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(self._describe_unknown(unknown))
@@ -71,18 +70,18 @@ class Parser(argparse.ArgumentParser):
         invalid = re.fullmatch(
             r"argument (.*): invalid choice: '(.*)' \(choose from (.*)\)", message, flags=re.DOTALL
         )
-        if invalid:  # an unknown command, or a value that an option does not take
+        if invalid:  # an unknown command, or an invalid value of an option
             known = invalid[3].replace("'", "").split(", ")
             of_what = f"{invalid[1]}: " if invalid[1].startswith("-") else ""
             near = _did_you_mean(invalid[2], known)
             message = f"{of_what}expected {_one_of(known)}, found {invalid[2]!r}{near}"
-        terminal.say(f"fettle: error: {message}; see {self.prog} --help")
+        terminal.print_message(f"fettle: error: {message}; see {self.prog} --help")
         sys.exit(2)
 
     def _describe_unknown(self, unknown: list[str]) -> str:
         option = next((text for text in unknown if text.startswith("-")), None)
         if option is None:
-            return f"unexpected {' '.join(unknown)!r}: a value must follow the option it belongs to"
+            return f"unexpected {' '.join(unknown)!r}: a value must follow its option"
         name = option.split("=")[0]
         return f"unknown option {name}{_did_you_mean(name, self._option_string_actions)}"
 
@@ -90,14 +89,14 @@ class Parser(argparse.ArgumentParser):
 def add_options(parser: argparse.ArgumentParser, options: type["DataclassInstance"]) -> None:
     """Add a `--kebab-case` flag for each field of `options`, and `--config`.
 
-    The parsed namespace holds only what was typed, so that `resolve` can put it over a file's values.
+    The parsed namespace contains only the options given, so that `resolve` can let them override the file.
     """
     parser.add_argument(
         "--config",
         metavar="FILE",
         type=Path,
         default=argparse.SUPPRESS,
-        help="a YAML file with any of these options, as in rank: 16; the line wins over the file",
+        help="YAML file with any of these options, such as rank: 16; command-line options override it",
     )
     hints = get_type_hints(options)
     for field in dataclasses.fields(options):
@@ -107,7 +106,7 @@ def add_options(parser: argparse.ArgumentParser, options: type["DataclassInstanc
 
 
 def _argument(hint: Any) -> dict[str, Any]:
-    """What argparse must know to read a value of type `hint`."""
+    """The arguments of `add_argument` for a value of type `hint`."""
     kind = _required_type(hint)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -132,7 +131,7 @@ def _help(field: "dataclasses.Field[Any]") -> str:
     if _is_required(field):
         return _escape_percent(f"{text} (required)".strip())
     default = field.default_factory() if callable(field.default_factory) else field.default
-    if default is None:  # the help text says what happens without a value
+    if default is None:  # the help text describes the default
         return _escape_percent(text)
     shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
     shown = " ".join(shown) if isinstance(shown, list) else shown
@@ -143,15 +142,15 @@ def _escape_percent(text: str) -> str:
     return text.replace("%", "%%")  # argparse formats help with the % operator
 
 
-# ---- from the typed words and a file to the dataclass ------------------------------------------------------
+# ---- the dataclass from the command line and a file ------------------------------------------------------
 
 
 def resolve(options: type[T], typed: Mapping[str, Any], config_file: Path | None) -> T:
-    """Return `options` filled from `config_file`, then from `typed` (which wins), then from its defaults.
+    """Return `options` with values from `typed`, else from `config_file`, else its defaults.
 
-    typed: a parsed namespace as a dict; names that are no field of `options` (the command, `config`) are not
-    read. Relative paths in the file stay as written. Raises UserError for a file that is missing, malformed
-    or no mapping, an unknown or doubled key, a value of the wrong type, and a required option nobody gave.
+    typed: a parsed namespace as a dict; names that are not fields of `options` (the command, `config`) are
+    ignored. Relative paths in the file stay as written. Raises UserError if the file is missing, malformed or
+    not a mapping, for an unknown or duplicate key, a value of the wrong type, and a missing required option.
     """
     values = {} if config_file is None else _read_file(options, Path(config_file))
     hints = get_type_hints(options)
@@ -160,19 +159,20 @@ def resolve(options: type[T], typed: Mapping[str, Any], config_file: Path | None
             values[field.name] = _check_typed(field.name, typed[field.name], hints[field.name])
     missing = [_flag(f.name) for f in dataclasses.fields(options) if _is_required(f) and f.name not in values]
     if missing:
-        raise UserError(f"{_all_of(missing)} must be given, on the line or in a file named by --config.")
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(f"{_all_of(missing)} {verb} required, on the command line or in the --config file.")
     return options(**values)
 
 
 def read(options: type[T], path: Path) -> T:
-    """Return the options that the file at `path` holds, `write` undone. Raises UserError as `resolve`."""
+    """Return the options in the file at `path`, as `write` wrote them. Raises UserError as `resolve` does."""
     return resolve(options, {}, path)
 
 
 def write(options: "DataclassInstance", path: Path, comment: str = "All options of this run.") -> None:
-    """Write every option to a YAML file that `read`, or `--config`, turns back into an equal object.
+    """Write every option to a YAML file from which `read` or `--config` restores an equal object.
 
-    The file appears complete or not at all.
+    The write is atomic.
     """
     header = "".join(f"# {line}\n" for line in comment.splitlines())
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
@@ -200,7 +200,7 @@ def _read_file(options: type["DataclassInstance"], path: Path) -> dict[str, Any]
         if name not in hints:
             raise UserError(f"{line}: unknown option {_name(key)}{_did_you_mean(name, hints)}.")
         if name in values:
-            raise UserError(f"{line}: {name!r} is given a second time; keep one of the two.")
+            raise UserError(f"{line}: {name!r} is set twice; remove one of the two.")
         try:
             values[name] = _convert_node(node, hints[name])
         except ValueError as error:
@@ -213,10 +213,10 @@ def _mapping(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
     expected = "expected lines such as `rank: 16`"
     try:
         with open(path, encoding="utf-8-sig") as file:
-            text = file.read(_LONGEST_FILE + 1)
-        if len(text) > _LONGEST_FILE or _depth(text) > _DEEPEST:
+            text = file.read(_MAX_FILE_CHARACTERS + 1)
+        if len(text) > _MAX_FILE_CHARACTERS or _depth(text) > _MAX_DEPTH:
             raise UserError(
-                f"{path} is too long, or nested too deeply, and not a text file of options in YAML; {expected}."
+                f"{path} is too long or too deeply nested for a YAML file of options; {expected}."
             )
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
@@ -227,14 +227,14 @@ def _mapping(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError):
         raise UserError(f"{path} is not a text file in YAML; {expected}.") from None
     if root is None:
-        raise UserError(f"{path} holds no options; {expected}.")
+        raise UserError(f"{path} contains no options; {expected}.")
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}, line {root.start_mark.line + 1}: found {_name(root)}; {expected}.")
     return root.value
 
 
 def _depth(text: str) -> int:
-    """How deep brackets are nested, those in quotes counted too."""
+    """The nesting depth of brackets, including those in quotes."""
     depth = deepest = 0
     for bracket in re.findall(r"[\[\]{}]", text):
         depth += 1 if bracket in "[{" else -1
@@ -243,7 +243,7 @@ def _depth(text: str) -> int:
 
 
 def _convert_node(node: yaml.Node, hint: Any) -> Any:
-    """Return the value of a YAML node as the type `hint`. Raises ValueError(what was expected and found)."""
+    """Return the value of a YAML node as the type `hint`. Raises ValueError stating what was expected and found."""
     kind = _required_type(hint)
     if node.tag == "tag:yaml.org,2002:null":
         if kind is not hint:
@@ -258,9 +258,9 @@ def _convert_node(node: yaml.Node, hint: Any) -> Any:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """Return `value` as `kind`: text is read as the type asks, a value of the right type stays.
+    """Return `value` as `kind`: text is parsed, a value of the right type is returned unchanged.
 
-    Raises ValueError whose message says what was expected and what was found.
+    Raises ValueError stating what was expected and what was found.
     """
     if isinstance(value, str):
         try:
@@ -274,7 +274,7 @@ def _convert(value: Any, kind: Any) -> Any:
 
 
 def _from_text(text: str, kind: Any) -> Any:
-    """Return `text` read as a str, int, float, bool or Literal. Raises ValueError where it is none."""
+    """Return `text` read as a str, int, float, bool or Literal. Raises ValueError if it is not one."""
     if kind is str:
         return text
     if kind is bool and text.lower() in _TRUE + _FALSE:
@@ -294,12 +294,12 @@ def _has_type(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    if isinstance(value, bool) or kind is bool:  # in Python True is an int: here it is none
+    if isinstance(value, bool) or kind is bool:  # in Python True is an int; here it is not
         return isinstance(value, bool) and kind is bool
     return isinstance(value, int | float if kind is float else kind)
 
 
-# ---- words -------------------------------------------------------------------------------------------------
+# ---- wording -------------------------------------------------------------------------------------------------
 
 
 def _required_type(hint: Any) -> Any:
@@ -321,7 +321,7 @@ def _expected(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return _one_of(map(str, get_args(kind)))
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-    return words.get(kind, "a list of texts")
+    return words.get(kind, "a list of text values")
 
 
 def _name(node: yaml.Node) -> str:
@@ -340,6 +340,6 @@ def _all_of(words: list[str]) -> str:
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return " (did you mean X?)" for the known word nearest to `word`, or nothing where none is near."""
+    """Return " (did you mean X?)" for the known word nearest to `word`, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]}?)" if near else ""

@@ -1,8 +1,8 @@
-"""The main job on a model and data that ship with fettle: `fettle quickstart`, a tour of the Python API.
+"""`fettle quickstart`: fine-tune, export and test the embedded model; also a tour of the Python API.
 
-The embedded model knows small lessons (spelling, counting, sorting, finding a word in a sentence). It has
-never seen an order turned into JSON. A few minutes on a laptop teach it that; the report shows what it gained on
-orders it was not trained on, and what it kept of its lessons.
+The embedded model has a few small skills (spelling, counting, sorting, finding a word in a sentence) but has never
+seen an order turned into JSON. It learns that in a few minutes on a laptop; the report shows the gain on held-out
+orders and how much of the old skills is left.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ from fettle.tiny.lessons import lessons, orders
 
 ORDER = "Order: 7 red hats for Ana, to be paid by card."
 ORDERS, REHEARSED, ASKED = 1550, 1200, 80
-"""Rows of the new skill; rows of the old ones mixed in, so that they are not forgotten; questions of each kind."""
+"""Rows of the new skill; rows of old skills mixed in, so that they are not forgotten; questions of each kind."""
 
 
 def quickstart(output: Path, *, console: Console | None = None) -> Outcome:
-    """Teach the embedded model to turn an order into JSON; leave data, adapter, merged model and report."""
+    """Teach the embedded model to turn an order into JSON; write data, adapter, merged model, GGUF and report."""
     output = output.expanduser()
     require_new_folder(output, "the quickstart")
     console = console or terminal.console()
@@ -51,7 +51,7 @@ def quickstart(output: Path, *, console: Console | None = None) -> Outcome:
             eval_data=str(data / "held_out.jsonl"),
             keep_data=str(data / "old_skills.jsonl"),
             output=str(output / "model"),
-            max_length=1024,  # tokens a step: small steps, so that one pass makes enough of them
+            max_length=1024,  # tokens per step: small, so that one epoch has enough steps
             epochs=1.0,
             learning_rate=1.5e-3,
             eval_steps=100,
@@ -59,9 +59,9 @@ def quickstart(output: Path, *, console: Console | None = None) -> Outcome:
         ),
         console=console,
     )
-    console.print("merging the adapter into the model, and checking that it still says the same")
+    console.print("merging the adapter and verifying the merged model")
     merged = export_safetensors(outcome.output, output / "merged")
-    console.print("the same as GGUF, and its answer in llama.cpp:")
+    console.print("exporting to GGUF and running it in llama.cpp:")
     (file,) = export_gguf(
         outcome.output, output / "model.gguf", quantizations=["q8_0"], ollama=True, console=console
     )
@@ -73,7 +73,7 @@ def quickstart(output: Path, *, console: Console | None = None) -> Outcome:
 
 
 def _with_next_steps(outcome: Outcome, merged: Path, gguf: Path) -> Outcome:
-    """The same outcome, saying where the merged model lies and what to type next with one's own data."""
+    """The same outcome, with the exported files and next commands for the user's own data."""
     files = [
         ("adapter", str(outcome.output)),
         ("merged", str(merged)),

@@ -1,9 +1,9 @@
-"""What fettle prints: text from outside cannot control the terminal.
+"""Printing to the terminal, safe against control codes in untrusted text.
 
-Rows, model answers, names of files and error messages may contain escape codes: a terminal that receives them changes
-its title, clears the screen or fills the clipboard. Everything that fettle prints goes through this module, which shows
-control characters as visible symbols (␛ for an escape). What is data for another program (an answer, a path) is written
-unchanged, unless standard output is a terminal.
+Rows, model answers, file names and error messages may contain escape codes, which can change a terminal's title,
+clear its screen or write to the clipboard. Everything fettle prints goes through this module, which replaces control
+characters with visible symbols (␛ for escape). Results meant for other programs (an answer, a path) are written
+unchanged unless standard output is a terminal.
 """
 
 import functools
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _KEPT = "\n\t"
 _DELETE, _REPLACEMENT = 0x7F, "\ufffd"
 _C1 = range(0x80, 0xA0)
-# They reorder the text around them, so that what is shown is not what is there.
+# These reorder the text around them, so the displayed text can differ from the actual text.
 _BIDIRECTIONAL = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 
 _VISIBLE = (
@@ -28,28 +28,28 @@ _VISIBLE = (
 
 
 def visible(text: str) -> str:
-    """Return `text` with control characters, line breaks and tabs aside, as symbols of the same width."""
+    """Return `text` with control characters, except line breaks and tabs, replaced by visible symbols."""
     return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 
-def say(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
-    """Print a message for a person, on standard error by default."""
+def print_message(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print a message for the user, by default on standard error."""
     print(visible(text), end=end, file=file or sys.stderr, flush=True)
 
 
-def give(text: str, *, end: str = "\n") -> None:
-    """Print a result on standard output: unchanged into a file or pipe, as `visible` on a terminal."""
+def print_result(text: str, *, end: str = "\n") -> None:
+    """Print a result on standard output: unchanged to a file or pipe, through `visible` to a terminal."""
     print(visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """Return a console for messages, tables and progress bars, on which no text is read as markup."""
+    """Return a rich console for messages, tables and progress bars that does not interpret text as markup."""
     return _clean_console()(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 @functools.cache
 def _clean_console() -> type["Console"]:
-    """The class of a console on which only its own styles send control codes. rich is imported when it is needed."""
+    """A rich console whose text passes through `visible`. A function, so that rich is imported only if needed."""
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 

@@ -62,8 +62,8 @@ def test_questions_are_answered_before_and_after(outcome):
     assert before.answer != after.answer
     assert after.answer.startswith("Here is")
     assert outcome.before.exact == outcome.before.kept_exact == 0.0
-    assert outcome.report.scores[0].name == "held-out answers exact"
-    assert {score.name for score in outcome.report.scores} >= {"old skills: answers exact", "held-out loss"}
+    assert outcome.report.scores[0].name == "held-out exact match"
+    assert {score.name for score in outcome.report.scores} >= {"old skills: exact match", "held-out loss"}
 
 
 def test_the_adapters_config_is_the_same_in_every_process(outcome):

@@ -4,14 +4,14 @@ import pytest
 
 from fettle.errors import UserError
 from fettle.runs.defaults import (
-    LONGEST_BY_DEFAULT,
-    MOST_STEPS_AN_EPOCH,
-    STEPS_AN_EPOCH,
+    DEFAULT_MAX_LENGTH,
+    MAX_STEPS_PER_EPOCH,
+    MIN_STEPS_PER_EPOCH,
     complete,
     learning_rate,
     length_limit,
     pack_length,
-    require_sensible,
+    require_valid,
 )
 from fettle.runs.options import PretrainOptions, TrainOptions
 
@@ -66,9 +66,9 @@ def test_completing_twice_changes_nothing():
 
 def test_large_data_gets_more_packs_a_step():
     chosen = completed(packs=100_000, epochs=1.0)
-    assert chosen.max_steps <= MOST_STEPS_AN_EPOCH * 1.01
+    assert chosen.max_steps <= MAX_STEPS_PER_EPOCH * 1.01
     assert chosen.batch_size == 1  # rows side by side would need the memory of all of them
-    assert chosen.gradient_accumulation_steps * MOST_STEPS_AN_EPOCH >= 99_000
+    assert chosen.gradient_accumulation_steps * MAX_STEPS_PER_EPOCH >= 99_000
 
 
 def test_only_large_new_models_redo_activations():
@@ -88,13 +88,13 @@ def test_smaller_models_take_larger_steps():
 
 def test_small_data_is_packed_short_enough_to_make_steps():
     lengths = [20] * 320
-    assert pack_length(lengths, 2048) == 20 * 320 // STEPS_AN_EPOCH
+    assert pack_length(lengths, 2048) == 20 * 320 // MIN_STEPS_PER_EPOCH
     assert pack_length([*lengths, 700], 2048) == 700  # never below a row
     assert pack_length([500] * 1000, 2048) == 2048  # never above the limit
 
 
 def test_the_longest_row():
-    assert length_limit(options(), 131_072) == LONGEST_BY_DEFAULT
+    assert length_limit(options(), 131_072) == DEFAULT_MAX_LENGTH
     assert length_limit(options(), 1024) == 1024
     assert length_limit(options(max_length=131_072), 131_072) == 131_072
     with pytest.raises(UserError, match=r"--max-length is 1025.* 1024 tokens"):
@@ -102,9 +102,9 @@ def test_the_longest_row():
 
 
 def test_sensible_options_pass():
-    require_sensible(options())
-    require_sensible(options(seed=2**32 - 1, samples=0, eval_fraction=0.0, dropout=0.0, warmup_ratio=0.0))
-    require_sensible(PretrainOptions(data="d", output="o"))
+    require_valid(options())
+    require_valid(options(seed=2**32 - 1, samples=0, eval_fraction=0.0, dropout=0.0, warmup_ratio=0.0))
+    require_valid(PretrainOptions(data="d", output="o"))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_sensible_options_pass():
 def test_what_cannot_be_meant_is_named(values):
     (name,) = values
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is "):
-        require_sensible(options(**values))
+        require_valid(options(**values))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_what_cannot_be_meant_is_named(values):
 )
 def test_a_size_that_cannot_be_meant_is_named(name):
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is 0"):
-        require_sensible(PretrainOptions(data="d", output="o", **{name: 0}))
+        require_valid(PretrainOptions(data="d", output="o", **{name: 0}))
 
 
 @pytest.mark.parametrize("name", ["model", "data", "eval_data", "keep_data", "output"])
@@ -141,4 +141,4 @@ def test_an_empty_name_is_refused(name: str) -> None:
     """As `--data "$UNSET"` gives it: the current folder would be taken."""
     named = {"model": "m", "data": "d", "output": "o"} | {name: ""}
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is empty"):
-        require_sensible(TrainOptions(**named))
+        require_valid(TrainOptions(**named))

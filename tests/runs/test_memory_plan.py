@@ -23,7 +23,7 @@ from fettle.methods.sft import train
 from fettle.models import decoder
 from fettle.recompute import allocator
 from fettle.runs import memory_plan as planning
-from fettle.runs.memory_plan import Followed, plan
+from fettle.runs.memory_plan import RunPlan, plan
 from fettle.runs.options import PlanOptions, TrainOptions
 from fettle.runs.steps import rows_of
 
@@ -39,14 +39,14 @@ def run(model, data, output, **options) -> str:
 
 def run_layers_with(monkeypatch, function) -> None:
     """Let `function` run the layers once the plan, which runs one as well, is made."""
-    follow = sft.follow
+    plan_run = sft.plan_run
 
     def then_replace(*args):
-        followed = follow(*args)
+        run_plan = plan_run(*args)
         monkeypatch.setattr(decoder, "run_layer", function)
-        return followed
+        return run_plan
 
-    monkeypatch.setattr(sft, "follow", then_replace)
+    monkeypatch.setattr(sft, "plan_run", then_replace)
 
 
 def adapter(folder) -> dict[str, torch.Tensor]:
@@ -174,13 +174,13 @@ def test_the_process_counts_as_large_as_it_is(small_model, chats, tmp_path, monk
 
 
 def test_the_plan_is_put_into_effect_once_and_on_the_adapters(small_model, chats, tmp_path, monkeypatch):
-    adapted, apply_to = [], Followed.apply_to
+    adapted, apply_to = [], RunPlan.apply_to
 
-    def note(followed, model):
+    def note(run_plan, model):
         adapted.append(any("lora_" in name for name, _ in model.named_parameters()))
-        apply_to(followed, model)
+        apply_to(run_plan, model)
 
-    monkeypatch.setattr(Followed, "apply_to", note)
+    monkeypatch.setattr(RunPlan, "apply_to", note)
     run(small_model, chats, tmp_path / "out", max_steps=1)
     assert adapted == [True]
 

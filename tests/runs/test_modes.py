@@ -20,7 +20,7 @@ from fettle.models.load import load_model
 from fettle.models.modes import evaluating
 from fettle.runs.options import PretrainOptions, TrainOptions
 from fettle.runs.resume import MarkComplete
-from fettle.runs.single_process import skipped_walks
+from fettle.runs.single_process import without_module_walks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 
@@ -118,7 +118,7 @@ def test_the_shortcut_of_a_step_reaches_what_the_wrapper_hides(small_model):
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
     adapted = get_peft_model(load_model(small_model), config)
     assert {module.training for module in adapted.modules()} == {True, False}
-    with skipped_walks(adapted, []):
+    with without_module_walks(adapted, []):
         adapted.train()
         assert {module.training for module in adapted.modules()} == {True}
         adapted.get_base_model().model.layers[0].eval()

@@ -16,7 +16,7 @@ from fettle.runs.progress import (
     peak_memory_bytes,
     points,
     show_progress,
-    show_share,
+    task_progress,
 )
 
 TOKENS_PER_STEP = 2 * 8  # batch x length, in the runs below
@@ -246,7 +246,7 @@ def test_peak_memory_grows_by_what_is_allocated_and_stays():
 def test_the_share_of_a_task_is_shown_with_the_time_left(is_terminal):
     seconds, out = [0.0], io.StringIO()
     console = Console(file=out, force_terminal=is_terminal, width=100)
-    with show_share("answering 16 questions", console, clock=lambda: seconds[0]) as advance:
+    with task_progress("answering 16 questions", console, clock=lambda: seconds[0]) as advance:
         for seconds[0], share in ((1.0, 0.1), (6.0, 0.25), (7.0, 0.3), (12.0, 0.5)):
             advance(share)
         if not is_terminal:
@@ -261,6 +261,6 @@ def test_the_share_of_a_task_is_shown_with_the_time_left(is_terminal):
 
 def test_a_quick_task_takes_one_line():
     out = io.StringIO()
-    with show_share("answering 1 question", Console(file=out), clock=lambda: 0.0) as advance:
+    with task_progress("answering 1 question", Console(file=out), clock=lambda: 0.0) as advance:
         advance(1.0)
     assert out.getvalue() == "answering 1 question\n"

@@ -135,7 +135,7 @@ def test_every_point_of_a_curve_is_on_the_page(tmp_path):
     html = page(tmp_path, full_report())
     titles = html.by_tag["title"][1:]
     assert len(titles) == 12 + 2 + 12
-    assert titles[0] == "step 1: training 2" and titles[12] == "step 6: held out 0.4"
+    assert titles[0] == "step 1: training 2" and titles[12] == "step 6: held-out 0.4"
     assert html.count("polyline") == 3
     assert html.count("svg") == 2
     for tag, attributes in html.tags:
@@ -216,7 +216,7 @@ def test_figures_that_are_no_numbers_are_left_out_and_counted():
     chart = line_chart("Loss", {"training": [(1, 2.0), (2, math.nan), (3, math.inf), (4, 1.0)]})
     assert [mark.title for mark in chart.lines[0].marks] == ["step 1: training 2", "step 4: training 1"]
     assert chart.left_out == 2
-    assert line_chart("Loss", {"training": [(1, math.nan)], "held out": []}) is None
+    assert line_chart("Loss", {"training": [(1, math.nan)], "held-out": []}) is None
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(material, uninterrupted):
 
     finished = run(command(material, output, "--resume"))
     assert finished.returncode == 0
-    assert "has come to its end" in finished.stdout
+    assert "has already finished" in finished.stdout
 
 
 @pytest.mark.slow
@@ -185,7 +185,7 @@ def test_options_that_changed_since_the_run_began_are_refused(tmp_path):
     assert resume.options_to_resume(tmp_path, TrainOptions).rank == 16
     file = tmp_path / resume.RUN_FILE
     file.write_text(file.read_text().replace("rank: 16", "rank: 8"))
-    with pytest.raises(UserError, match=r"run\.yaml has been changed"):
+    with pytest.raises(UserError, match=r"run\.yaml has changed since the run started"):
         resume.options_to_resume(tmp_path, TrainOptions)
 
 
@@ -204,8 +204,8 @@ def test_a_run_killed_before_its_run_file_was_written_is_started_again(cli, tmp_
     (tmp_path / ".lock").touch()
     (tmp_path / ".partial-999999999-run.yaml").touch()
     ended = cli("train", "--resume", "--output", tmp_path)
-    assert ended.code == 2 and "holds no run to resume (found nothing" in ended.err
-    assert "leave --resume out to start one" in ended.err
+    assert ended.code == 2 and "contains no run to resume (found nothing" in ended.err
+    assert "omit --resume to start a new one" in ended.err
     assert resume.new_output(str(tmp_path)) == str(tmp_path)
 
 
@@ -239,7 +239,7 @@ def test_without_a_checkpoint_a_resumed_run_starts_at_its_first_step(small_model
     shutil.rmtree(tmp_path / "run" / resume.CHECKPOINTS)
     console = Console(file=io.StringIO())
     resume_training(tmp_path / "run", console=console)
-    assert "no checkpoint had been saved yet" in console.file.getvalue()
+    assert "no complete checkpoint found" in console.file.getvalue()
     assert weights(tmp_path / "run") == before
 
 

@@ -1,4 +1,4 @@
-"""The command line. Each command is a file here: it adds its options, and its `run` calls the library and prints."""
+"""The command line. One file per command: it adds its options; its `run` calls the library and prints."""
 
 from fettle.cli.main import main, quiet_libraries
 

@@ -8,51 +8,56 @@ if TYPE_CHECKING:
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """The model and what it is asked with."""
+    """Add --model, --system, --device and --dtype."""
     command.add_argument(
         "--model",
         required=True,
-        help="checkpoint folder, output of train, GGUF file, hub name, or fettle-tiny",
+        help="checkpoint folder, train output, GGUF file, hub name, or fettle-tiny",
     )
-    command.add_argument("--system", help="a system turn before the prompt")
+    command.add_argument("--system", help="system message before the prompt")
     add_device(command)
     add_dtype(command)
 
 
 def add_device(command: argparse.ArgumentParser) -> None:
-    """Where to compute."""
+    """Add --device."""
     command.add_argument(
-        "--device", choices=["cpu", "cuda"], help="where to compute (default: cuda where there is one)"
+        "--device", choices=["cpu", "cuda"], help="device to run on (default: cuda if available)"
     )
 
 
 def add_dtype(command: argparse.ArgumentParser) -> None:
-    """The type of the weights."""
+    """Add --dtype."""
     choices = ["auto", "float32", "bfloat16", "float16"]
     command.add_argument(
-        "--dtype", choices=choices, default="auto", help="type of the weights (auto: as stored)"
+        "--dtype", choices=choices, default="auto", help="dtype of the weights (auto: as stored)"
     )
 
 
 def add_sampling(command: argparse.ArgumentParser, *, temperature: float) -> None:
-    """How the next token is chosen. temperature: the default."""
+    """Add the sampling options. temperature: the default."""
     command.add_argument(
-        "--max-new-tokens", type=int, help="longest answer (default: 512, or what the context has room for)"
+        "--max-new-tokens",
+        type=int,
+        help="maximum tokens to generate (default: 512, or what fits in the context)",
     )
     command.add_argument(
         "--temperature",
         type=float,
         default=temperature,
-        help=f"0: the likeliest words (default: {temperature})",
+        help=f"sampling temperature; 0 is greedy decoding (default: {temperature})",
     )
     command.add_argument(
-        "--top-p", type=float, default=1.0, help="keep the likeliest tokens up to this share"
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the most likely tokens up to this total probability (default: 1.0)",
     )
-    command.add_argument("--seed", type=int, help="makes sampling repeatable")
+    command.add_argument("--seed", type=int, help="random seed, for reproducible sampling")
 
 
 def sampling(options: dict[str, Any]) -> "Sampling":
-    """What `add_sampling` has parsed. Raises UserError for values that are none."""
+    """The parsed options of `add_sampling`. Raises UserError for invalid values."""
     from fettle.engine.decode import Sampling
 
     names = ("max_new_tokens", "temperature", "top_p", "seed")

@@ -5,7 +5,7 @@ from typing import Any
 
 from fettle.cli.arguments import add_model, add_sampling, sampling
 
-HELP = "talk with a model in the terminal"
+HELP = "chat with a model in the terminal"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

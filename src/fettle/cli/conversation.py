@@ -1,4 +1,4 @@
-"""A conversation in the terminal: each turn is rendered with the model's own template, answers stream."""
+"""An interactive chat in the terminal, with the model's chat template and streamed answers."""
 
 import sys
 
@@ -9,7 +9,7 @@ from fettle.data import generation_prompt
 from fettle.engine.decode import LONGEST_COMPLETION, Model, Sampling, stream
 from fettle.errors import ModelFault, UserError
 
-HELP = "Type a message; /new starts over, /exit or Ctrl-D leaves."
+HELP = "Type a message; /new starts a new conversation, /exit or Ctrl-D quits."
 
 
 def chat(
@@ -17,18 +17,18 @@ def chat(
 ) -> None:
     """Read turns from standard input and answer them on standard output until the user leaves.
 
-    The earliest exchanges are forgotten where the conversation outgrows the model's context. A message that
-    alone is too long for it is refused on standard error, and the conversation goes on without it. Raises ModelFault
-    if the model has no answer to any message.
+    If the conversation outgrows the model's context, the oldest exchanges are dropped. A message that is too long by
+    itself is rejected on standard error and the conversation continues without it. Raises ModelFault if the model
+    cannot answer any message.
     """
     if not tokenizer.chat_template:
         raise UserError(
-            f"{model.name_or_path} has no chat template, so it cannot chat; use `fettle generate` to have a text "
-            "continued, or train it on chats first."
+            f"{model.name_or_path} has no chat template, so it cannot chat; use `fettle generate` to complete a "
+            "text, or fine-tune it on chats first."
         )
     first = [{"role": "system", "content": system}] if system else []
     turns: list[dict[str, str]] = []
-    terminal.say(HELP)
+    terminal.print_message(HELP)
     while (words := _read()) is not None:
         if words == "/new":
             turns = []
@@ -40,7 +40,7 @@ def chat(
             except ModelFault:
                 raise
             except UserError as error:
-                terminal.say(str(error))
+                terminal.print_message(str(error))
 
 
 def _exchange(
@@ -50,18 +50,18 @@ def _exchange(
     first: list[dict[str, str]],
     turns: list[dict[str, str]],
 ) -> list[dict[str, str]]:
-    """Answer the last turn on standard output; return the turns remembered, the answer among them."""
-    text, turns = _fitting(model, tokenizer, sampling, first, turns)
+    """Answer the last turn on standard output; return the turns kept, including the answer."""
+    text, turns = _trim_to_context(model, tokenizer, sampling, first, turns)
     answer = ""
     for piece in stream(model, tokenizer, text, sampling, is_rendered=True):
-        terminal.give(piece, end="")
+        terminal.print_result(piece, end="")
         answer += piece
-    terminal.give("")
+    terminal.print_result("")
     return [*turns, {"role": "assistant", "content": answer}]
 
 
 def _read() -> str | None:
-    """One line from the user; None at the end."""
+    """One line from the user; None at the end of the conversation."""
     try:
         words = input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:
@@ -71,14 +71,14 @@ def _read() -> str | None:
     return None if words in ("/exit", "/quit") else words
 
 
-def _fitting(
+def _trim_to_context(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     sampling: Sampling,
     first: list[dict[str, str]],
     turns: list[dict[str, str]],
 ) -> tuple[str, list[dict[str, str]]]:
-    """The rendered conversation and its turns, without the oldest exchanges if they do not fit."""
+    """Render the conversation, without the oldest exchanges if they do not fit; return the text and the turns kept."""
     context: int = model.config.max_position_embeddings
     room = context - (sampling.max_new_tokens or min(LONGEST_COMPLETION, context // 2))
     while True:

@@ -1,4 +1,4 @@
-"""`fettle COMMAND ...`: parse, run, and turn errors into one line and an exit code."""
+"""`fettle COMMAND ...`: parse, run, and report errors as one line and an exit code."""
 
 import io
 import logging
@@ -15,52 +15,52 @@ from fettle import terminal
 from fettle.cli import chat, compare, export, generate, plan, pretrain, quickstart, train
 from fettle.errors import Interrupted, ProofError, UserError, shortage
 from fettle.options import Parser
-from fettle.threads import settle_threads
+from fettle.threads import configure_threads
 from fettle.version import __version__
 
 COMMANDS = (quickstart, train, plan, generate, chat, compare, export, pretrain)
 INTERRUPTED = 130
-"""The exit code of a program ended by Ctrl-C."""
+"""The exit code after Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 2 for what the user can mend, 1 for the rest, 130 after Ctrl-C."""
+    """Run one command; return 0, 2 for an error the user can fix, 1 for other errors, or 130 after Ctrl-C."""
     options = vars(_parser().parse_args(arguments))
     quiet_libraries()
-    settle_threads()
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # a character that the terminal's encoding lacks is no reason to fail
+    configure_threads()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # do not fail on a character that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     command: Callable[[dict[str, Any]], None] = options.pop("run")
     try:
         with _terminable():
             command(options)
     except (UserError, ProofError) as error:
-        return _tell(f"error: {error}", 2 if isinstance(error, UserError) else 1)
+        return _report(f"error: {error}", 2 if isinstance(error, UserError) else 1)
     except Interrupted as stop:
-        return _tell(f"interrupted. Go on with:\n  {stop}", INTERRUPTED)
+        return _report(f"interrupted. Resume with:\n  {stop}", INTERRUPTED)
     except KeyboardInterrupt:
-        return _tell("interrupted", INTERRUPTED)
-    except BrokenPipeError:  # the reader of a pipe has gone, as `head` does
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # closed at exit; nothing left to flush into the pipe
+        return _report("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # closed at exit; nothing is left to flush into the pipe
         return 1
     except Exception as error:
-        if (lack := shortage(error)) is None:
+        if (message := shortage(error)) is None:
             raise
-        return _tell(f"error: {lack}", 2)
+        return _report(f"error: {message}", 2)
     return 0
 
 
-def _tell(line: str, code: int) -> int:
-    terminal.say(f"fettle: {line}")
+def _report(line: str, code: int) -> int:
+    terminal.print_message(f"fettle: {line}")
     return code
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does: nothing half-written stays, and a run says how to go on."""
-    if threading.current_thread() is not threading.main_thread():  # the only one that may listen
+    """Handle SIGTERM like Ctrl-C within the block: no half-written file remains, and a run prints how to resume it."""
+    if threading.current_thread() is not threading.main_thread():
+        # only the main thread can set signal handlers
         yield
         return
 
@@ -76,13 +76,13 @@ def _terminable() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """No usage pings, no progress bars and no advice from the libraries underneath."""
+    """Turn off telemetry, progress bars and advice of the libraries that fettle uses."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which PEFT imports where it is installed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it if it is installed
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings(
         "ignore", category=UserWarning, module=r"(torch|peft|trl|transformers|accelerate)\b.*"
@@ -97,7 +97,8 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in COMMANDS:
         name = module.__name__.rpartition(".")[2]
-        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        description = f"{module.HELP[0].upper()}{module.HELP[1:]}."
+        command = commands.add_parser(name, help=module.HELP, description=description)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser

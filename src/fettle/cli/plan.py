@@ -1,4 +1,4 @@
-"""`fettle plan`: memory and time before a run."""
+"""`fettle plan`: predict a run's memory and time."""
 
 import argparse
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from fettle.options import add_options, resolve
 from fettle.runs.options import PlanOptions
 
-HELP = "say beforehand what a run takes: memory, time, the longest context"
+HELP = "predict a run's memory, time per step and longest context before it starts"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -15,9 +15,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: dict[str, Any]) -> None:
     chosen = resolve(PlanOptions, options, options.pop("config", None))
-    from fettle.runs.defaults import require_sensible
+    from fettle.runs.defaults import require_valid
 
-    require_sensible(chosen)
+    require_valid(chosen)
     from fettle.runs.memory_plan import plan
 
     plan(chosen)

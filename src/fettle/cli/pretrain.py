@@ -1,4 +1,4 @@
-"""`fettle pretrain`: a new model from nothing."""
+"""`fettle pretrain`: train a new model from scratch."""
 
 import argparse
 from typing import Any
@@ -7,7 +7,7 @@ from fettle.cli.resumable import add_resume, run_options, start_or_resume
 from fettle.options import add_options
 from fettle.runs.options import PretrainOptions
 
-HELP = "make a new small model from nothing, as the embedded one was"
+HELP = "train a new small model from scratch, as the embedded one was"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

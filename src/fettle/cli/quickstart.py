@@ -1,14 +1,14 @@
-"""`fettle quickstart`: the main job on the embedded model."""
+"""`fettle quickstart`: fine-tune, export and compare the embedded model."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-HELP = "teach the embedded model a new skill and show the proof"
+HELP = "teach the embedded model a new skill and show scores before and after"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--output", default="quickstart", help="folder for the result (default: quickstart)")
+    command.add_argument("--output", default="quickstart", help="output folder (default: quickstart)")
 
 
 def run(options: dict[str, Any]) -> None:

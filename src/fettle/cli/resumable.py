@@ -1,4 +1,4 @@
-"""What `fettle train` and `fettle pretrain` share: options from a file or the line, a new run or a resumed one."""
+"""Shared by `fettle train` and `fettle pretrain`: read the options, start or resume a run."""
 
 import argparse
 import sys
@@ -16,36 +16,34 @@ def add_resume(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the interrupted run in --output, with its own options",
+        help="resume the interrupted run in --output with its original options",
     )
 
 
 def run_options(options: dict[str, Any], kind: Any) -> Any:
-    """A run's options, found sensible before the libraries are imported; None where one is to be resumed."""
+    """A new run's options, validated before heavy imports; None if a run is to be resumed."""
     is_resumed, config = options.pop("resume"), options.pop("config", None)
     if is_resumed and not options:
-        raise UserError("--resume needs --output: the folder of the run to go on with.")
+        raise UserError("--resume needs --output, the folder of the run to resume.")
     if is_resumed and (config is not None or set(options) != {"output"}):
-        raise UserError(
-            "--resume takes --output alone: the run goes on with the options it was started with."
-        )
+        raise UserError("--resume accepts only --output: the run continues with its original options.")
     if is_resumed:
         return None
     chosen = resolve(kind, options, config)
-    from fettle.runs.defaults import require_sensible
+    from fettle.runs.defaults import require_valid
 
-    require_sensible(chosen)
+    require_valid(chosen)
     return chosen
 
 
 def start_or_resume(
     typed: dict[str, Any], options: Any, start: Callable[..., Any], resume: Callable[..., Any]
 ) -> None:
-    """Start a run, or go on with one where there are no options, and print how it ended."""
+    """Start a run, or resume one if `options` is None, and print the outcome."""
     from fettle.runs.outcome import show
 
     outcome = resume(Path(typed["output"])) if options is None else start(options)
     if outcome is None:
-        terminal.say(f"the run in {typed['output']} has come to its end already", file=sys.stdout)
+        terminal.print_message(f"the run in {typed['output']} has already finished", file=sys.stdout)
     else:
         show(outcome)

@@ -1,4 +1,4 @@
-"""`fettle train`: fine-tuning."""
+"""`fettle train`: fine-tune a model."""
 
 import argparse
 from typing import Any

@@ -23,7 +23,7 @@ def export(options: ExportOptions) -> list[Path]:
     card = model_card(options.model, options.to.name, options.push, options.format)  # its faults show first
     require_hub(options.push)
     files = _write(options)
-    terminal.give(push(files, options.push, card))
+    terminal.print_result(push(files, options.push, card))
     return files
 
 
@@ -58,5 +58,9 @@ def _compressed(options: ExportOptions) -> Path:
         raise UserError("--format w4a16 needs calibration rows: add --data FILE (about 100 rows).")
     write: Callable[..., Path] = export_fp8 if options.format == "fp8" else export_four_bits
     return write(
-        options.model, options.to, data=options.data, report=terminal.give, overwrite=options.overwrite
+        options.model,
+        options.to,
+        data=options.data,
+        report=terminal.print_result,
+        overwrite=options.overwrite,
     )

@@ -1,1 +1,1 @@
-"""One way of training per file."""
+"""Training methods, one per file."""

@@ -1,4 +1,4 @@
-"""A new model from nothing: `fettle pretrain`. The embedded model was made so."""
+"""Pretraining from scratch: `fettle pretrain`. The embedded model was made with it."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,7 @@ from fettle.models.device import device_of
 from fettle.models.families import FAMILIES
 from fettle.models.save import save_model
 from fettle.runs import resume
-from fettle.runs.defaults import complete, length_limit, require_sensible
+from fettle.runs.defaults import complete, length_limit, require_valid
 from fettle.runs.job import Job, run
 from fettle.runs.options import Device, PretrainOptions
 from fettle.runs.outcome import Outcome
@@ -26,17 +26,17 @@ from fettle.tiny.tokenizer import train_tokenizer
 
 
 def pretrain(options: PretrainOptions, *, console: Console | None = None) -> Outcome:
-    """Learn a tokenizer and all weights of a new model from `options.data`; leave a full checkpoint in `output`.
+    """Train a tokenizer and a new model on `options.data`; write a full checkpoint to `options.output`.
 
-    Raises UserError for what the user can mend, before anything is written.
+    Raises UserError for an error the user can fix, before anything is written.
     """
-    require_sensible(options)
+    require_valid(options)
     options = dataclasses.replace(options, output=resume.new_output(options.output))
     return run(_prepare(options, {}, console or terminal.console()))
 
 
 def resume_pretraining(output: str | Path, *, console: Console | None = None) -> Outcome | None:
-    """Go on with the interrupted run in `output`; None where it has come to its end already."""
+    """Resume the interrupted run in `output`; return None if it has already finished."""
     output = Path(output).expanduser()
     options = resume.options_to_resume(output, PretrainOptions)
     if options is None:
@@ -51,15 +51,15 @@ def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) 
     resume.require_unchanged(facts, seen, options)
     longest = length_limit(options, options.context)
     tokenizer = _tokenizer(rows, options)
-    material = prepare(options, tokenizer, longest, rows)
-    show_data(material, options, console)
+    data = prepare(options, tokenizer, longest, rows)
+    show_data(data, options, console)
     device = cast(Device, device_of(options.device).type)
     set_seed(options.seed)
     model = new_model(options, tokenizer).to(torch.device(device))
     parameters = model.num_parameters()
     options = complete(
         dataclasses.replace(options, device=device, max_length=longest),
-        packs=len(material.train),
+        packs=len(data.train),
         parameters=parameters,
         weight_bytes=model.get_memory_footprint(),
         is_full=True,
@@ -70,9 +70,9 @@ def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) 
         asked_steps=asked_steps,
         model=model,
         tokenizer=tokenizer,
-        material=material,
-        model_name=f"{FAMILIES[options.family].architecture} with {parameters / 1e6:.2f} M weights",
-        method=f"all weights from random, learning rate {options.learning_rate:g}, {device}",
+        data=data,
+        model_name=f"{FAMILIES[options.family].architecture} with {parameters / 1e6:.2f} M parameters",
+        method=f"from scratch, learning rate {options.learning_rate:g}, {device}",
         command="pretrain",
         facts=facts | {"fingerprints": seen},
         finish=lambda: _finish(model, options),
@@ -96,7 +96,7 @@ def _tokenizer(rows: list[Row], options: PretrainOptions) -> PreTrainedTokenizer
 
 
 def _finish(model: DecoderForCausalLM, options: PretrainOptions) -> None:
-    """Bring the model into the form it is saved in, so that what is scored is what is saved."""
+    """Convert the model to the dtype it is saved in, so that the scores are those of the saved model."""
     model.to(getattr(torch, options.save_dtype))
     model.config.use_cache = True  # the trainer switches it off
 
@@ -107,18 +107,18 @@ def _texts(row: Row) -> list[str]:
 
 
 def new_model(options: PretrainOptions, tokenizer: PreTrainedTokenizerBase) -> DecoderForCausalLM:
-    """A model of the family's own architecture with random weights in fp32, embedding and head tied."""
+    """A new model of the family's architecture: random fp32 weights, embedding tied to the head."""
     family = FAMILIES[options.family]
     if options.hidden_size % options.heads:
-        raise UserError(f"--hidden-size {options.hidden_size} is no multiple of --heads {options.heads}.")
+        raise UserError(f"--hidden-size {options.hidden_size} is not a multiple of --heads {options.heads}.")
     if options.hidden_size // options.heads % 2:
         raise UserError(
-            f"--hidden-size {options.hidden_size} and --heads {options.heads} make heads of "
-            f"{options.hidden_size // options.heads} numbers; rotary positions need an even count."
+            f"--hidden-size {options.hidden_size} and --heads {options.heads} give a head size of "
+            f"{options.hidden_size // options.heads}; rotary embeddings need an even head size."
         )
     if options.key_value_heads is not None and options.heads % options.key_value_heads:
         raise UserError(
-            f"--heads {options.heads} is no multiple of --key-value-heads {options.key_value_heads}."
+            f"--heads {options.heads} is not a multiple of --key-value-heads {options.key_value_heads}."
         )
     config = family.config(
         vocab_size=len(tokenizer),

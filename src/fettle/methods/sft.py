@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with an adapter: `fettle train`, top to bottom."""
+"""Supervised fine-tuning with LoRA: `fettle train`, top to bottom."""
 
 import dataclasses
 from pathlib import Path
@@ -28,21 +28,21 @@ from fettle.planning.shapes import Shapes
 from fettle.quantization.layers import is_quantized
 from fettle.recompute.allocator import restored_heap
 from fettle.runs import resume
-from fettle.runs.defaults import complete, length_limit, require_sensible
+from fettle.runs.defaults import complete, length_limit, require_valid
 from fettle.runs.job import Job, run
-from fettle.runs.memory_plan import follow
+from fettle.runs.memory_plan import plan_run
 from fettle.runs.options import Device, Quantization, TrainOptions
 from fettle.runs.outcome import Outcome
 from fettle.runs.rows import fingerprints, prepare, read_data, show_data
 
 
 def train(options: TrainOptions, *, console: Console | None = None) -> Outcome:
-    """Fine-tune `options.model` on `options.data`; leave adapter, tokenizer, run file and report in `output`.
+    """Fine-tune `options.model` on `options.data`; write adapter, tokenizer, options and report to `options.output`.
 
-    The folder is a plain PEFT adapter. Raises UserError for what the user can mend, before anything is
-    written. Ctrl-C ends the run after the step at hand with a checkpoint; `resume_training` goes on from it.
+    The folder is a plain PEFT adapter. Raises UserError for an error the user can fix, before anything is written.
+    Ctrl-C stops the run after the current step with a checkpoint, from which `resume_training` continues.
     """
-    require_sensible(options)
+    require_valid(options)
     options = dataclasses.replace(options, output=resume.new_output(options.output))
     note_program()
     with restored_heap():
@@ -50,10 +50,9 @@ def train(options: TrainOptions, *, console: Console | None = None) -> Outcome:
 
 
 def resume_training(output: str | Path, *, console: Console | None = None) -> Outcome | None:
-    """Go on with the interrupted run in `output`, with the options it was started with.
+    """Resume the interrupted run in `output` with its original options; return None if it has already finished.
 
-    Ends in the same weights, bit for bit, as a run that was never interrupted. None where the run has come
-    to its end already.
+    The final weights are bit-identical to those of an uninterrupted run.
     """
     output = Path(output).expanduser()
     options = resume.options_to_resume(output, TrainOptions)
@@ -64,10 +63,10 @@ def resume_training(output: str | Path, *, console: Console | None = None) -> Ou
 
 
 def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> Job:
-    """Load the model, understand the data, choose what was left open."""
+    """Read the data, choose the remaining options, plan the memory, load the model."""
     folder = _base_folder(options.model)
     asked_steps = options.max_steps
-    # first: what is wrong with the model is found before a row is read
+    # first, so that a broken model is reported before the data is read
     stored = stored_model(inspect(folder))
     device = device_of(options.device)
     rows = read_data(options.data)
@@ -75,29 +74,33 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
     resume.require_unchanged(facts, seen, options)
     tokenizer = load_tokenizer(folder, stored.config)
     longest = length_limit(options, stored.config.max_position_embeddings)
-    material = prepare(options, tokenizer, longest, rows)
-    show_data(material, options, console)
+    data = prepare(options, tokenizer, longest, rows)
+    show_data(data, options, console)
     options = complete(
         dataclasses.replace(options, device=cast(Device, device.type), max_length=longest),
-        packs=len(material.train),
+        packs=len(data.train),
         parameters=Shapes.of(stored.config).parameters,
     )
-    memory = follow(
+    run_plan = plan_run(
         options,
         stored,
         device,
-        material.train_lengths,
+        data.train_lengths,
         console,
-        material.held_out_lengths,
-        longest_exchange([*material.asked, *material.kept], tokenizer, stored.config.max_position_embeddings),
+        data.held_out_lengths,
+        longest_exchange(
+            [*data.held_out_questions, *data.keep_questions], tokenizer, stored.config.max_position_embeddings
+        ),
     )
-    # its name is its folder, where PEFT looks for its config at each save
-    base = load_model(folder, dtype=memory.work.dtype, device=device, quantization=options.quantization)
+    # by folder, as PEFT reads the base's config from `name_or_path` at each save
+    base = load_model(folder, dtype=run_plan.work.dtype, device=device, quantization=options.quantization)
     model = _adapt(base, options)
     context = fixed_context(base, longest)
     name = remembered_name(options.model)
     quantization: Quantization | None = "nf4" if is_quantized(base) else None
-    note = AdapterFacts(base_fingerprint=seen["model"], context_tokens=context, quantization=quantization)
+    adapter_facts = AdapterFacts(
+        base_fingerprint=seen["model"], context_tokens=context, quantization=quantization
+    )
     dtype = quantization or name_of(base.dtype)
     result = Path(options.output)
     output, merged, gguf = map(shell_path, (result, sibling(result, "-merged"), sibling(result, ".gguf")))
@@ -106,13 +109,13 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
         asked_steps=asked_steps,
         model=model,
         tokenizer=tokenizer,
-        material=material,
+        data=data,
         model_name=options.model,
         method=f"LoRA rank {options.rank}, learning rate {options.learning_rate:g}, {device.type}, {dtype}",
         command="train",
         facts=facts | {"fingerprints": seen},
         begin=lambda: base.set_context(context),
-        save=lambda to: _save_adapter(model, tokenizer, name, note, to),
+        save=lambda to: _save_adapter(model, tokenizer, name, adapter_facts, to),
         last_file="adapter_config.json",
         next_commands=[
             f'fettle generate --model {output} --prompt "..."',
@@ -122,12 +125,12 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
             f"vllm serve {merged}",
         ],
         console=console,
-        memory=memory,
+        run_plan=run_plan,
     )
 
 
 def _adapt(base: DecoderForCausalLM, options: TrainOptions) -> PeftModel:
-    set_seed(options.seed)  # the adapter's first weights are random
+    set_seed(options.seed)  # the adapter's initial weights are random
     return adapt(
         base,
         rank=options.rank,
@@ -138,7 +141,7 @@ def _adapt(base: DecoderForCausalLM, options: TrainOptions) -> PeftModel:
 
 
 def fixed_context(model: DecoderForCausalLM, longest: int) -> int | None:
-    """The context to fix LongRoPE's factors for: the run's, where its rows may pass the original one."""
+    """The context length to fix LongRoPE's factors for: the run's, if its rows may exceed the original context."""
     original = model.config.rope_parameters.get("original_max_position_embeddings")
     return longest if original is not None and longest > original else None
 
@@ -154,12 +157,16 @@ def _base_folder(name: str) -> Path:
 
 
 def _save_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, base_name: str, note: AdapterFacts, to: Path
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base_name: str,
+    adapter_facts: AdapterFacts,
+    to: Path,
 ) -> None:
     config = model.peft_config["default"]
     config.base_model_name_or_path = base_name
-    config.target_modules = sorted(config.target_modules)  # as a set it is in another order in every process
+    config.target_modules = sorted(config.target_modules)  # the order of a set varies between processes
     model.save_pretrained(str(to), save_embedding_layers=False)
     (to / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     save_tokenizer(tokenizer, to)
-    write_facts(to, note)
+    write_facts(to, adapter_facts)

@@ -1,8 +1,8 @@
-"""The choices a newcomer need not make: from the model's size and the data's, to a run that learns.
+"""Validation of options, and defaults chosen from the size of the model and the data.
 
-Sources: rank 16 on every linear layer with a learning rate near 2e-4 is what LoRA's users converged on for
-models of 1 to 10 billion weights (Biderman et al., 2024, arXiv 2405.09673, find LoRA wants 10 times full
-fine-tuning's rate); smaller models bear, and need, larger steps.
+Sources: rank 16 on every linear layer with a learning rate near 2e-4 is common practice for LoRA on models of
+1 to 10 billion parameters (Biderman et al., 2024, arXiv 2405.09673, find that LoRA needs 10 times the learning
+rate of full fine-tuning); smaller models tolerate, and need, higher learning rates.
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ from fettle.runs.options import LoopOptions, PlanOptions
 
 Options = TypeVar("Options", bound=LoopOptions)
 
-LONGEST_BY_DEFAULT = 2048
+DEFAULT_MAX_LENGTH = 2048
 EPOCHS = 3.0
-STEPS_AN_EPOCH = 32
-"""Fewer updates than this a pass teach little: small data gets shorter packs, so cheaper, more frequent steps."""
-MOST_STEPS_AN_EPOCH = 512
-"""More updates than this a pass are wasted on noise: large data gets more packs a step."""
-CHECKPOINTED_BYTES = 10**9
+MIN_STEPS_PER_EPOCH = 32
+"""Fewer updates per epoch teach little, so small data gets shorter packs, and thus more and cheaper steps."""
+MAX_STEPS_PER_EPOCH = 512
+"""More updates per epoch mostly follow noise, so large data gets more packs per step."""
+CHECKPOINTING_THRESHOLD_BYTES = 10**9
 
 LARGEST = 1e9
-"""Of learning rates, epochs and the like."""
+"""Upper limit of learning rates, epochs and similar numbers."""
 
 _AT_LEAST_ONE = (
     *("max_length", "max_steps", "batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps"),
@@ -41,16 +41,15 @@ _AT_LEAST_ONE = (
 )
 
 
-def require_sensible(options: LoopOptions | PlanOptions) -> None:
-    """Raise UserError for an option whose value cannot mean anything."""
+def require_valid(options: LoopOptions | PlanOptions) -> None:
+    """Raise UserError for an option whose value is out of range."""
     memory: str | None = getattr(options, "memory", None)
     if memory is not None:
         parse_bytes(memory)
     for name in ("model", "data", "eval_data", "keep_data", "output"):
-        if (
-            getattr(options, name, None) == ""
-        ):  # as `--data "$UNSET"` gives it; it would mean the current folder
-            raise UserError(f"--{name.replace('_', '-')} is empty; give a path or a name.")
+        # such as from `--data "$UNSET"`; an empty path would mean the current folder
+        if getattr(options, name, None) == "":
+            raise UserError(f"--{name.replace('_', '-')} is empty; expected a path or a name.")
     for name in _AT_LEAST_ONE:
         value = getattr(options, name, None)
         if value is not None and value < 1:
@@ -59,12 +58,12 @@ def require_sensible(options: LoopOptions | PlanOptions) -> None:
         value = getattr(options, name, None)
         if value is not None and not 0 < value < LARGEST:
             raise UserError(
-                f"--{name.replace('_', '-')} is {value}; expected a number above 0, at most a billion."
+                f"--{name.replace('_', '-')} is {value}; expected a number above 0 and below a billion."
             )
     for name in ("eval_fraction", "warmup_ratio", "dropout"):
         share: Any = getattr(options, name, 0.0)
         if not 0 <= share < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {share}; expected a share from 0 to below 1.")
+            raise UserError(f"--{name.replace('_', '-')} is {share}; expected a fraction from 0 to below 1.")
     for name in ("samples", "weight_decay"):
         count: Any = getattr(options, name, 0)
         if count < 0:
@@ -75,25 +74,25 @@ def require_sensible(options: LoopOptions | PlanOptions) -> None:
 
 
 def length_limit(options: LoopOptions, context_tokens: int) -> int:
-    """The longest row in tokens. Raises UserError where it is longer than the model's context."""
+    """The maximum tokens per row. Raises UserError if --max-length exceeds the model's context."""
     if options.max_length is None:
-        return min(context_tokens, LONGEST_BY_DEFAULT)
+        return min(context_tokens, DEFAULT_MAX_LENGTH)
     if options.max_length > context_tokens:
         raise UserError(
-            f"--max-length is {options.max_length}, and the model's context is {context_tokens} tokens; "
-            f"ask for at most that."
+            f"--max-length is {options.max_length}, but the model's context is {context_tokens} tokens; "
+            "use at most that."
         )
     return options.max_length
 
 
 def pack_length(lengths: list[int], longest: int) -> int:
-    """Tokens a pack: short enough that small data still makes STEPS_AN_EPOCH packs, never below a row."""
-    share = math.ceil(sum(lengths) / STEPS_AN_EPOCH)
+    """Tokens per pack: short enough that small data gives MIN_STEPS_PER_EPOCH packs, at least the longest row."""
+    share = math.ceil(sum(lengths) / MIN_STEPS_PER_EPOCH)
     return min(longest, max(share, max(lengths)))
 
 
 def learning_rate(parameters: int, *, is_full: bool = False) -> float:
-    """Peak learning rate of AdamW for a model of so many weights; of its adapters, unless `is_full`."""
+    """Peak AdamW learning rate for a model of `parameters` weights: for LoRA, or for all weights if `is_full`."""
     for limit, rate in ((5e7, 2e-3), (5e8, 5e-4), (2e9, 3e-4)):
         if parameters < limit:
             return rate if not is_full else rate / 2
@@ -103,16 +102,16 @@ def learning_rate(parameters: int, *, is_full: bool = False) -> float:
 def complete(
     options: Options, *, packs: int, parameters: int, weight_bytes: int = 0, is_full: bool = False
 ) -> Options:
-    """Return the options with every None that the loop needs replaced by its value for this run."""
+    """Return the options with every None that the training loop needs replaced by its default for this run."""
     batch = options.batch_size or 1
-    # more rows a step by accumulation: rows side by side would need the memory of all of them at once
-    accumulation = options.gradient_accumulation_steps or max(1, round(packs / batch / MOST_STEPS_AN_EPOCH))
+    # larger steps through accumulation, as a larger batch would need memory for all its rows at once
+    accumulation = options.gradient_accumulation_steps or max(1, round(packs / batch / MAX_STEPS_PER_EPOCH))
     epochs = options.epochs or EPOCHS
-    an_epoch = math.ceil(packs / (batch * accumulation))
-    steps = options.max_steps or max(1, math.ceil(epochs * an_epoch))
+    steps_per_epoch = math.ceil(packs / (batch * accumulation))
+    steps = options.max_steps or max(1, math.ceil(epochs * steps_per_epoch))
     checkpointing = options.gradient_checkpointing
-    if checkpointing is None and is_full:  # else the memory plan decides, layer by layer
-        checkpointing = weight_bytes > CHECKPOINTED_BYTES
+    if checkpointing is None and is_full:  # else the memory plan decides per layer
+        checkpointing = weight_bytes > CHECKPOINTING_THRESHOLD_BYTES
     return dataclasses.replace(
         options,
         batch_size=batch,

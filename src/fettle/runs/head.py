@@ -1,8 +1,8 @@
-"""The head in training: TRL's trainers ask for log-probabilities of labels, and fettle's op gives them.
+"""The output head in training: label log-probabilities for TRL's trainers, computed by fettle's op.
 
-TRL puts a forward pass of its own on the model's instance, which answers `fused_lm_head=True` without ever making
-all logits. On a CPU it scores every token, in one tile, with three passes of products. `use_own_head` puts
-`fettle.ops.token_log_probs` in its place: labelled tokens only, in chunks, with two passes.
+TRL patches the model instance with its own forward pass, which handles `fused_lm_head=True` without materializing
+the logits. On a CPU it scores every token, in one tile, with three passes of matrix products. `use_own_head` replaces
+it by `fettle.ops.token_log_probs`: labelled tokens only, in chunks, with two passes.
 """
 
 import functools
@@ -18,7 +18,7 @@ from fettle.ops.token_log_probs import token_log_probs
 
 
 def use_own_head(model: DecoderForCausalLM) -> None:
-    """Replace the forward pass that TRL has put on the instance; `generate` still sees the class's signature."""
+    """Replace the forward pass that TRL patched in; `generate` still sees the class's signature."""
 
     @functools.wraps(type(model).forward)
     def forward(self: DecoderForCausalLM, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -37,9 +37,9 @@ def score_labels(
     num_items_in_batch: torch.Tensor | int | None = None,
     **kwargs: Any,
 ) -> FusedCausalLMOutput:
-    """Return TRL's output: each next-token label's log-probability, zero where the label is -100.
+    """Return TRL's output: the log-probability of each next-token label, 0 for labels of -100.
 
-    labels: (B, N), scored after the token before; shift_labels: (B, N), after the token at the same place.
+    labels: (B, N), each predicted from the previous position; shift_labels: (B, N), from the same position.
     """
     hidden = model.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
     if shift_labels is None:

@@ -1,4 +1,4 @@
-"""The part every kind of training shares: measured, trained, measured, saved, reported."""
+"""The steps every kind of run shares: score, train, score again, save, report."""
 
 import dataclasses
 import os
@@ -22,31 +22,31 @@ from fettle.planning.program import peak_memory_bytes
 from fettle.recompute.allocator import release_unused
 from fettle.runs import resume
 from fettle.runs.measure import Measurement, measure
-from fettle.runs.memory_plan import Followed
+from fettle.runs.memory_plan import RunPlan
 from fettle.runs.options import PretrainOptions, TrainOptions
 from fettle.runs.outcome import Outcome, describe, show_samples
 from fettle.runs.report import Sample, write_report
-from fettle.runs.rows import Material
+from fettle.runs.rows import RunData
 from fettle.runs.trainer import Run, build
 
 OVERHEAD_BYTES = 50 * 10**6
-"""Room for logs, tokenizer files and the report."""
+"""Disk space for logs, tokenizer files and the report."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Job:
-    """A run with everything chosen.
+    """A run with all options resolved.
 
-    options: complete. asked_steps: `--max-steps` as the user gave it. facts: what is known from before a resume.
-    begin: called before training, finish: after it, before the scores. save: writes the result into a folder;
-    last_file: the file whose presence makes it a result. memory: the plan that the run follows.
+    options: complete. asked_steps: `--max-steps` as the user gave it. facts: the contents of facts.json.
+    begin: called before training; finish: called after training, before scoring. save: writes the result into a
+    folder; last_file: the file that marks the result as complete, moved into place last. run_plan: the memory plan.
     """
 
     options: TrainOptions | PretrainOptions
     asked_steps: int | None
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
-    material: Material
+    data: RunData
     model_name: str
     method: str
     command: str
@@ -57,7 +57,7 @@ class Job:
     last_file: str
     next_commands: list[str]
     console: Console
-    memory: Followed | None = None
+    run_plan: RunPlan | None = None
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -67,7 +67,7 @@ class Job:
 
 
 def run(job: Job) -> Outcome:
-    """Do the job; raise Interrupted after Ctrl-C, UserError where another process works in its folder."""
+    """Run the job. Raises Interrupted after Ctrl-C, UserError if another process is using its folder."""
     _require_disk(job)
     job.output.mkdir(parents=True, exist_ok=True)
     with only_process(job.output):
@@ -82,19 +82,17 @@ def _run(job: Job) -> Outcome:
     trainer = build(
         job.model,
         job.tokenizer,
-        job.material.train,
-        job.material.held_out,
+        job.data.train,
+        job.data.held_out,
         job.options,
         job.output,
         job.console,
-        job.memory,
+        job.run_plan,
     )
     is_resumed = "before" in job.facts
     before = _before(job, trainer)
     if is_resumed and resume.last_complete(job.output) is None:
-        job.console.print(
-            "no checkpoint had been saved yet: training starts at its first step", highlight=False
-        )
+        job.console.print("no complete checkpoint found: training starts from step 1", highlight=False)
     show_samples([Sample(a.prompt, a.expected, a.answer, None) for a in before.answers[:3]], job.console)
     job.console.print(f"training {job.options.max_steps} steps: {job.method}", markup=False, highlight=False)
     job.begin()
@@ -108,25 +106,25 @@ def _run(job: Job) -> Outcome:
 
 
 def _show_cost(job: Job, trainer: Run) -> None:
-    """Predicted against measured."""
-    if job.memory is None:
+    """Print predicted against measured memory and time."""
+    if job.run_plan is None:
         return
     speed = trainer.progress.tokens_per_second
     in_training = peak_memory_bytes(job.model.device)
-    for line in job.memory.outcome(_peak_bytes(job, trainer), in_training, speed):
+    for line in job.run_plan.outcome(_peak_bytes(job, trainer), in_training, speed):
         job.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _peak_bytes(job: Job, trainer: Run) -> int:
-    """The most in use so far, as far as the plan counts it: on a GPU in training."""
+    """The peak memory that the plan predicts: of training on a GPU, of the whole run on a CPU."""
     in_training = peak_memory_bytes(job.model.device)
     return in_training if job.model.device.type == "cuda" else max(trainer.peak_before_bytes, in_training)
 
 
 def _write_run_file(job: Job) -> None:
-    """Note all options, so that the run can be repeated, and resumed from any folder.
+    """Write all options to run.yaml, so that the run can be repeated, and resumed from any folder.
 
-    Steps that follow from --epochs are left open: who repeats the run with other epochs gets other steps.
+    `max_steps` is written as the user gave it, so that repeating the run with other --epochs changes the steps.
     """
     changes: dict[str, Any] = {"max_steps": job.asked_steps}
     for name in ("model", "data", "eval_data", "keep_data"):
@@ -143,9 +141,10 @@ def _interrupted(job: Job) -> Interrupted:
 
 
 def _require_disk(job: Job) -> None:
-    """Ask for the room a new run needs; a resumed one has most of it already.
+    """Require the disk space a new run needs; a resumed run already holds most of it.
 
-    Two checkpoints are kept while a third is written, each with two moments of AdamW, then the result."""
+    Two checkpoints are kept while a third is written, each with AdamW's two moments, plus the result.
+    """
     if "before" in job.facts:
         return
     trained = sum(p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad)
@@ -153,7 +152,7 @@ def _require_disk(job: Job) -> None:
 
 
 def _before(job: Job, trainer: Run) -> Measurement:
-    """The scores before training, taken once: a resumed run finds them noted."""
+    """The scores before training, measured once: a resumed run reads them from facts.json."""
     if "before" not in job.facts:
         job.facts["before"] = _measure(job, trainer, "before training").as_facts()
         job.facts["run_file"] = resume.run_file_digest(job.output)
@@ -163,21 +162,28 @@ def _before(job: Job, trainer: Run) -> Measurement:
 
 def _measure(job: Job, trainer: Run, when: str) -> Measurement:
     held_out = trainer.held_out(when, job.console)
-    at_once = BATCH_SIZE if job.memory is None else job.memory.answers_at_once
-    asked, kept = job.material.asked, job.material.kept
-    found = measure(job.model, job.tokenizer, held_out, asked, kept, job.console, when, at_once=at_once)
-    release_unused()  # what this phase had is not to lie between the next one's tensors
-    return found
+    measurement = measure(
+        job.model,
+        job.tokenizer,
+        held_out,
+        job.data.held_out_questions,
+        job.data.keep_questions,
+        job.console,
+        when,
+        batch_size=BATCH_SIZE if job.run_plan is None else job.run_plan.answer_batch_size,
+    )
+    release_unused()  # so that this phase's memory does not fragment the next one's
+    return measurement
 
 
 def _save(job: Job) -> None:
-    """Put the result into the output folder: written aside, then moved in, the telling file last."""
+    """Save the result: write it to a temporary folder, then move the files into the output, `last_file` last."""
     aside = job.output / ".saving"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     job.save(aside)
     for file in sorted(aside.iterdir(), key=lambda file: file.name == job.last_file):
-        if file.is_dir():  # a tokenizer's named templates, left by a run that was killed here
+        if file.is_dir():  # a tokenizer's named templates; a run killed here may have left some
             shutil.rmtree(job.output / file.name, ignore_errors=True)
         os.replace(file, job.output / file.name)
     aside.rmdir()
@@ -188,7 +194,7 @@ def _report(job: Job, trainer: Run, before: Measurement, after: Measurement) -> 
         job.options,
         model_name=job.model_name,
         method=job.method,
-        material=job.material,
+        data=job.data,
         history=trainer.history,
         tokens_per_second=trainer.progress.tokens_per_second,
         seconds=time.monotonic() - job.started,

@@ -1,4 +1,4 @@
-"""One set of measurements, taken before and after a run: loss, and answers to rows not trained on."""
+"""The measurements taken before and after training: loss, and answers to rows that are not trained on."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,16 +10,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.engine.decode import BATCH_SIZE
 from fettle.evaluation import Question, answer, exact_share
-from fettle.runs.progress import show_share
+from fettle.runs.progress import task_progress
 from fettle.runs.report import Sample, Score
 
-SHOWN = 12
-"""Samples in the report; more would not be read."""
+REPORTED_SAMPLES = 12
+"""Samples in the report; more would be too long to read."""
 
 
 @dataclass(slots=True)
 class Answered:
-    """One question's prompt, the right answer, the answer given."""
+    """A question's prompt, the expected answer, and the model's answer."""
 
     prompt: str
     expected: str
@@ -28,8 +28,9 @@ class Answered:
 
 @dataclass(slots=True)
 class Measurement:
-    """What a model scored. loss and token_accuracy: on held-out rows, empty without any. exact: the share of
-    answers that were right to the letter, None where nothing was asked; kept_*: the same for `--keep-data`."""
+    """A model's scores. held_out: loss and token_accuracy on held-out rows, empty if there are none. exact: the
+    exact-match rate on held-out rows, None if there are no questions; kept_exact: the same on `--keep-data`.
+    """
 
     held_out: dict[str, float] = field(default_factory=dict)
     exact: float | None = None
@@ -49,7 +50,7 @@ class Measurement:
         return found
 
     def as_facts(self) -> dict[str, Any]:
-        """A form that JSON holds."""
+        """The measurement as JSON-serializable data."""
         return asdict(self)
 
 
@@ -57,26 +58,30 @@ def measure(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     held_out: dict[str, float],
-    asked: Sequence[Question],
-    kept: Sequence[Question],
+    held_out_questions: Sequence[Question],
+    keep_questions: Sequence[Question],
     console: Console,
     when: str,
     *,
-    at_once: int = BATCH_SIZE,
+    batch_size: int = BATCH_SIZE,
 ) -> Measurement:
-    """Answer the questions and add the held-out figures, which the trainer computes.
+    """Answer the questions and add the held-out scores, which the trainer computes.
 
-    when: "before training", say. at_once: how many questions are answered together.
+    when: for the progress line, such as "before training". batch_size: how many questions are answered at a time.
     """
     answers, kept_answers = [], []
-    if total := len(asked) + len(kept):
-        parts = [f"{len(asked)} of the held-out rows"] if asked else []
-        parts += [f"{len(kept)} of --keep-data"] if kept else []
-        with show_share(f"{when}: answering {' and '.join(parts)}", console) as advance:
-            answers = answer(model, tokenizer, asked, lambda count: advance(count / total), at_once=at_once)
+    first, second = len(held_out_questions), len(keep_questions)
+    if total := first + second:
+        parts = [f"{first} held-out rows"] if first else []
+        parts += [f"{second} --keep-data rows"] if second else []
+        with task_progress(f"{when}: answering {' and '.join(parts)}", console) as advance:
+            answers = answer(
+                *(model, tokenizer, held_out_questions, lambda count: advance(count / total)),
+                at_once=batch_size,
+            )
             kept_answers = answer(
-                *(model, tokenizer, kept, lambda count: advance((len(asked) + count) / total)),
-                at_once=at_once,
+                *(model, tokenizer, keep_questions, lambda count: advance((first + count) / total)),
+                at_once=batch_size,
             )
     return Measurement(
         held_out=held_out,
@@ -89,20 +94,20 @@ def measure(
 def scores(before: Measurement, after: Measurement) -> list[Score]:
     """The two measurements as rows of the before/after table."""
     rows = [
-        Score("held-out answers exact", before.exact, after.exact, "%"),
+        Score("held-out exact match", before.exact, after.exact, "%"),
         Score("held-out loss", before.held_out.get("loss"), after.held_out.get("loss"), "", "lower"),
         Score(
-            "held-out tokens predicted",
+            "held-out token accuracy",
             before.held_out.get("token_accuracy"),
             after.held_out.get("token_accuracy"),
             "%",
         ),
-        Score("old skills: answers exact", before.kept_exact, after.kept_exact, "%"),
+        Score("old skills: exact match", before.kept_exact, after.kept_exact, "%"),
     ]
     return [row for row in rows if row.before is not None or row.after is not None]
 
 
 def samples(before: Measurement, after: Measurement) -> list[Sample]:
-    """The first answers side by side."""
-    pairs = zip(before.answers[:SHOWN], after.answers[:SHOWN], strict=True)
+    """The first answers before and after, paired."""
+    pairs = zip(before.answers[:REPORTED_SAMPLES], after.answers[:REPORTED_SAMPLES], strict=True)
     return [Sample(a.prompt, a.expected, b.answer, a.answer) for b, a in pairs]

@@ -1,4 +1,4 @@
-"""From a run's options to the plan it follows, and from a run to what it really took."""
+"""The memory plan of a run: from options to a plan, applying it to the model, predicted against measured."""
 
 import json
 from collections import Counter
@@ -26,10 +26,10 @@ from fettle.planning.shapes import Shapes
 from fettle.planning.speed import device_rates
 from fettle.recompute.allocator import release_unused, restored_heap, set_heap
 from fettle.recompute.policies import Policy
-from fettle.runs.defaults import LONGEST_BY_DEFAULT, require_sensible
+from fettle.runs.defaults import DEFAULT_MAX_LENGTH, require_valid
 from fettle.runs.options import PlanOptions, TrainOptions
-from fettle.runs.single_process import is_alone
-from fettle.threads import KEPT_PRODUCTS, PRODUCT_BYTES
+from fettle.runs.single_process import is_single_process
+from fettle.threads import PRIMITIVE_BYTES, PRIMITIVE_CACHE_ENTRIES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -37,32 +37,34 @@ if TYPE_CHECKING:
     from fettle.models.decoder import DecoderForCausalLM
 
 GPU_BASE_BYTES = 100_000_000
-"""What `fettle train` takes on a GPU beside its model: cuBLAS's workspaces."""
+"""What `fettle train` uses on a GPU in addition to the model: cuBLAS workspaces."""
 LATER_BYTES = 40_000_000
-"""What the process of a run on a CPU grows by once its data is read, beside tensors: the code and memory of the
-libraries that multiply matrices, the trainer, its logs."""
+"""How much a CPU run's process grows after its data is read, not counting tensors: code and memory of the matrix
+multiplication libraries, the trainer, its logs."""
 DATA_BYTES = 18_000_000
-"""What a run's process grows by while it reads its rows, without the tokenizer's tokens: measured, 18 to 20 MB for 8 to
-48 rows."""
+"""How much a run's process grows while it reads its rows, not counting the tokenizer's vocabulary: measured as 18 to
+20 MB for 8 to 48 rows."""
 TOKENIZER_BYTES = 400
-"""Of a token, in a tokenizer in memory: 256,000 took 96 MB."""
+"""Bytes per vocabulary entry of a tokenizer in memory: 256,000 took 96 MB."""
 
 
 def plan(options: PlanOptions, console: Console | None = None) -> Plan:
-    """Print what a run would cost, from the model's config alone. Raises UserError where it cannot fit.
+    """Predict a run's memory and time from the model's config alone, and print them. Raises UserError if it cannot fit.
 
-    Rows, held-out rows and questions with their answers are all taken to be `context` tokens long. On a CPU the
-    program is taken to be as large as that of the last run here, without the run's tokenizer and rows.
+    Training rows, held-out rows and questions with their answers are all assumed to be `context` tokens long. On a CPU
+    the program is assumed to be as large as in the last run on this machine, without that run's tokenizer and rows.
     """
     console = console or terminal.console()
-    require_sensible(options)
+    require_valid(options)
     device = device_of(options.device)
-    # only what follows from sizes alone can do without model code, which takes seconds to import
+    # importing model code takes seconds, so it is avoided if sizes alone suffice
     stored = config_of(options.model, is_plain=options.target_modules is None)
     limit: int = stored.config.max_position_embeddings
-    context = options.context or min(LONGEST_BY_DEFAULT, limit)
+    context = options.context or min(DEFAULT_MAX_LENGTH, limit)
     if context > limit:
-        raise UserError(f"--context is {context}, and the model's is {limit} tokens; ask for at most that.")
+        raise UserError(
+            f"--context is {context}, but the model's context is {limit} tokens; use at most that."
+        )
     rows = options.batch_size
     work = replace(
         _workload(options, stored, device, tokens=rows * context, documents=rows),
@@ -73,7 +75,9 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
         chosen = _choose(options, stored.config, lambda: config_of(options.model).config, work, console)
     longest = chosen.planner.longest(work, chosen.budget, chosen.allowed)
     if options.json:
-        terminal.give(json.dumps(as_dict(chosen.plan, budget=chosen.budget, longest=longest), indent=2))
+        terminal.print_result(
+            json.dumps(as_dict(chosen.plan, budget=chosen.budget, longest=longest), indent=2)
+        )
     else:
         show_plan(chosen.plan, console, work=work, budget=chosen.budget, longest=longest)
     return chosen.plan
@@ -87,7 +91,7 @@ def _workload(
     tokens: int,
     documents: int,
 ) -> Workload:
-    """What these options make of the model: how its weights will be held, and what is adapted."""
+    """The planner's input: how the weights will be stored, and which matrices are adapted."""
     assert options.batch_size
     dtype = training_dtype(options.dtype, stored.dtype, device)
     is_nf4 = stored.is_nf4 or options.quantization == "nf4"
@@ -107,9 +111,9 @@ def _workload(
 
 
 def _adapted_matrices(config: "PreTrainedConfig", targets: list[str] | None) -> dict[str, int] | None:
-    """In how many layers each matrix is adapted, by PEFT's rule: a target is a module's name, or how one ends.
+    """How many layers adapt each matrix, by PEFT's rule: a target is a module's name or the end of one.
 
-    Raises UserError for a target that fits none, or the output head.
+    Raises UserError for a target that matches nothing or the output head.
     """
     if targets is None:
         return None
@@ -129,14 +133,14 @@ def _choose(
     whole_config: Callable[[], "PreTrainedConfig"],
     work: Workload,
     console: Console,
-) -> "Followed":
-    """Time the model on the device and plan. Raises UserError before that if nothing fits the budget."""
+) -> "RunPlan":
+    """Measure the device's speed and choose the fastest plan. Raises UserError first if nothing fits the budget."""
     device, shapes = torch.device(work.device_type), Shapes.of(config)
     budget = free_bytes(device) if options.memory is None else parse_bytes(options.memory)
     allowed = allowed_policies(shapes, work, options.gradient_checkpointing)
     is_running = isinstance(options, TrainOptions)
     if is_running:
-        release_unused()  # what reading the tokenizer and the rows left free
+        release_unused()  # memory freed after reading the tokenizer and the rows
     base = _process_bytes(work, shapes, is_running=is_running)
     if least_peak(shapes, work, allowed, base) > budget:
         length_option = "--max-length" if is_running else "--context"
@@ -146,28 +150,28 @@ def _choose(
     planner = Planner(shapes, rates, options.gradient_accumulation_steps or 1, base, _reached_bytes(device))
     best = planner.best(work, budget, allowed)
     assert best is not None
-    return Followed(planner, work, best, budget, allowed, console)
+    return RunPlan(planner, work, best, budget, allowed, console)
 
 
 def _process_bytes(work: Workload, shapes: Shapes, *, is_running: bool) -> int:
-    """What a run's process takes without its model: this one's, with its data, or that of a run to come. On a GPU only
-    what tensors take counts."""
+    """Memory of a run's process without its model: of this process with its data, or of a future run. On a GPU only
+    device memory counts."""
     if work.device_type != "cpu":
         return GPU_BASE_BYTES
-    later = LATER_BYTES + (KEPT_PRODUCTS * PRODUCT_BYTES if work.product_item < 4 else 0)
+    later = LATER_BYTES + (PRIMITIVE_CACHE_ENTRIES * PRIMITIVE_BYTES if work.product_item < 4 else 0)
     if is_running:
         return int(psutil.Process().memory_info().rss) + later
     return program_bytes() + DATA_BYTES + TOKENIZER_BYTES * shapes.vocabulary + later
 
 
 def _reached_bytes(device: torch.device) -> int:
-    """The most that this process has had so far, on a CPU."""
+    """The peak memory of this process so far; 0 on a GPU."""
     return peak_memory_bytes(device) if device.type == "cpu" else 0
 
 
 @dataclass(slots=True)
-class Followed:
-    """A plan, put into effect on a model once there is one, with what to do when it proves too generous."""
+class RunPlan:
+    """A plan to apply to the model once it is loaded, and to replace by a leaner one when memory runs out."""
 
     planner: Planner
     work: Workload
@@ -178,25 +182,25 @@ class Followed:
     model: "DecoderForCausalLM | None" = None
 
     @property
-    def answers_at_once(self) -> int:
-        """How many questions are answered together within the planned peak."""
+    def answer_batch_size(self) -> int:
+        """How many questions can be answered at a time within the planned peak."""
         return most_answers(self.planner.shapes, self.work, self.planner.base, self.plan.peak)
 
     def apply_to(self, model: "DecoderForCausalLM") -> None:
-        """Give every layer of the model, which has its adapters already, its policy."""
+        """Set the policy of every layer. The model must already have its adapters."""
         self.model = model
         model.set_policies(self.plan.policies)
         if self.plan.work.has_outer_embedding:
             model.model.offload_embedding()
         if self.plan.work.device_type == "cpu":
             set_heap("return" if self.plan.work.returns_memory else "reuse")
-        if can_replay(model) and Policy.OFFLOAD not in self.plan.policies:
+        if can_use_graphs(model) and Policy.OFFLOAD not in self.plan.policies:
             model.model.use_graphs(self.work.tokens)
         else:
             model.model.graphs = None
 
-    def step_leaner(self) -> bool:
-        """Take the fastest plan with a peak at least a tenth lower, or the leanest; False where there is none."""
+    def use_leaner_plan(self) -> bool:
+        """Switch to the fastest plan with a peak at least 10% lower, or to the leanest; False if none is leaner."""
         assert self.model is not None
         least = least_peak(self.planner.shapes, self.work, self.allowed, self.planner.base)
         leaner = None
@@ -205,8 +209,8 @@ class Followed:
         if leaner is None:
             return False
         self.console.print(
-            f"out of memory at a planned peak of {human_bytes(self.plan.peak)}: the step is repeated with a plan of "
-            f"{human_bytes(leaner.peak)}",
+            f"out of memory at a planned peak of {human_bytes(self.plan.peak)}: repeating the step with a planned peak "
+            f"of {human_bytes(leaner.peak)}",
             highlight=False,
         )
         self.plan = leaner
@@ -216,9 +220,9 @@ class Followed:
     def outcome(
         self, peak_bytes: int, training_peak_bytes: int, tokens_per_second: float | None
     ) -> list[str]:
-        """Predicted against measured; a step's seconds at the measured speed.
+        """Lines that compare predicted and measured: peak memory, and seconds of a full step at the measured speed.
 
-        If the peak had been reached before the plan was made, only that of training was predicted.
+        If the peak was reached before the plan was made, only the peak of training was predicted.
         """
         if self.plan.phase == "planning":
             predicted, measured = human_bytes(self.plan.training), human_bytes(training_peak_bytes)
@@ -232,18 +236,23 @@ class Followed:
         if tokens_per_second:
             seconds = self.plan.tokens / tokens_per_second
             predicted, measured = rounded_seconds(self.plan.seconds), rounded_seconds(seconds)
-            lines.append(f"a full step: {predicted} predicted, {measured} measured")
+            lines.append(f"time per full step: {predicted} predicted, {measured} measured")
         return lines
 
 
-def can_replay(model: "DecoderForCausalLM") -> bool:
-    """Whether steps may run as CUDA graphs: on one GPU, and with nothing random in them. (Several processes sum their
-    gradients as autograd hands them out, which a graph does not.)"""
-    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    return model.device.type == "cuda" and is_alone() and not drops and not model.config.attention_dropout
+def can_use_graphs(model: "DecoderForCausalLM") -> bool:
+    """Whether steps can run as CUDA graphs: on a single GPU and without dropout. (Several processes reduce their
+    gradients through autograd hooks, which a graph does not run.)"""
+    has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return (
+        model.device.type == "cuda"
+        and is_single_process()
+        and not has_dropout
+        and not model.config.attention_dropout
+    )
 
 
-def follow(
+def plan_run(
     options: TrainOptions,
     stored: StoredModel,
     device: torch.device,
@@ -251,11 +260,11 @@ def follow(
     console: Console,
     held_out_lengths: Sequence[int] = (),
     answered_tokens: int = 0,
-) -> Followed:
+) -> RunPlan:
     """Plan the run before its model is loaded, and print the plan.
 
-    lengths: of the documents of each pack; held_out_lengths: of each held-out pack. answered_tokens: of the longest
-    question with its answer.
+    lengths: tokens of each document of each pack; held_out_lengths: tokens of each held-out pack. answered_tokens:
+    tokens of the longest question with its answer.
     """
     assert options.batch_size
     free = free_bytes(device)
@@ -268,14 +277,14 @@ def follow(
     )
     evaluated = options.batch_size * max(held_out_lengths, default=0)
     work = replace(work, evaluated_tokens=evaluated, answered_tokens=answered_tokens)
-    followed = _choose(options, stored.config, lambda: stored.config, work, console)
-    show_plan(followed.plan, console, work=work, budget=followed.budget)
-    if followed.budget > free:
+    run_plan = _choose(options, stored.config, lambda: stored.config, work, console)
+    show_plan(run_plan.plan, console, work=work, budget=run_plan.budget)
+    if run_plan.budget > free:
         console.print(
-            f"--memory {options.memory} is more than the {human_bytes(free)} that are free: a run that takes more than "
-            "the machine has may be killed",
+            f"--memory {options.memory} exceeds the {human_bytes(free)} of free memory: the system may kill a run that "
+            "uses more than is free",
             markup=False,
             highlight=False,
             soft_wrap=True,
         )
-    return followed
+    return run_plan

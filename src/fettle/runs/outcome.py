@@ -1,4 +1,4 @@
-"""What a finished run hands over: the report as a page, and the same in short on the terminal."""
+"""The result of a finished run: its report, and a summary for the terminal."""
 
 import dataclasses
 import platform
@@ -16,18 +16,18 @@ from fettle.runs.options import LoopOptions
 from fettle.runs.progress import Point
 from fettle.runs.report import RunReport, Sample, is_correct, scores_table
 from fettle.runs.resume import REPORT, RUN_FILE
-from fettle.runs.rows import Material
+from fettle.runs.rows import RunData
 
 _PACKAGES = ("fettle-llm", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
 _SHOWN_SAMPLES = 3
-LONGEST_SHOWN = 160
-"""Characters of a prompt or answer on the terminal; an answer is cut soon after the length of the right one, as a model
-that does not stop says nothing more. The report has all of it."""
+MAX_SHOWN_CHARACTERS = 160
+"""Maximum characters of a prompt or answer on the terminal. An answer is cut soon after the length of the expected one,
+as a model that does not stop adds nothing useful. The report shows all of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Where the result lies and how it scored."""
+    """The output folder, the scores before and after, and the report."""
 
     output: Path
     before: Measurement
@@ -40,7 +40,7 @@ def describe(
     *,
     model_name: str,
     method: str,
-    material: Material,
+    data: RunData,
     history: Sequence[Point],
     tokens_per_second: float | None,
     seconds: float,
@@ -49,7 +49,7 @@ def describe(
     after: Measurement,
     next_commands: Sequence[str],
 ) -> RunReport:
-    """Gather a run's report."""
+    """Build a run's report."""
     output = Path(options.output)
     eval_curve = [(p.step, p.eval_loss) for p in history if p.eval_loss is not None]
     if "loss" in before.held_out:
@@ -67,8 +67,8 @@ def describe(
         loss_curve=[(p.step, p.loss) for p in history if p.loss is not None],
         eval_curve=eval_curve,
         learning_rate_curve=[(p.step, p.learning_rate) for p in history if p.learning_rate is not None],
-        data_summary=material.summary.counts() + material.notes,
-        example=[(segment.text, segment.is_trained) for segment in material.summary.example],
+        data_summary=data.summary.counts() + data.notes,
+        example=[(segment.text, segment.is_trained) for segment in data.summary.example],
         files=[
             ("model", str(output)),
             ("options", str(output / RUN_FILE)),
@@ -81,7 +81,7 @@ def describe(
 
 
 def show(outcome: Outcome, console: Console | None = None) -> None:
-    """Print the before/after table, a few answers, where everything lies and what to type next."""
+    """Print a few answers, the before/after table, the files and the next commands."""
     report, console = outcome.report, console or terminal.console()
     console.print()
     show_samples(report.samples[:_SHOWN_SAMPLES], console)
@@ -96,12 +96,12 @@ def show(outcome: Outcome, console: Console | None = None) -> None:
 
 
 def show_samples(shown: Sequence[Sample], console: Console) -> None:
-    """Print prompts with the answer wanted and those given, shortened, as far as there are any."""
+    """Print prompts with the expected answer and the model's answers, shortened; missing ones are left out."""
     for sample in shown:
-        longest = LONGEST_SHOWN if sample.expected is None else max(60, len(sample.expected) + 20)
+        longest = MAX_SHOWN_CHARACTERS if sample.expected is None else max(60, len(sample.expected) + 20)
         lines = [f"prompt    {_short(sample.prompt)}"]
         if sample.expected is not None:
-            lines.append(f"wanted    {_short(sample.expected)}")
+            lines.append(f"expected  {_short(sample.expected)}")
         for name, answer in (("before", sample.before), ("after", sample.after)):
             if answer is not None:
                 mark = {True: "✓", False: "✗", None: " "}[is_correct(sample, answer)]
@@ -117,6 +117,6 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _short(text: str, longest: int = LONGEST_SHOWN) -> str:
-    text, longest = " ".join(text.split()), min(longest, LONGEST_SHOWN)
+def _short(text: str, longest: int = MAX_SHOWN_CHARACTERS) -> str:
+    text, longest = " ".join(text.split()), min(longest, MAX_SHOWN_CHARACTERS)
     return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -1,12 +1,12 @@
-"""What a person sees while a run goes on: step, loss, tokens per second, memory, time left.
+"""Progress of a run: step, loss, tokens per second, memory, time left.
 
-A Hugging Face trainer reports events to callbacks: a step ended, a batch was evaluated, figures were logged.
-`ProgressCallback` turns them into one live bar on a terminal and into plain lines, seconds apart, anywhere
-else (a file, a CI log). It also writes speed and memory into the trainer's own log history, which is saved
-with each checkpoint: a resumed run therefore shows its whole curve in the report.
+A Hugging Face trainer reports events to callbacks: a step ended, a batch was evaluated, metrics were logged.
+`ProgressCallback` shows them as a live progress bar on a terminal, and as plain lines a few seconds apart
+elsewhere (a file, a CI log). It also adds speed and memory to the trainer's log history, which is saved with
+each checkpoint, so the report of a resumed run shows the whole curve.
 
-Speed is tokens over the time of training steps alone, over the last few of them; evaluating and saving do
-not count. The time left does count them, as it comes from the steps per second of the clock on the wall.
+Speed is tokens per second of training time over the last few steps, excluding evaluation and saving. The time
+left includes them, as it is based on steps per second of wall-clock time.
 
     with show_progress(trainer) as progress:
         trainer.train()
@@ -38,9 +38,9 @@ from fettle.planning.program import peak_memory_bytes
 
 
 def show_progress(trainer: Trainer, console: Console | None = None) -> "ProgressCallback":
-    """Put a `ProgressCallback` in the place of the trainer's own progress display and return it.
+    """Replace the trainer's own progress display by a `ProgressCallback` and return it.
 
-    A trainer that was not asked to count tokens is asked to, padding left out, so that speed can be shown.
+    Token counting (without padding) is switched on if it is off, so that speed can be shown.
     """
     if trainer.args.include_num_input_tokens_seen == "no":
         trainer.args.include_num_input_tokens_seen = "non_padding"
@@ -52,12 +52,12 @@ def show_progress(trainer: Trainer, console: Console | None = None) -> "Progress
 
 
 @contextmanager
-def show_share(
+def task_progress(
     what: str, console: Console, *, line_seconds: float = 5.0, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[[float], None]]:
-    """Show how far a task is and how long it still takes: a bar on a terminal, elsewhere lines, `line_seconds` apart.
+    """Show a task's progress and time left: a bar on a terminal, elsewhere lines at least `line_seconds` apart.
 
-    Yields what to call with the share that is done, 0 to 1.
+    Yields a function to call with the fraction that is done, 0 to 1.
     """
     is_drawn = console.is_terminal and not console.is_dumb_terminal
     began = last_line = clock()
@@ -84,12 +84,12 @@ def show_share(
         console.print(f"{what}: took {_clock(clock() - began)}", highlight=False, soft_wrap=True)
 
 
-# ---- what is kept ------------------------------------------------------------------------------------------
+# ---- logged data ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """What the trainer logged at one step; None for a figure it did not log there."""
+    """What the trainer logged at one step; None for a value it did not log."""
 
     step: int
     loss: float | None = None
@@ -112,7 +112,7 @@ def points(log_history: Iterable[Mapping[str, Any]]) -> list[Point]:
 
 @dataclass(slots=True)
 class _Pace:
-    """How fast a run goes. Steps made before a resume were not made in this time and do not count."""
+    """The speed of a run. Steps from before a resume do not count."""
 
     first_step: int
     first_tokens: int
@@ -126,18 +126,18 @@ class _Pace:
         self._recent.append((0.0, self.first_tokens))
 
     def step_ended(self, tokens: int) -> None:
-        """Count the time since the last mark as training. tokens: all that were seen in the run so far."""
+        """Count the time since the last mark as training. tokens: the run's total so far."""
         now = time.monotonic()
         self.training_seconds += now - self._mark
         self._mark = now
         self._recent.append((self.training_seconds, tokens))
 
     def something_else_ended(self) -> None:
-        """Leave the time since the last mark out: it went into evaluating or saving."""
+        """Do not count the time since the last mark: it was spent on evaluating or saving."""
         self._mark = time.monotonic()
 
     def tokens_per_second(self, *, recent: bool) -> float | None:
-        """Return the speed over the last steps, or over all of them; None before there is one."""
+        """Return the speed over the last steps, or over all of them; None before the first step."""
         then, tokens_then = self._recent[0] if recent else (0.0, self.first_tokens)
         now, tokens_now = self._recent[-1]
         return (tokens_now - tokens_then) / (now - then) if now > then and tokens_now > tokens_then else None
@@ -150,14 +150,14 @@ class _Pace:
         return self.seconds() / done * (total - step) if done > 0 else None
 
 
-# ---- what is shown -----------------------------------------------------------------------------------------
+# ---- display -----------------------------------------------------------------------------------------
 
 
 class ProgressCallback(TrainerCallback):
-    """Shows a trainer's progress on `console` (standard error by default) and keeps its figures.
+    """Shows a trainer's progress on `console` (standard error by default) and keeps its metrics.
 
-    Use it as a context manager around `trainer.train()`: an interrupted trainer tells its callbacks nothing,
-    and the terminal must be given back all the same. `line_seconds`: the least time between two plain lines.
+    Use it as a context manager around `trainer.train()`: an interrupted trainer does not notify its callbacks,
+    but the terminal must be restored. line_seconds: the minimum time between two plain lines.
     """
 
     def __init__(self, console: Console | None = None, line_seconds: float = 5.0) -> None:
@@ -186,22 +186,22 @@ class ProgressCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Leave the last picture of the bar on the screen and give the terminal back."""
+        """Leave the last state of the bar on the screen and restore the terminal."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     @property
     def history(self) -> list[Point]:
-        """The logged points, those from before a resume included."""
+        """The logged points, including those from before a resume."""
         return points(self._log_history)
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The speed over all training steps since the run began or was resumed; None where unknown."""
+        """The speed over all training steps since the start or the last resume; None if unknown."""
         return self._pace.tokens_per_second(recent=False) if self._pace else None
 
-    # The trainer's events, in the order in which they come.
+    # The trainer's events, in the order in which they occur.
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._device = args.device
@@ -262,7 +262,7 @@ class ProgressCallback(TrainerCallback):
             self._print_line(state, f"{self._line()}  done")
         self.close()
 
-    # How they are shown.
+    # Their display.
 
     def _follow(self, state: Any) -> None:
         """Take step, tokens and history from the trainer's state."""
@@ -287,7 +287,7 @@ class ProgressCallback(TrainerCallback):
             self._phase = "training"
 
     def _figures(self) -> list[str]:
-        """What is known now, each with its unit."""
+        """The current metrics, each with its unit."""
         speed = self._pace.tokens_per_second(recent=True) if self._pace else None
         left = self._pace.seconds_left(self._step, self._steps) if self._pace and self._is_training else None
         return [
@@ -312,7 +312,7 @@ class ProgressCallback(TrainerCallback):
             self._last_line = time.monotonic()
 
     def _picture(self) -> Group:
-        """The bar and, under it, the figures."""
+        """The bar and, under it, the metrics."""
         bar = Table.grid(padding=(0, 2), expand=True)
         bar.add_column(no_wrap=True)
         bar.add_column(ratio=1)

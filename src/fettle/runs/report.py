@@ -1,10 +1,10 @@
-"""The run report: one HTML file that says what was trained, on what, how it went and whether it helped.
+"""The run report: one HTML file with the model, the data, the training curves and the scores before and after.
 
-The file stands alone. Its style and its charts (SVG) are inside, it runs no script and loads nothing, so it
-can be mailed, archived with the run and opened years later. Rows and answers may hold any text, HTML
-included: the template escapes all of it, and a policy in the page's head forbids what might slip through.
+The file is self-contained: CSS and charts (SVG) are inline, it runs no scripts and loads nothing, so it can be
+mailed, archived with the run and opened years later. Rows and answers may contain any text, including HTML: the
+template escapes all of it, and a content security policy blocks whatever might slip through.
 
-`RunReport` is plain data; this module turns it into geometry and words, `report.html.jinja` into a page.
+`RunReport` is plain data; this module computes the charts and formats the values, `report.html.jinja` is the page.
 """
 
 import math
@@ -26,9 +26,9 @@ Curve = Sequence[tuple[int, float]]  # (step, value)
 
 
 class Score(NamedTuple):
-    """One measure before and after; None where it was not taken.
+    """A metric before and after training; None if it was not measured.
 
-    unit: "%" for a share between 0 and 1, shown as per cent; any other word is put behind the figure.
+    unit: "%" for a fraction from 0 to 1, shown in per cent; any other unit is appended to the number.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Score(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A held-out prompt, the answer wanted (or None where none is known) and the answers given."""
+    """A held-out prompt, the expected answer (None if unknown) and the model's answers."""
 
     prompt: str
     expected: str | None
@@ -49,7 +49,7 @@ class Sample(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class RunReport:
-    """All that the page shows. An empty part is left out of it."""
+    """Everything the page shows. Empty parts are omitted."""
 
     title: str
     model: str
@@ -72,12 +72,12 @@ class RunReport:
 
 
 def write_report(report: RunReport, path: Path) -> None:
-    """Write `report` as one HTML file to `path`, complete or not at all."""
+    """Write `report` as one HTML file to `path`, atomically."""
     template = _environment().from_string(
         resources.files("fettle.runs").joinpath("report.html.jinja").read_text("utf-8")
     )
     charts = [
-        line_chart("Loss", {"training": report.loss_curve, "held out": report.eval_curve}),
+        line_chart("Loss", {"training": report.loss_curve, "held-out": report.eval_curve}),
         line_chart("Learning rate", {"learning rate": report.learning_rate_curve}),
     ]
     html = template.render(report=report, charts=[chart for chart in charts if chart is not None])
@@ -93,23 +93,23 @@ def scores_table(report: RunReport) -> Table:
     styles = {"better": "bold green", "worse": "bold red", "same": ""}
     for score in report.scores:
         change = Text(score_change(score), styles[verdict(score)])
-        # Text, not str: a name with [brackets] is no markup.
+        # Text, not str, so that a name with [brackets] is not read as markup
         name, before, after = Text(score.name), score_text(score, "before"), score_text(score, "after")
         table.add_row(name, Text(before), Text(after), change)
     return table
 
 
-# ---- words -------------------------------------------------------------------------------------------------
+# ---- formatting -------------------------------------------------------------------------------------------------
 
 
 def score_text(score: Score, when: Literal["before", "after"]) -> str:
-    """Return the score as text with its unit: 93.4%, 1.234 nats; a dash where it was not taken."""
+    """Return the score as text with its unit: 93.4%, 1.234 nats; a dash if it was not measured."""
     value = score.before if when == "before" else score.after
     return "–" if value is None else _with_unit(value, score.unit)
 
 
 def score_change(score: Score) -> str:
-    """Return after minus before as signed text; shares in points of per cent."""
+    """Return after minus before as signed text; fractions in percentage points."""
     if score.before is None or score.after is None:
         return "–"
     change = score.after - score.before
@@ -117,7 +117,7 @@ def score_change(score: Score) -> str:
 
 
 def verdict(score: Score) -> Literal["better", "worse", "same"]:
-    """Say whether the score after is better or worse than before, as far as the shown digits tell."""
+    """Whether the score after is better or worse than before, judged by the digits shown."""
     if (
         score.before is None
         or score.after is None
@@ -128,7 +128,7 @@ def verdict(score: Score) -> Literal["better", "worse", "same"]:
 
 
 def is_correct(sample: Sample, answer: str | None) -> bool | None:
-    """Say whether `answer` is the one expected, white space around it aside; None where none is known."""
+    """Whether `answer` is an exact match of the expected one, ignoring surrounding white space; None if unknown."""
     if sample.expected is None or answer is None:
         return None
     return answer.strip() == sample.expected.strip()
@@ -168,12 +168,12 @@ def _environment() -> jinja2.Environment:
 
 WIDTH, HEIGHT = 720, 260  # of a chart, in SVG units
 LEFT, RIGHT, TOP, BOTTOM = 64, 704, 12, 226  # of the plot inside it
-MOST_MARKS = 300  # more points than this are thinned: a screen has no room for them, a page no use
-SMOOTH_FROM = 30  # a curve of this many points gets a smoothed one over it
+MAX_MARKS = 300  # longer curves are thinned: a screen cannot show more points
+SMOOTH_MIN_POINTS = 30  # a curve of at least this many points gets a smoothed one on top
 
 
 class Mark(NamedTuple):
-    """A point of a curve on the page, with the words shown when the mouse is over it."""
+    """A point of a curve on the page, with its tooltip."""
 
     x: float
     y: float
@@ -182,7 +182,7 @@ class Mark(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Line:
-    """One curve on the page: its marks, and the `points` of its polylines."""
+    """A curve on the page: its marks, and the `points` of its polylines."""
 
     name: str
     marks: list[Mark]
@@ -192,17 +192,17 @@ class Line:
 
 @dataclass(slots=True, kw_only=True)
 class Chart:
-    """All that the template needs to draw a chart; ticks are (position, label)."""
+    """Everything the template needs to draw a chart; ticks are (position, label)."""
 
     title: str
     lines: list[Line]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
-    left_out: int  # points that are no finite number
+    left_out: int  # points that are NaN or infinite
 
 
 def line_chart(title: str, curves: dict[str, Curve]) -> Chart | None:
-    """Return the geometry of `curves` on common axes; None where no curve has a finite point."""
+    """Return the geometry of `curves` on common axes; None if no curve has a finite point."""
     finite = {name: [(x, y) for x, y in curve if math.isfinite(y)] for name, curve in curves.items()}
     steps = [x for curve in finite.values() for x, _ in curve]
     values = [y for curve in finite.values() for _, y in curve]
@@ -210,7 +210,9 @@ def line_chart(title: str, curves: dict[str, Curve]) -> Chart | None:
         return None
     x_ticks = ticks(min(steps), max(steps), 8, is_whole=True)
     y_ticks = ticks(min(values), max(values), 5)
-    x_high = max(max(steps), x_ticks[1])  # the curve reaches the right edge, a round number or not
+    x_high = max(
+        max(steps), x_ticks[1]
+    )  # the curve reaches the right edge, even if that is not a round number
     scale = _Scale((x_ticks[0], x_high), (y_ticks[0], y_ticks[-1]))
     return Chart(
         title=title,
@@ -222,7 +224,7 @@ def line_chart(title: str, curves: dict[str, Curve]) -> Chart | None:
 
 
 def ticks(low: float, high: float, most: int, *, is_whole: bool = False) -> list[float]:
-    """Return about `most` round values that enclose low..high, 1, 2 or 5 times a power of ten apart."""
+    """Return about `most` round values that enclose low..high, spaced by 1, 2 or 5 times a power of ten."""
     if high <= low:
         pad = 1.0 if is_whole else abs(low) / 2 or 1.0
         low, high = low - pad, high + pad
@@ -252,17 +254,17 @@ class _Scale:
 def _line(name: str, curve: Curve, scale: _Scale) -> Line:
     marks = [Mark(scale.x(x), scale.y(y), f"step {x:,}: {name} {_figure(y)}") for x, y in _thin(curve)]
     smooth = None
-    if len(curve) >= SMOOTH_FROM and name == "training":
+    if len(curve) >= SMOOTH_MIN_POINTS and name == "training":
         smooth = _polyline((scale.x(x), scale.y(y)) for x, y in _thin(_smooth(curve)))
     path = _polyline((mark.x, mark.y) for mark in marks)
     return Line(name=name, marks=marks, path=path, smooth_path=smooth)
 
 
 def _thin(curve: Curve) -> Curve:
-    """Return the lowest and the highest point of each short stretch, and the ends: no spike goes missing."""
-    if len(curve) <= MOST_MARKS:
+    """Return the lowest and highest point of each short segment, and the ends, so that no spike is lost."""
+    if len(curve) <= MAX_MARKS:
         return curve
-    length = math.ceil(2 * len(curve) / MOST_MARKS)
+    length = math.ceil(2 * len(curve) / MAX_MARKS)
     kept = {0, len(curve) - 1}
     for start in range(0, len(curve), length):
         stretch = range(start, min(start + length, len(curve)))
@@ -271,7 +273,7 @@ def _thin(curve: Curve) -> Curve:
 
 
 def _smooth(curve: Curve) -> Curve:
-    """Return the mean around each point, as far to its left as to its right: then the curve does not lag."""
+    """Return the centred moving average, which does not lag behind the curve."""
     reach = len(curve) // 30
     sums = [0.0, *accumulate(y for _, y in curve)]
     smooth = []
@@ -286,7 +288,7 @@ def _polyline(points: Iterable[tuple[float, float]]) -> str:
 
 
 def _figure(value: float, digits: int = 4) -> str:
-    """Return a number as a person writes it: 1,200, 0.35, 2e-5."""
+    """Format a number for reading: 1,200, 0.35, 2e-5."""
     if value == 0:
         return "0"
     if abs(value) >= 1000:

@@ -1,12 +1,12 @@
-"""What a run leaves on disk so that it can go on after Ctrl-C or kill -9, bit for bit.
+"""What a run keeps on disk so that it can resume after Ctrl-C or kill -9, bit for bit.
 
     my-model/
       run.yaml          every option, resolved; written before the first step
       facts.json        fingerprints of the data and the base weights, the scores before training
       checkpoints/      checkpoint-N: adapter or weights, optimizer, schedule, random state
 
-A checkpoint is used only if its `complete` mark is there, which is written after everything else in it and lists
-the files with their hashes: one that has been damaged since is not used either. Two are kept, so that there is a
+A checkpoint is used only if it has a `complete` file, which is written after everything else in it and lists the
+other files with their hashes, so that a damaged checkpoint is not used. Two are kept, so that there is always a
 complete one while the next is being written.
 """
 
@@ -28,24 +28,24 @@ from fettle.runs.options import LoopOptions
 
 RUN_FILE, FACTS_FILE, CHECKPOINTS, MARK = "run.yaml", "facts.json", "checkpoints", "complete"
 REPORT = "report.html"
-"""Written last: a run with one has come to its end."""
+"""Written last: a run with a report has finished."""
 
 Options = TypeVar("Options", bound=LoopOptions)
 
 
 class MarkComplete(TrainerCallback):
-    """Writes the mark into a checkpoint once the trainer has written all the rest."""
+    """Marks a checkpoint as complete once the trainer has written everything else."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def new_output(output: str) -> str:
-    """Return where a new run goes, with ~ expanded. Raises UserError where that folder is not free for it."""
+    """Return a new run's output folder, with ~ expanded. Raises UserError if the folder is in use."""
     folder = Path(output).expanduser()
     if (command := command_to_finish(folder)) and not (folder / REPORT).exists():
         raise UserError(
-            f"{folder} holds a run that has not ended; go on with it, or name another --output:\n  {command}"
+            f"{folder} contains an unfinished run; choose another --output, or resume it with:\n  {command}"
         )
     require_new_folder(folder, "a new run")
     try:
@@ -56,7 +56,7 @@ def new_output(output: str) -> str:
 
 
 def options_to_resume(output: Path, kind: type[Options]) -> Options | None:
-    """Return the options of the run in `output`, None where it has come to its end. Raises UserError without a run."""
+    """Return the options of the run in `output`, None if it has finished. Raises UserError if there is no run."""
     require_run(output)
     if (output / REPORT).exists():
         if (output / LOCK).exists():  # it was killed after its last file
@@ -66,14 +66,14 @@ def options_to_resume(output: Path, kind: type[Options]) -> Options | None:
     noted = read_facts(output).get("run_file")
     if noted is not None and noted != run_file_digest(output):
         raise UserError(
-            f"{output / RUN_FILE} has been changed since the run began, so it cannot be resumed to the same result; "
-            "undo that, or start anew with another --output."
+            f"{output / RUN_FILE} has changed since the run started, so the run cannot be resumed exactly; "
+            "undo the change, or start a new run with another --output."
         )
     return replace(read(kind, output / RUN_FILE), output=str(output))
 
 
 def run_file_digest(output: Path) -> str:
-    """Return a SHA-256, in hex, of the run's options; where the run is does not count."""
+    """Return the SHA-256, in hex, of the run's options except its output folder."""
     lines = (output / RUN_FILE).read_bytes().splitlines()
     counted = [line for line in lines if not line.startswith((b"#", b"output:"))]
     return hashlib.sha256(b"\n".join(counted)).hexdigest()
@@ -84,16 +84,16 @@ def require_run(output: Path) -> None:
     if not (output / RUN_FILE).exists():
         found = describe_folder(output) if output.is_dir() else "nothing"
         raise UserError(
-            f"{output} holds no run to resume (found {found}, expected {RUN_FILE}); "
-            "give the --output folder of an interrupted run, or leave --resume out to start one."
+            f"{output} contains no run to resume (found {found}, expected {RUN_FILE}); "
+            "pass the --output folder of an interrupted run, or omit --resume to start a new one."
         )
 
 
 def last_complete(output: Path) -> Path | None:
     """Return the newest complete checkpoint, or None.
 
-    Incomplete ones, which a kill left behind, are removed. So are damaged ones: from an earlier one, or from the first
-    step, the run ends in the same bits.
+    Incomplete ones, left by a killed process, and damaged ones are removed: the run ends in the same bits from an
+    earlier checkpoint or from step 1.
     """
     found = [folder for folder in (output / CHECKPOINTS).glob("checkpoint-*") if folder.is_dir()]
     for folder in sorted(found, key=_step, reverse=True):
@@ -104,16 +104,16 @@ def last_complete(output: Path) -> Path | None:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Note that all of the checkpoint is there, and what it is."""
+    """Mark the checkpoint as complete and record the hashes of its files."""
     with write_aside(checkpoint / MARK, replace=True) as aside:
         aside.write_text(json.dumps(_hashes(checkpoint), indent=2) + "\n", encoding="utf-8")
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether everything that was saved in the checkpoint is there, unchanged."""
+    """Whether all files of the checkpoint are present and unchanged."""
     try:
         noted = (checkpoint / MARK).read_text(encoding="utf-8")
-        # fettle 0.1 left the mark empty
+        # fettle 0.1 wrote an empty file
         return noted == "" or bool(json.loads(noted) == _hashes(checkpoint))
     except (OSError, ValueError):
         return False
@@ -125,17 +125,17 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
 
 
 def read_facts(output: Path) -> dict[str, Any]:
-    """Return what was noted of the run so far; empty where it was stopped before there was anything to note.
+    """Return the run's facts so far; empty if it was stopped before any were written.
 
-    Raises UserError for a file that is damaged, or missing although checkpoints were written after it.
+    Raises UserError if the file is damaged, or missing although there are checkpoints.
     """
     file = output / FACTS_FILE
     if not file.exists():
         if not any((output / CHECKPOINTS).glob("checkpoint-*")):
             return {}
         raise UserError(
-            f"{file} is missing, so nothing says on which data and model the checkpoints beside it were made; "
-            "put it back, or start anew with another --output."
+            f"{file} is missing, so the data and model of the checkpoints next to it are unknown; "
+            "restore it, or start a new run with another --output."
         )
     try:
         facts = dict(json.loads(file.read_text(encoding="utf-8")))
@@ -146,27 +146,26 @@ def read_facts(output: Path) -> dict[str, Any]:
         return facts
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{file} is not as fettle wrote it, so the run cannot be resumed to the same result; "
-            "start anew with another --output."
+            f"{file} is damaged, so the run cannot be resumed exactly; start a new run with another --output."
         ) from error
 
 
 def write_facts(output: Path, facts: dict[str, Any]) -> None:
-    """Note the run's facts, whole or not at all."""
+    """Write the run's facts, atomically."""
     with write_aside(output / FACTS_FILE, replace=True) as aside:
         aside.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def require_unchanged(facts: dict[str, Any], now: dict[str, str], options: LoopOptions) -> None:
-    """Raise UserError where a fingerprint noted when the run began is not today's. now: by option's name."""
+    """Raise UserError if a fingerprint recorded when the run started differs from `now`. Keys are option names."""
     noted = facts.get("fingerprints", now)
     for name in now:
         if noted.get(name) != now[name]:
             of = "the tokenizer of " if name == "tokenizer" else ""
             option = "model" if name == "tokenizer" else name
             raise UserError(
-                f"{of}--{option.replace('_', '-')} {getattr(options, option)} has changed since the run began, so "
-                "it cannot be resumed to the same result; put the old one back, or start anew with another --output."
+                f"{of}--{option.replace('_', '-')} {getattr(options, option)} has changed since the run started, "
+                "so the run cannot be resumed exactly; restore the original, or start a new run with another --output."
             )
 
 

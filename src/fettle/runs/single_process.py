@@ -1,8 +1,8 @@
-"""What one process alone may leave out of a step.
+"""Per-step overhead that a single-process run can skip.
 
-A model with adapters has a thousand modules, and PyTorch walks through them all to set a flag, to find gradients
-or to clear them: each walk takes a few milliseconds of Python while the GPU waits. Where parameters are shared
-out among processes they are replaced on the way, so there the walks stay.
+A model with adapters has about a thousand modules, and PyTorch visits all of them to set a flag or to find or clear
+gradients: each walk costs a few milliseconds of Python while the GPU waits. With several processes, sharding replaces
+parameters during training, so the walks are needed there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,16 +12,16 @@ import torch
 from torch import nn
 
 
-def is_alone() -> bool:
+def is_single_process() -> bool:
     """Whether no other process trains the same model."""
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 @contextmanager
-def skipped_walks(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within the block `train` walks through the model only if some module is in the other mode, and `zero_grad`
-    clears only what is trained."""
-    modules = list(model.modules())  # to read a thousand flags takes 0.05 ms, PyTorch's walk 3 ms
+def without_module_walks(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the block, `model.train` visits the modules only if one is in the other mode, and `model.zero_grad`
+    clears only the trained parameters."""
+    modules = list(model.modules())  # reading a thousand flags takes 0.05 ms, PyTorch's walk 3 ms
 
     def train(mode: bool = True) -> nn.Module:
         is_set = all(module.training == mode for module in modules)
@@ -34,7 +34,7 @@ def skipped_walks(model: nn.Module, trained: Sequence[nn.Parameter]) -> Iterator
             elif parameter.grad is not None:
                 parameter.grad.zero_()
 
-    vars(model).update(train=train, zero_grad=zero_grad)  # of this one model, not of its class
+    vars(model).update(train=train, zero_grad=zero_grad)  # on this instance, not on its class
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""TRL's SFT trainer with steps that survive: out of memory, and a loss that is no number."""
+"""TRL's SFT trainer with out-of-memory recovery and a stop when the loss is NaN or Inf."""
 
 import gc
 import math
@@ -14,35 +14,40 @@ from trl import SFTTrainer
 from fettle.errors import UserError
 from fettle.models.decoder import DecoderForCausalLM
 from fettle.runs.head import use_own_head
-from fettle.runs.single_process import is_alone, skipped_walks
+from fettle.runs.single_process import is_single_process, without_module_walks
 
 
 class Trainer(SFTTrainer):
-    """step_leaner: makes the model keep less memory and returns True, or False where nothing leaner is left."""
+    """TRL's SFT trainer, extended.
 
-    def __init__(self, *args: Any, step_leaner: Callable[[], bool] = lambda: False, **kwargs: Any) -> None:
+    use_leaner_plan: switches the model to a plan with less memory and returns True, or returns False if there is none.
+    """
+
+    def __init__(
+        self, *args: Any, use_leaner_plan: Callable[[], bool] = lambda: False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if isinstance(base, DecoderForCausalLM):
             use_own_head(base)
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
-        self.step_leaner = step_leaner
-        self._batches: list[dict[str, Any]] = []  # of the step at hand, to repeat it from its beginning
-        self._beginning: _Beginning | None = None
+        self.use_leaner_plan = use_leaner_plan
+        self._batches: list[dict[str, Any]] = []  # of the current step, to repeat it from its start
+        self._step_start: _StepStart | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the trainer's own."""
-        with skipped_walks(self.model, self._trained) if is_alone() else nullcontext():
+        """As the base class, without module walks in a single process."""
+        with without_module_walks(self.model, self._trained) if is_single_process() else nullcontext():
             return super().train(*args, **kwargs)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Forward and backward of one batch. An out-of-memory repeats the step's batches with a leaner plan,
-        from the same random state; a loss that is no number ends the run before the weights are touched."""
-        if self._beginning is None or self._beginning.step != self.state.global_step:
-            self._beginning, self._batches = _Beginning(self), []
+        """Forward and backward pass of one batch. After an out-of-memory error the step's batches are repeated with a
+        leaner plan from the same random state. A loss of NaN or Inf ends the run before the weights are updated."""
+        if self._step_start is None or self._step_start.step != self.state.global_step:
+            self._step_start, self._batches = _StepStart(self), []
         self._batches.append(inputs)
         todo = [inputs]
         while True:
@@ -53,40 +58,40 @@ class Trainer(SFTTrainer):
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                if not self.step_leaner():
+                if not self.use_leaner_plan():
                     raise UserError(
-                        "out of memory even with the leanest plan; shorter rows (--max-length), --quantization nf4 "
-                        "or a lower --rank need less."
+                        "out of memory even with the leanest plan; reduce --max-length or --rank, or use "
+                        "--quantization nf4."
                     ) from error
-            self._beginning.restore(self)
+            self._step_start.restore(self)
             todo = self._batches
         if not torch.isfinite(loss):
             self._stop_at(inputs, float(loss))
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the trainer's own; a loss that is no number ends the run before its weights are saved."""
+        """As the base class; a loss of NaN or Inf ends the run before its weights are saved."""
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         loss = metrics.get("eval_loss", 0.0)
         if not math.isfinite(loss):
             raise UserError(
-                f"the held-out loss is {loss} after step {self.state.global_step}: {self._fault()}; the weights of "
-                "this step were not saved."
+                f"the held-out loss is {loss} after step {self.state.global_step}; the weights of this step were "
+                f"not saved. Probable cause: {self._probable_cause()}."
             )
         return metrics
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """The trainer's own estimate, without counting the model's parameters anew at every batch."""
+        """The trainer's own estimate, without counting the model's parameters again for every batch."""
         return int(6 * inputs["input_ids"].numel() * self._parameters)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor | None:
-        if not is_alone():
+        if not is_single_process():
             return super()._clip_grad_norm(model)
         return self.accelerator.clip_grad_norm_(self._trained, self.args.max_grad_norm)
 
     def _stop_at(self, inputs: dict[str, Any], loss: float) -> None:
-        """Save the state before this step, the last good one, and say which rows the batch was made of."""
-        fault = self._fault()
+        """Save the state before this step, the last good one, and raise UserError naming the rows of the batch."""
+        cause = self._probable_cause()
         if self.state.global_step > 0 and all(bool(each.isfinite().all()) for each in self._trained):
             self.model.zero_grad()
             self._save_checkpoint(self.model, trial=None)
@@ -94,21 +99,21 @@ class Trainer(SFTTrainer):
         assert isinstance(self.train_dataset, Dataset)
         rows = rows_of(self.train_dataset, inputs["input_ids"].flatten().tolist())
         raise UserError(
-            f"the loss is {loss} at step {self.state.global_step + 1}; the weights are still those before it. "
-            f"The batch was made of {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}. {fault.capitalize()}, or "
-            "look at these rows."
+            f"the loss is {loss} at step {self.state.global_step + 1}; the weights were not updated. "
+            f"Probable cause: {cause}. Rows of this batch: {', '.join(rows[:8])}"
+            f"{' ...' if len(rows) > 8 else '.'}"
         )
 
-    def _fault(self) -> str:
-        """What is the likeliest reason for a loss that is no number, and what to do."""
+    def _probable_cause(self) -> str:
+        """The most likely cause of a loss of NaN or Inf, and its fix."""
         named = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         frozen = ((name, each) for name, each in named.named_parameters() if not each.requires_grad)
         broken = (name for name, each in frozen if each.is_floating_point() and not each.isfinite().all())
         if name := next(broken, None):
-            return f"the model's own '{name}' holds numbers that are none: fetch the checkpoint again"
+            return f"the model's frozen '{name}' contains NaN or Inf; download the checkpoint again"
         if self.state.global_step > 0:
-            return "the run has diverged: train again with a lower --learning-rate, into a new --output"
-        return "no update had been made yet: the model gives no number for these rows"
+            return "training diverged; train again with a lower --learning-rate, into a new --output"
+        return "the model computes NaN or Inf for these rows even before the first update"
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -117,7 +122,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def rows_of(packs: Dataset, tokens: list[int]) -> list[str]:
-    """Where in the data the packs laid end to end in `tokens` come from."""
+    """The data rows of the packs that are concatenated in `tokens`."""
     found: list[str] = []
     start = 0
     every = packs["input_ids"]
@@ -131,8 +136,8 @@ def rows_of(packs: Dataset, tokens: list[int]) -> list[str]:
     return found
 
 
-class _Beginning:
-    """What a step changes before the optimiser does, to go back to."""
+class _StepStart:
+    """The state at the start of a step that its batches change, to restore before they are repeated."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.step = trainer.state.global_step

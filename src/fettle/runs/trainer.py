@@ -1,4 +1,4 @@
-"""TRL's SFT trainer, as it is, set up for rows that are already tokenised and packed."""
+"""TRL's SFT trainer, set up for rows that are already tokenized and packed."""
 
 import dataclasses
 import signal
@@ -27,14 +27,14 @@ from fettle.data import collator
 from fettle.models.modes import evaluating
 from fettle.models.progress_bars import without_progress_bars
 from fettle.planning.program import peak_memory_bytes, reset_peak_memory
-from fettle.runs.memory_plan import Followed
+from fettle.runs.memory_plan import RunPlan
 from fettle.runs.options import LoopOptions
 from fettle.runs.progress import (
     Point,
     ProgressCallback,
     points,
     show_progress,
-    show_share,
+    task_progress,
 )
 from fettle.runs.resume import CHECKPOINTS, MarkComplete, last_complete
 from fettle.runs.steps import Trainer
@@ -43,7 +43,7 @@ _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Turns Ctrl-C into: finish this step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """On Ctrl-C, finishes the step, saves a checkpoint and stops. A second Ctrl-C stops immediately."""
 
     def __init__(self) -> None:
         self.is_interrupted = False
@@ -54,7 +54,7 @@ class StopOnInterrupt(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Listen for Ctrl-C while the block runs (in the main thread, the only one that may)."""
+        """Handle Ctrl-C while the block runs (only in the main thread, as signals allow)."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -73,20 +73,20 @@ class StopOnInterrupt(TrainerCallback):
 
 @dataclass(slots=True)
 class Run:
-    """A trainer ready to go, with what watches over it."""
+    """A trainer with its progress display and its Ctrl-C handler."""
 
     trainer: Trainer
     progress: ProgressCallback
     interrupt: StopOnInterrupt
     peak_before_bytes: int = 0
-    """The most that was in use before training: what loading and the first scores took."""
+    """Peak memory before training: of loading the model and the first scores."""
 
     def train(self) -> bool:
-        """Train from the last complete checkpoint, if there is one; return whether the run came to its end."""
+        """Train from the last complete checkpoint, if any; return whether all steps are done."""
         checkpoint = last_complete(Path(self.trainer.args.output_dir).parent)
-        set_seed(self.trainer.args.seed)  # whatever was measured before must not move the run
+        set_seed(self.trainer.args.seed)  # earlier measurements must not change the run's random numbers
         if checkpoint is not None and self._was_last(checkpoint):
-            self.trainer._load_from_checkpoint(str(checkpoint))  # to train from here would make one step more
+            self.trainer._load_from_checkpoint(str(checkpoint))  # calling train here would make one more step
             return True
         self.peak_before_bytes = peak_memory_bytes(self.trainer.model.device)
         reset_peak_memory(self.trainer.model.device)
@@ -95,7 +95,7 @@ class Run:
         return self.trainer.state.global_step >= self.trainer.state.max_steps
 
     def _was_last(self, checkpoint: Path) -> bool:
-        """Whether the run had made all its steps; if so its history is taken over."""
+        """Whether the run had made all its steps; if so, restore its history."""
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step < self.trainer.args.max_steps:
             return False
@@ -104,29 +104,28 @@ class Run:
 
     @property
     def history(self) -> list[Point]:
-        """What was logged, from before a resume included."""
+        """The logged points, including those from before a resume."""
         return points(self.trainer.state.log_history)
 
     @torch.no_grad()
     def held_out(self, when: str, console: Console) -> dict[str, float]:
-        """Mean loss of the held-out tokens and the share of them predicted rightly; empty where there are none.
+        """Mean loss and top-1 accuracy over the held-out tokens; empty if there are none.
 
-        The mean is over tokens, not over batches as in the trainer's own evaluation, so that it does not depend
-        on how the rows were packed.
+        The mean is over tokens, not over batches as in the trainer's own evaluation, so it does not depend on how
+        the rows are packed.
         """
         if self.trainer.eval_dataset is None:
             return {}
         model = self.trainer.model
         loss, right, tokens = 0.0, 0, 0
         batches = self.trainer.get_eval_dataloader()
-        what = f"{when}: measuring the loss of the held-out rows"
-        with evaluating(model), show_share(what, console) as advance:
+        what = f"{when}: computing the held-out loss"
+        with evaluating(model), task_progress(what, console) as advance:
             for number, batch in enumerate(batches):
                 advance(number / len(batches))
                 inputs = self.trainer._prepare_inputs(batch)
-                outputs = model(
-                    **inputs, use_cache=False, fused_lm_head=True
-                )  # TRL's: zero where not trained
+                outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+                # log_probs is 0 at positions without a label
                 loss -= float(outputs.log_probs.double().sum())
                 right += int(outputs.is_top1.sum())
                 tokens += int(outputs.label_mask.sum())
@@ -141,17 +140,17 @@ def build(
     options: LoopOptions,
     output: Path,
     console: Console,
-    memory: Followed | None = None,
+    run_plan: RunPlan | None = None,
 ) -> Run:
     """Return TRL's trainer for packs made by `fettle.data.pack`; `options` must be complete.
 
-    memory: the plan in effect; without one `options.gradient_checkpointing` redoes all layers or none.
+    run_plan: the memory plan; without one, `options.gradient_checkpointing` recomputes all layers or none.
     """
     interrupt = StopOnInterrupt()
     trainer = Trainer(
         model=model,
         args=sft_config(
-            options if memory is None else dataclasses.replace(options, gradient_checkpointing=False),
+            options if run_plan is None else dataclasses.replace(options, gradient_checkpointing=False),
             output,
             has_held_out=held_out_packs is not None,
         ),
@@ -164,22 +163,22 @@ def build(
             MarkComplete(),
             interrupt,
         ],
-        **({} if memory is None else {"step_leaner": memory.step_leaner}),
+        **({} if run_plan is None else {"use_leaner_plan": run_plan.use_leaner_plan}),
     )
-    if memory is not None:
-        memory.apply_to(model.get_base_model() if isinstance(model, PeftModel) else model)
+    if run_plan is not None:
+        run_plan.apply_to(model.get_base_model() if isinstance(model, PeftModel) else model)
     return Run(trainer, show_progress(trainer, console), interrupt)
 
 
 def _tensorboard(folder: Path) -> TensorBoardCallback:
-    """A callback that opens its writer in `folder` whenever it needs one, before, in and after training."""
+    """A callback that writes to `folder` whenever it is needed: before, during and after training."""
     callback = TensorBoardCallback()
     callback.logging_dir = str(folder)
     return callback
 
 
 def sft_config(options: LoopOptions, output: Path, *, has_held_out: bool) -> SFTConfig:
-    """Fettle's options in TRL's words."""
+    """Translate fettle's options to TRL's."""
     assert options.max_steps and options.learning_rate and options.batch_size and options.save_steps
     config = SFTConfig(
         output_dir=str(output / CHECKPOINTS),
@@ -202,12 +201,13 @@ def sft_config(options: LoopOptions, output: Path, *, has_held_out: bool) -> SFT
         seed=options.seed,
         data_seed=options.seed,
         use_cpu=options.device == "cpu",
-        bf16=False,  # the weights are in their own dtype already: no autocast over them
+        bf16=False,  # the weights already have their dtype: no autocast
         dataloader_pin_memory=torch.cuda.is_available(),
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         report_to="none",
         disable_tqdm=True,
     )
-    config._n_gpu = 1  # or several GPUs in sight would mean replicas of the model (DataParallel), unplanned
+    # with several visible GPUs the trainer would use DataParallel, which the plan does not cover
+    config._n_gpu = 1
     return config

@@ -91,7 +91,7 @@ def test_a_faulty_model_leaves_no_file(change, message, model_of, tokenizer, tmp
     [
         ({"q4_k_n": "a.gguf"}, "did you mean q4_k_"),
         ({"f16": "a.bin"}, "ends in .gguf"),
-        ({"f16": "there.gguf"}, "already there"),
+        ({"f16": "there.gguf"}, "already exists"),
     ],
 )
 def test_a_mistaken_name_is_refused(files, message, model_of, tokenizer, tmp_path):
