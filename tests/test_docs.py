@@ -46,6 +46,13 @@ def test_named_files_exist(page: Path) -> None:
     assert missing == []
 
 
+def test_constants_that_the_guides_name_exist() -> None:
+    source = "\n".join(file.read_text() for file in [*SOURCE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
+    for page in (ROOT / "CONTRIBUTING.md", ROOT / "AGENTS.md", ROOT / "docs" / "architecture.md"):
+        named = [name for name in quoted(page.read_text()) if re.fullmatch(r"_?[A-Z]{2,}[A-Z_]*", name)]
+        assert [name for name in named if not re.search(rf"^{name}\b", source, flags=re.MULTILINE)] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=of_name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
