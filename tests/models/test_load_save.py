@@ -364,7 +364,7 @@ def test_a_quantised_checkpoint(folder: Path) -> None:
     [
         ({"hidden_size": "wide"}, "hidden_size is 'wide'; expected a whole number"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
-        ({"vocab_size": None}, "no vocab_size in it"),
+        ({"vocab_size": None}, "vocab_size is missing"),
         ({"hidden_size": 33}, "(97, 33)"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
