@@ -9,6 +9,7 @@ BLOCK = 1024
 
 SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 CUBIC = tl.constexpr(0.044715)
+# Tensors come before these constants: the interpreter of Triton 3.7 takes a constant times a tensor for a constant.
 
 
 @triton.jit
@@ -16,7 +17,7 @@ def _sigmoid(gate, IS_SILU: tl.constexpr):
     """Return the sigmoid s with activation(gate) = gate * s."""
     if IS_SILU:
         return tl.sigmoid(gate)
-    return tl.sigmoid(SLOPE * gate * (1.0 + CUBIC * gate * gate))
+    return tl.sigmoid(gate * SLOPE * (gate * CUBIC * gate + 1.0))
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def gated_activation_backward_kernel(
     activated = gates * sigmoid
     slope = activated * (1.0 - sigmoid)
     if not IS_SILU:
-        slope *= SLOPE * (1.0 + 3.0 * CUBIC * gates * gates)
+        slope *= (gates * (3.0 * CUBIC) * gates + 1.0) * SLOPE
     out = row * width + columns
     tl.store(grad_gate + out, (grads * ups * (sigmoid + slope)).to(dtype), mask)
     tl.store(grad_up + out, (grads * activated).to(dtype), mask)
