@@ -208,7 +208,7 @@ def measure(case: Case, folder: Path, *, has_timeline: bool) -> dict[str, Any]:
             ["train", "--resume", "--output", str(folder / "out")], None, has_timeline=has_timeline
         )
     predicted = re.search(r"^ *peak +([\d.,]+ .B)", text, re.MULTILINE)
-    tokens = re.search(r"a step of ([\d,]+) tokens", text)
+    tokens = re.search(r"per step of ([\d,]+) tokens", text)
     layers = re.search(r"layers: (.*)", text)
     if predicted is None or tokens is None or layers is None:
         raise SystemExit(f"{case.name}: {text[-2000:]}")

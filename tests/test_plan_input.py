@@ -173,7 +173,7 @@ def test_plan_and_run_agree_on_the_weights(cli, small_model, chats, tmp_path, dt
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        (("--memory", "50MB"), "the least this run needs is"),
+        (("--memory", "50MB"), "this run needs at least"),
         (("--target-modules", "q_proj"), "no linear layer 'q_proj'"),
         (("--target-modules", "lm_head"), "'lm_head' is the model's output head"),
     ],

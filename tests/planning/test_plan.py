@@ -201,7 +201,7 @@ def test_advice_speaks_of_one_row_and_of_the_batch_first(planner: Planner) -> No
         refusal(planner.shapes, rows, allowed, base=planner.base, budget=budget, length_option="--context")
     )
     assert "--context 500 saves" in sentence
-    assert "bring it down: --batch-size 4 saves" in sentence
+    assert "To need less: --batch-size 4 saves" in sentence
 
 
 @pytest.mark.parametrize(

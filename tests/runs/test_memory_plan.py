@@ -121,7 +121,7 @@ def test_a_run_that_diverged_keeps_no_ruined_checkpoint(small_model, chats, tmp_
 
 
 def test_a_budget_nothing_fits_in(small_model, chats, tmp_path):
-    with pytest.raises(UserError, match=r"the least this run needs is .* [MG]B"):
+    with pytest.raises(UserError, match=r"this run needs at least .* [MG]B"):
         run(small_model, chats, tmp_path / "out", memory="1MB")
     assert not (tmp_path / "out").exists()
 

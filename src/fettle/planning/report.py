@@ -1,4 +1,4 @@
-"""The plan as a table, as JSON, and as advice where nothing fits."""
+"""The plan as a table, as JSON, and as advice if nothing fits."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -56,7 +56,7 @@ def show_plan(
     lines = [
         f"layers: {layers}",
         *_notes(plan.work),
-        f"speed: {rounded_seconds(plan.seconds)} a step of {plan.tokens:,} tokens, "
+        f"speed: {rounded_seconds(plan.seconds)} per step of {plan.tokens:,} tokens, "
         f"{plan.tokens_per_second:,.0f} tokens/s, {limit}",
     ]
     if longest is not None:
@@ -71,7 +71,7 @@ def _title(work: Workload) -> str:
 
 
 def _notes(work: Workload) -> list[str]:
-    """Where memory is saved beside the layers."""
+    """What saves memory besides the layers."""
     notes = []
     if work.has_outer_embedding:
         notes.append(
@@ -89,7 +89,7 @@ def rounded_seconds(seconds: float) -> str:
 
 
 def as_dict(plan: Plan, *, budget: int, longest: int) -> dict[str, Any]:
-    """The same as data; bytes and seconds as plain numbers."""
+    """Return the plan as data; bytes and seconds are plain numbers."""
     return {
         "budget_bytes": budget,
         "peak_bytes": plan.peak,
@@ -108,23 +108,26 @@ def as_dict(plan: Plan, *, budget: int, longest: int) -> dict[str, Any]:
 def refusal(
     shapes: Shapes, work: Workload, allowed: tuple[Policy, ...], *, base: int, budget: int, length_option: str
 ) -> UserError:
-    """What the least would be, and what each change would save. length_option: the one that sets a row's tokens."""
+    """Return the error that states the least memory needed, and what each change saves.
+
+    length_option: the option that sets the tokens of a row.
+    """
     needed = least_peak(shapes, work, allowed, base)
     advice = []
     for text, changed, policies in _ways_down(shapes, work, allowed, base, budget, length_option):
         saved = needed - least_peak(shapes, changed, policies, base)
         if saved > 0.01 * needed:
             advice.append(f"{text} saves {human_bytes(saved)}")
-    ways = f"What would bring it down: {'; '.join(advice)}." if advice else "Only a smaller model needs less."
+    ways = f"To need less: {'; '.join(advice)}." if advice else "Use a smaller model."
     return UserError(
-        f"{human_bytes(budget)} of memory is too little: the least this run needs is {human_bytes(needed)}. {ways}"
+        f"{human_bytes(budget)} of memory is too little; this run needs at least {human_bytes(needed)}. {ways}"
     )
 
 
 def _ways_down(
     shapes: Shapes, work: Workload, allowed: tuple[Policy, ...], base: int, budget: int, length_option: str
 ) -> Iterator[tuple[str, Workload, tuple[Policy, ...]]]:
-    """Options that take less memory, as typed, with what they make of the run."""
+    """Options that take less memory, as typed, with the run that they give."""
     if work.batch_size > 1:
         size = work.batch_size // 2
         while size > 1 and least_peak(shapes, work.with_batch_size(size), allowed, base) > budget:
