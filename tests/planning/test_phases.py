@@ -43,7 +43,7 @@ def test_one_question_is_answered_whatever_it_takes_and_counts() -> None:
     long = dataclasses.replace(WORK, answered_tokens=100_000)
     plan = Planner(SHAPES, RATES).plan(long, (Policy.KEEP,) * 4)
     assert most_answers(SHAPES, long, plan.base, plan.peak) == 1
-    assert plan.phase == "answers" and plan.other > 0
+    assert plan.phase == "answers" and plan.beyond_training > 0
     assert plan.peak == least_peak(SHAPES, long, (Policy.KEEP,), 0)
 
 

@@ -84,7 +84,7 @@ def test_the_least_peak_is_the_lowest_of_all(planner: Planner) -> None:
 @pytest.mark.parametrize("tokens", [300, 3000, 30000])
 def test_the_least_peak_on_a_gpu(planner: Planner, tokens: int) -> None:
     work = Workload(tokens=tokens, rank=8, device_type="cuda")
-    outer = dataclasses.replace(work, has_outer_embedding=True)
+    outer = dataclasses.replace(work, has_offloaded_embedding=True)
     assert least(planner, work) == min(plan.peak for plan in all_plans(planner, (work, outer)))
 
 
@@ -148,9 +148,9 @@ def test_on_a_gpu_the_embedding_moves_out_where_that_is_worth_it(planner: Planne
     on_gpu = dataclasses.replace(planner, shapes=shapes)
     work = dataclasses.replace(WORK, device_type="cuda")
     roomy = on_gpu.best(work, 10**12, FOUR)
-    assert roomy is not None and not roomy.work.has_outer_embedding
+    assert roomy is not None and not roomy.work.has_offloaded_embedding
     tight = on_gpu.best(work, least(on_gpu, work), FOUR)
-    assert tight is not None and tight.work.has_outer_embedding is not is_tied
+    assert tight is not None and tight.work.has_offloaded_embedding is not is_tied
     inside = on_gpu.plan(work, tight.policies)
     table = 0 if is_tied else SIZES["vocab_size"] * SIZES["hidden_size"] * work.item
     assert inside.weights - tight.weights == table

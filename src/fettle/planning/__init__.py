@@ -1,1 +1,1 @@
-"""Memory and time of a run before it starts."""
+"""Predicts the memory and time of a run before it starts, and picks a policy for each layer."""

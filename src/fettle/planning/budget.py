@@ -1,6 +1,6 @@
-"""How much memory a run may use: as the user says it, or as the device has it.
+"""How much memory a run may use: the amount that the user gives, or what is free on the device.
 
-Importing this imports no torch, so that a malformed amount is refused at once.
+Importing this module does not import torch, so that a malformed amount is rejected immediately.
 """
 
 import re
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 SHARE = 0.92
-"""Of what is free now: the rest is for other programs, and for the allocator's gaps."""
+"""Fraction of the free memory that a run may use; the rest is for other programs and for fragmentation."""
 LEAST = 1e6
-"""A bare number below it is a slip: nothing trains in less than a megabyte."""
+"""Bytes. A smaller number without a unit is taken for a mistake: nothing trains in less than a megabyte."""
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_CGROUP_FILES = (  # limit, use, and the page cache within it that the system takes back: of version 2, and of 1
+_CGROUP_FILES = (  # limit, usage, and the reclaimable page cache counted in it: cgroup v2, then v1
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
@@ -43,7 +43,7 @@ def parse_bytes(text: str, option: str = "--memory") -> int:
 
 
 def free_bytes(device: "torch.device") -> int:
-    """What this process may use of the device's memory, with what it uses already."""
+    """Return the bytes of the device's memory that this process may use, including what it already uses."""
     if device.type == "cuda":
         import torch
 
@@ -54,12 +54,12 @@ def free_bytes(device: "torch.device") -> int:
 
 
 def _free_in_container() -> list[int]:
-    """What the limit of each control group around this process leaves; nothing where there is no limit."""
+    """Return the bytes left under the limit of each control group of this process; empty if none sets a limit."""
     return [free for group in _own_groups() for names in _CGROUP_FILES for free in _free_in(group, *names)]
 
 
 def _own_groups() -> Iterator[Path]:
-    """The folders of this process's groups, from the innermost out. A container may see its own as the outermost."""
+    """Yield the folders of this process's control groups, innermost first. A container may see its own as the root."""
     try:
         lines = OWN_CGROUPS.read_text().splitlines()
     except OSError:
@@ -73,10 +73,11 @@ def _own_groups() -> Iterator[Path]:
 
 
 def _free_in(group: Path, limit_file: str, used_file: str, cache: str) -> Iterator[int]:
+    """Yield the bytes left in one group, or nothing if it sets no limit below the machine's memory."""
     try:
         limit, used = (int((group / name).read_text()) for name in (limit_file, used_file))
         lines = (group / "memory.stat").read_text().splitlines()
-    except (OSError, ValueError):  # no such group, of the other version, or "max"
+    except (OSError, ValueError):  # no such group, the other cgroup version, or "max" (no limit)
         return
     if limit < psutil.virtual_memory().total:
         reclaimable = dict(line.split() for line in lines).get(cache, 0)

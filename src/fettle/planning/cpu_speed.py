@@ -1,16 +1,16 @@
-"""How fast this CPU is, measured once on small parts, and what that makes of any model.
+"""The speed of this CPU, measured once on small parts, and the rates of any model computed from it.
 
-A layer's time is the sum of what a few numbers describe, each measured on its own:
+A layer's time is a sum of a few terms, each measured separately:
 
-    products     at the speed of a bare product of that width, forward and for the input's gradient
-    elements     what passes through norms, gates, sums, conversions and the adapters, per token and channel
-    weights      unpacked from NF4, or widened, once per use whatever the tokens
-    a layer      the time that Python and PyTorch take to call it at all
-    attention    per pair of tokens that see each other and channel, by the document's length
-    the head     its products, and a few passes over its logits
+    products     at the speed of a bare matrix product of that width, forward and for the input's gradient
+    elements     read and written by norms, gates, sums, conversions and adapters, per token and channel
+    weights      dequantized from NF4, or widened, once per use however many tokens there are
+    calls        the overhead of Python and PyTorch per layer
+    attention    per visible (query, key) pair and channel, by the document's length
+    head         its products, and a few passes over its logits
 
-All of it takes about a second. The timed pieces take a few milliseconds each and the shortest of several runs counts,
-so that a program that shares the processor disturbs them little.
+The measurement takes about a second. Each timed part takes a few milliseconds and the shortest of several runs counts,
+so that other programs on the same processor disturb it little.
 """
 
 import functools
@@ -34,9 +34,9 @@ from fettle.planning.timing import seconds_of, time_attention, time_product, tim
 from fettle.recompute.policies import Policy
 
 WIDTHS = (128, 512, 1536)
-"""The smaller sides of the matrices whose products are timed; products of others go by the nearest width below."""
+"""The smaller sides of the matrices whose products are timed; other matrices use the nearest smaller width."""
 LENGTHS = (64, 256, 1024)
-"""Of the documents whose attention is timed."""
+"""Document lengths, in tokens, at which attention is timed."""
 TOKENS, RANK, HEAD_SIZE = 256, 16, 64
 ENOUGH_SECONDS = 0.04
 CPU = torch.device("cpu")
@@ -44,8 +44,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One pass through a layer without its attention. call: seconds, however small the layer. element: seconds per
-    element (`elements_of`), the products left out."""
+    """One pass through a layer without its attention and products.
+
+    call: overhead in seconds per layer. element: seconds per element (`elements_of`).
+    """
 
     call: float
     element: float
@@ -53,9 +55,12 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class CpuSpeed:
-    """What was measured for weights of one dtype. products: operations per second, by width. weight: seconds to bring
-    one into the form it is multiplied in, nf4_weight: from NF4. attention: seconds per pair and channel, by length.
-    logit: seconds per logit beside the head's products. update: per trained element."""
+    """What was measured for weights of one dtype.
+
+    products: floating-point operations per second, by width. weight: seconds per weight to convert it to the dtype of
+    the products; nf4_weight: the same from NF4. attention: (forward, backward) seconds per visible pair and channel, by
+    document length. logit: seconds per logit besides the head's products. update: seconds of AdamW per trained element.
+    """
 
     products: dict[int, float]
     forward: Pass
@@ -72,19 +77,19 @@ class CpuSpeed:
 
     @classmethod
     def from_figures(cls, figures: Mapping[str, Any]) -> "CpuSpeed":
-        """Undo `as_figures`, whose keys JSON has turned into text."""
+        """Return the inverse of `as_figures`, whose integer keys JSON has turned into text."""
         products = {int(width): speed for width, speed in figures["products"].items()}
         attention = {int(tokens): tuple(pair) for tokens, pair in figures["attention"].items()}
         passes = {name: Pass(**figures[name]) for name in ("forward", "backward")}
         return cls(**{**figures, "products": products, "attention": attention, **passes})
 
     def product_seconds(self, weights: int, width: int) -> float:
-        """Of one token by a matrix of so many weights whose smaller side is `width`."""
+        """Return the seconds of one token times a matrix of `weights` elements whose smaller side is `width`."""
         speed = self.products[max((w for w in self.products if w <= width), default=min(self.products))]
         return 2 * weights / speed
 
     def rates(self, shapes: Shapes, work: Workload) -> Rates:
-        """What these numbers make of one model."""
+        """Return the rates of one model on this CPU."""
         elements = elements_of(shapes.hidden, shapes.intermediate, shapes.query, shapes.key)
         products = {name: self.product_seconds(a * b, min(a, b)) for name, (a, b) in shapes.matrices.items()}
         gate_up = sum(products[name] for name in products if name in ("gate_proj", "up_proj", "gate_up_proj"))
@@ -102,12 +107,12 @@ class CpuSpeed:
             + changed
         )
         keep = forward + backward
-        drop = keep + Line(0.2 * self.forward.call, 0.2 * self.forward.element * elements)
-        again = forward + Line(0.0, -products["down_proj"])  # a layer run again leaves its last product out
+        recompute_norms = keep + Line(0.2 * self.forward.call, 0.2 * self.forward.element * elements)
+        again = forward + Line(0.0, -products["down_proj"])  # a recomputed layer skips its last product
         layers = {
             Policy.KEEP: keep,
-            Policy.RECOMPUTE_NORMS: drop,
-            Policy.RECOMPUTE_MLP: drop + Line(0.0, gate_up),
+            Policy.RECOMPUTE_NORMS: recompute_norms,
+            Policy.RECOMPUTE_MLP: recompute_norms + Line(0.0, gate_up),
             Policy.KEEP_ATTENTION: keep + again,
             Policy.RECOMPUTE: keep + again,
             Policy.OFFLOAD: keep + again,
@@ -122,12 +127,12 @@ class CpuSpeed:
 
 
 def elements_of(hidden: int, intermediate: int, query: int, key: int) -> int:
-    """Elements per token that a layer's parts beside its products read and write, each counted as often as it is."""
+    """Return the elements per token read and written by a layer outside its products, counted once per access."""
     return 6 * hidden + 3 * (query + 2 * key) + 4 * intermediate
 
 
 def measure(dtype: torch.dtype) -> CpuSpeed:
-    """Time everything, for weights of `dtype`."""
+    """Return the speed of this CPU for weights of `dtype`, measured now; takes about a second."""
     products = {width: time_product(TOKENS, width, 2 * width, dtype, CPU, ENOUGH_SECONDS) for width in WIDTHS}
     one = torch.randn(1024, 1024).to(dtype)
     wide = torch.empty(1024, 1024)
@@ -147,7 +152,7 @@ def measure(dtype: torch.dtype) -> CpuSpeed:
 
 
 def _time_passes(bare: CpuSpeed, dtype: torch.dtype) -> tuple[Pass, Pass]:
-    """Time a layer that is nearly nothing for its calls, and one of a common shape for its elements."""
+    """Time a tiny layer for the call overhead, and one of a common shape for its elements."""
     common = _Layer(512, 1408, dtype)
     calls, seconds = _Layer(64, 128, dtype).time(16), common.time(TOKENS)
     known = common.known_seconds(bare)
@@ -159,7 +164,7 @@ def _time_passes(bare: CpuSpeed, dtype: torch.dtype) -> tuple[Pass, Pass]:
 
 
 class _Layer:
-    """A decoder layer without attention, made of the ops that models are made of, with weights of random numbers."""
+    """A decoder layer without attention, built from the ops that models use, with random weights."""
 
     def __init__(self, hidden: int, intermediate: int, dtype: torch.dtype) -> None:
         self.hidden, self.dtype = hidden, dtype
@@ -173,17 +178,17 @@ class _Layer:
         self.shapes = [each.weight.shape for each in (*self.qkv, self.output, gate, up, down)]
 
     def known_seconds(self, bare: CpuSpeed) -> float:
-        """What its products take in one pass of TOKENS tokens, and the widening of its weights."""
+        """Return the seconds of its products in one pass over TOKENS tokens, and of widening its weights."""
         products = sum(bare.product_seconds(a * b, min(a, b)) for a, b in self.shapes)
         return TOKENS * products + bare.weight * sum(a * b for a, b in self.shapes)
 
     def time(self, tokens: int) -> tuple[float, float]:
-        """Seconds of the forward and of the backward pass."""
+        """Return the seconds of the forward and of the backward pass."""
         x = torch.randn(1, tokens, self.hidden).to(self.dtype).requires_grad_()
         cos = torch.ones(1, tokens, HEAD_SIZE, dtype=self.dtype)
         run = functools.partial(self._run, x, cos, torch.zeros_like(cos))
         total = (run() * torch.randn_like(x)).sum()
-        total.backward(retain_graph=True)  # what is made at the first call
+        total.backward(retain_graph=True)  # warm-up: allocations of the first call
         return (
             seconds_of(run, CPU, 2 * ENOUGH_SECONDS),
             seconds_of(lambda: total.backward(retain_graph=True), CPU, 2 * ENOUGH_SECONDS),
@@ -194,7 +199,7 @@ class _Layer:
         query, key, value = (
             each.view(heads).transpose(1, 2) for each in lora_linears(rms_norm(x, self.norm, 1e-5), self.qkv)
         )
-        mixed = apply_rotary(query, cos, sin) + apply_rotary(key, cos, sin) + value  # in attention's place
+        mixed = apply_rotary(query, cos, sin) + apply_rotary(key, cos, sin) + value  # in place of attention
         x = x + lora_linears(mixed.transpose(1, 2).reshape(x.shape), [self.output])[0]
         return x + lora_mlp(rms_norm(x, self.norm, 1e-5), self.mlp)
 
@@ -205,7 +210,7 @@ def _projection(outputs: int, inputs: int, *, dtype: torch.dtype) -> Projection:
 
 
 def _time_logit(bare: CpuSpeed, dtype: torch.dtype) -> float:
-    """Time a head of few channels, whose passes over the logits count."""
+    """Return seconds per logit, from a head so narrow that the passes over the logits dominate."""
     tokens, hidden, vocabulary = 64, 64, 16384
     weight = torch.randn(vocabulary, hidden).mul_(0.02).to(dtype)
     states = torch.randn(tokens, hidden).to(dtype).requires_grad_()

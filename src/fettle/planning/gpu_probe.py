@@ -1,8 +1,8 @@
-"""How fast this device is at this model: one real layer and a piece of its head, run and timed.
+"""The speed of this device for this model: one real layer and a slice of its head, run and timed.
 
-A layer's seconds are a fixed part (unpacking, launches), a part by token, and attention, which grows with the
-documents' square and is timed by itself. Two lengths tell the first two apart. Weights are random: none of
-the model's own are needed.
+A layer's time has a fixed part (dequantization, kernel launches), a part per token, and attention, which grows with the
+square of the document's length and is timed separately. Timing two lengths separates the first two. Weights are random:
+the checkpoint is not read.
 """
 
 import copy
@@ -25,7 +25,7 @@ from fettle.recompute.policies import Policy
 LENGTHS = {"cpu": (128, 512), "cuda": (1024, 4096)}
 ATTENTION_LENGTH = {"cpu": 2048, "cuda": 8192}
 HEAD_ROWS = {"cpu": 65536, "cuda": 32768}
-"""Rows of the head that are timed; the rest goes by proportion."""
+"""Vocabulary rows of the head that are timed; the time is scaled up to the full vocabulary."""
 
 
 def probe(
@@ -35,7 +35,10 @@ def probe(
     device: torch.device,
     note: Callable[[str], object] = lambda part: None,
 ) -> Rates:
-    """Measure. Takes seconds; memory: one layer. note: is told what comes next."""
+    """Return the rates of the model, measured now; takes seconds, and the memory of one layer.
+
+    note: called with the name of each part before it is timed.
+    """
     model = _one_layer(config, work, device)
     note("attention")
     lengths = (*LENGTHS[device.type], ATTENTION_LENGTH[device.type])
@@ -53,12 +56,12 @@ def probe(
     _time_layer(model, Policy.KEEP, LENGTHS[device.type][0], work, device)  # warm-up
     layers: dict[Policy, Line] = {}
     for policy in Policy:
-        if policy == Policy.OFFLOAD:  # its copies run beside the products
+        if policy == Policy.OFFLOAD:  # its copies overlap with the products
             layers[policy] = layers[Policy.RECOMPUTE]
             continue
         note(policy.name.lower().replace("_", " "))
         measured = line(policy)
-        # A leaner policy does the same and more: where it looks faster, that is noise.
+        # A policy that keeps less does strictly more work: if it measures faster, that is noise.
         slower = max([measured, *layers.values()], key=lambda each: each.at(LENGTHS[device.type][1]))
         layers[policy] = slower
     note("the rest")
@@ -95,7 +98,7 @@ def _one_layer(config: PreTrainedConfig, work: Workload, device: torch.device) -
 
 
 def _fill(parameter: torch.Tensor) -> None:
-    """Small random numbers, one block over and over: making billions of them takes longer than the probe."""
+    """Fill with small random numbers, repeating one block: generating billions would take longer than the probe."""
     block = torch.randn(1 << 16, device=parameter.device).mul_(0.02).to(parameter.dtype)
     flat = parameter.data.view(-1)
     for start in range(0, flat.numel(), block.numel()):
@@ -124,7 +127,7 @@ def _time_layer(
 
 
 def layer_call(model: DecoderForCausalLM, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """A call of the first layer alone on x (1, N, E), one document; what it needs is made beforehand."""
+    """Return a function that runs only the first layer on x (1, N, E), one document; its inputs are made beforehand."""
     positions = torch.arange(x.shape[1], device=x.device)[None]
     cos_sin = model.model.rotary_emb(x, positions, None)
     documents = row_documents(x, None)
@@ -133,7 +136,7 @@ def layer_call(model: DecoderForCausalLM, x: torch.Tensor) -> Callable[[], torch
 
 
 def _recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """`step` as a CUDA graph, as training runs it: launching kernels one by one would be timed instead."""
+    """Return `step` as a CUDA graph, as training runs it: otherwise kernel launches would dominate the time."""
     step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -142,11 +145,14 @@ def _recorded(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def _time_head(shapes: Shapes, work: Workload, device: torch.device) -> float:
-    """One chunk of tokens, as many as the whole vocabulary has: how often the weights are read hangs on that."""
+    """Return the seconds per token.
+
+    Times one chunk of as many tokens as with the full vocabulary, which determines how often the weights are read.
+    """
     rows = min(HEAD_ROWS[device.type], shapes.vocabulary)
     tokens = min(chunk_tokens(shapes.vocabulary, device.type), LENGTHS[device.type][1])
     weight = torch.empty(rows, shapes.hidden, device=device, dtype=work.dtype)
-    # as small as a model's: larger logits make probabilities too small for normal numbers, which take 3 times as long
+    # as small as a model's: larger logits make subnormal probabilities, which take 3 times as long
     _fill(weight)
     hidden = torch.randn(tokens, shapes.hidden, device=device).to(work.dtype).requires_grad_()
     labels = torch.zeros(tokens, dtype=torch.long, device=device)

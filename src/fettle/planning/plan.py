@@ -1,7 +1,7 @@
-"""The plan: which policy each layer gets, so that the step is fastest within the budget.
+"""The plan: which policy each layer gets, so that the step is as fast as possible within the memory budget.
 
-Exact search: all ways to give the layers at most three policies by counts. Layers that are redone come first,
-as backward reaches them last, when most of what was kept is gone.
+Exhaustive search over the layer counts of at most three policies. Layers that keep least come first in the model:
+backward reaches them last, after most kept activations are freed.
 """
 
 import itertools
@@ -16,14 +16,19 @@ from fettle.planning.step_time import StepTime, floor_seconds
 from fettle.recompute.policies import Policy
 
 NEAR = 1.02
-"""Plans whose seconds are this close are taken as equally fast: the probe's timings vary as much."""
+"""Plans whose times are within this factor count as equally fast: the probe's timings vary as much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """policies: of each layer. work: what was asked for, and where its memory is. Bytes: activations are what the
-    layers keep for backward; workspace is what comes on top at the worst moment: gradients, the head or a layer at
-    work. base: the process without a model."""
+    """The policies of a run, and its memory and time.
+
+    policies: one per layer, first layer first. work: the workload, with the variant chosen (`variants`). In bytes:
+    base, the process without a model; weights; adapters; optimizer; activations, what the layers keep for backward;
+    workspace, what the peak of a step adds: gradients and the working memory of the head or a layer; beyond_training,
+    what `phase`, the phase with the highest peak, needs beyond that of a step. seconds and tokens: per optimizer step.
+    share_of_limit: the time of the unavoidable matrix products (`floor_seconds`) as a fraction of the step's.
+    """
 
     policies: tuple[Policy, ...]
     work: Workload
@@ -34,19 +39,19 @@ class Plan:
     activations: int
     workspace: int
     phase: str
-    other: int
+    beyond_training: int
     seconds: float
     tokens: int
     share_of_limit: float
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment of the run."""
-        return self.training + self.other
+        """Peak bytes of the run."""
+        return self.training + self.beyond_training
 
     @property
     def training(self) -> int:
-        """Bytes at the worst moment of a step."""
+        """Peak bytes of a step."""
         fixed = self.base + self.weights + self.adapters + self.optimizer
         return fixed + self.activations + self.workspace
 
@@ -55,14 +60,17 @@ class Plan:
         return self.tokens / self.seconds
 
     def counts(self) -> dict[Policy, int]:
-        """How many layers have each policy."""
+        """Return how many layers have each policy."""
         return {policy: n for policy in Policy if (n := self.policies.count(policy))}
 
 
 @dataclass(frozen=True, slots=True)
 class Planner:
-    """Everything a plan is made from. accumulation: batches a step; base: bytes of the process without a model;
-    reached: the most that the process has needed already, while it read its data and planned."""
+    """Everything a plan is made from.
+
+    accumulation: batches per optimizer step. base: bytes of the process without a model. reached: peak bytes of the
+    process so far, while it read its data and planned.
+    """
 
     shapes: Shapes
     rates: Rates
@@ -71,8 +79,10 @@ class Planner:
     reached: int = 0
 
     def best(self, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> Plan | None:
-        """The fastest plan whose steps stay within `budget` bytes, or None; of equally fast ones that which keeps most.
-        What other phases need hangs on no policy."""
+        """Return the fastest plan whose steps stay within `budget` bytes, or None if there is none.
+
+        Of equally fast plans (NEAR), the one that keeps most. Other phases do not depend on the policies.
+        """
         fitting = []  # (seconds, bytes kept, variant, runs)
         for variant in variants(self.shapes, work):
             fixed, memory = fixed_bytes(self.shapes, variant, self.base), StepMemory.of(self.shapes, variant)
@@ -90,7 +100,7 @@ class Planner:
         return self.plan(best[2], policies)
 
     def longest(self, work: Workload, budget: int, allowed: tuple[Policy, ...]) -> int:
-        """The most tokens of each document that fit the budget with the leanest policy, at most the context."""
+        """Return the most tokens per document that fit into `budget` bytes with the leanest plan, up to the context."""
         low, high = 0, self.shapes.context
         while low < high:
             middle = (low + high + 1) // 2
@@ -100,7 +110,7 @@ class Planner:
         return low
 
     def plan(self, work: Workload, policies: tuple[Policy, ...]) -> Plan:
-        """What these policies, one per layer, cost."""
+        """Return the memory and time of these policies, one per layer."""
         runs = [(policy, len(list(same))) for policy, same in itertools.groupby(policies)]
         adapters, _, optimizer = trained_bytes(self.shapes, work)
         kept, peak = StepMemory.of(self.shapes, work).peak(runs)
@@ -118,7 +128,7 @@ class Planner:
             activations=kept,
             workspace=peak - kept,
             phase=phase,
-            other=phases[phase] - training,
+            beyond_training=phases[phase] - training,
             seconds=seconds,
             tokens=self.accumulation * work.tokens,
             share_of_limit=self.accumulation * floor_seconds(self.shapes, self.rates, work) / seconds,
@@ -126,21 +136,27 @@ class Planner:
 
 
 def fixed_bytes(shapes: Shapes, work: Workload, base: int) -> int:
-    """What stays throughout a run's steps. base: of the process without a model."""
+    """Return the bytes held throughout a run's steps. base: bytes of the process without a model."""
     adapters, _, optimizer = trained_bytes(shapes, work)
     return base + weight_bytes(shapes, work) + adapters + optimizer
 
 
 def variants(shapes: Shapes, work: Workload) -> list[Workload]:
-    """Ways to hold the same memory, the leanest last."""
+    """Return ways to run the same workload, lowest memory last.
+
+    On a CPU freed memory may be returned to the system; on a GPU an untied embedding may be offloaded.
+    """
     if work.device_type == "cpu":
         return [work, replace(work, returns_memory=True)]
-    return [work, replace(work, has_outer_embedding=True)] if shapes.embedding else [work]
+    return [work, replace(work, has_offloaded_embedding=True)] if shapes.embedding else [work]
 
 
 def least_peak(shapes: Shapes, work: Workload, allowed: tuple[Policy, ...], base: int) -> int:
-    """The lowest peak of all plans, found without timings: one policy for all layers has it or, on a GPU, with another
-    for the last, at whose turn most is kept."""
+    """Return the lowest peak bytes of all plans, found without timings.
+
+    It has one policy for all layers or, on a GPU, another one for the last layer, whose backward runs while most is
+    kept.
+    """
     peaks = []
     for variant in variants(shapes, work):
         fixed, memory = fixed_bytes(shapes, variant, base), StepMemory.of(shapes, variant)
@@ -153,7 +169,11 @@ def least_peak(shapes: Shapes, work: Workload, allowed: tuple[Policy, ...], base
 def allowed_policies(
     shapes: Shapes, work: Workload, gradient_checkpointing: bool | None
 ) -> tuple[Policy, ...]:
-    """What the model, the device and the user leave to choose from. Parking needs a host beside the device."""
+    """Return the policies that the model, the device and the user allow; OFFLOAD needs a GPU.
+
+    gradient_checkpointing: True allows only policies that recompute the layer, False none that recomputes more than
+    norms, None all.
+    """
     policies = [Policy.KEEP, Policy.RECOMPUTE_NORMS]
     if gradient_checkpointing is not False:
         policies += [Policy.RECOMPUTE_MLP] if runs_whole_mlp(shapes, work) else []
@@ -165,7 +185,7 @@ def allowed_policies(
 
 
 def _choices(layers: int, allowed: tuple[Policy, ...]) -> Iterator[Runs]:
-    """All assignments by counts of at most three policies, the leanest first."""
+    """Yield all assignments of at most three policies by layer count; those that keep least come first in the model."""
     kinds = [policy for policy in reversed(Policy) if policy in allowed]
     for chosen in itertools.combinations(kinds, min(3, len(kinds))):
         for cuts in itertools.combinations_with_replacement(range(layers + 1), len(chosen) - 1):

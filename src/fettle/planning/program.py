@@ -1,7 +1,7 @@
-"""What this process has in memory, and what a training process has before its model.
+"""The memory of this process, and of a training process before its model is loaded.
 
-`fettle plan` answers without importing what training imports, so it cannot look at itself: it takes what runs with
-these libraries noted in the user's cache.
+`fettle plan` does not import what training imports, so its own size says nothing: it uses the size that earlier runs
+with the same libraries recorded in the user's cache.
 """
 
 import platform
@@ -16,13 +16,13 @@ import torch
 from fettle.planning.speed_cache import Entry, keep, recall, version_of
 
 UNSEEN_BYTES = 568_000_000
-"""Of a training program that has not run here yet: Python and its libraries, measured with the tested versions."""
+"""Size of a training process if no run recorded one: Python and its libraries, measured with the tested versions."""
 
 
 def note_program() -> None:
-    """Note how large this process is, which has imported all that training needs and read no data yet.
+    """Record the resident size of this process, which has imported all that training needs and read no data yet.
 
-    The smallest size counts: the process of a notebook or a server holds other things as well.
+    Keeps the smallest size seen: a notebook or server process holds other data as well.
     """
     seen = recall(_key())
     size = int(psutil.Process().memory_info().rss)
@@ -31,7 +31,7 @@ def note_program() -> None:
 
 
 def program_bytes() -> int:
-    """Return the smallest size that a training process with these libraries noted, or what is usual."""
+    """Return the smallest recorded size of a training process with these libraries in bytes, or UNSEEN_BYTES."""
     entry = recall(_key())
     found = entry.figures.get("bytes") if entry else None
     return found if isinstance(found, int) and found > 0 else UNSEEN_BYTES
@@ -47,17 +47,17 @@ def _key() -> str:
 def peak_memory_bytes(device: torch.device | None = None) -> int:
     """Return the most bytes in use so far: allocated on a GPU, resident in this process otherwise.
 
-    device: by default the GPU where there is one.
+    device: by default the GPU if there is one.
     """
     if _is_gpu(device):
         return torch.cuda.max_memory_allocated(device)
-    # Linux hands getrusage's figure down from the parent process, so ask for this process's own first.
+    # On Linux getrusage's peak is inherited from the parent process, so VmHWM is read first.
     unit_bytes = 1 if sys.platform == "darwin" else 1024
     return _resident_peak_bytes() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes
 
 
 def reset_peak_memory(device: torch.device | None = None) -> None:
-    """Let `peak_memory_bytes` count from now on, where the system can do that."""
+    """Reset the peak that `peak_memory_bytes` returns, if the system supports it."""
     if _is_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -70,7 +70,7 @@ def _is_gpu(device: torch.device | None) -> bool:
 
 
 def _resident_peak_bytes() -> int | None:
-    """Return VmHWM of /proc/self/status in bytes, or None where there is no such file or field."""
+    """Return VmHWM of /proc/self/status in bytes, or None if there is no such file or field."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""How fast a device is at one model: what the plan turns policies and tokens into seconds with."""
+"""The speed of a device for one model, from which the plan computes the seconds of policies and tokens."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,13 +16,14 @@ class Line:
 
     @classmethod
     def through(cls, first: tuple[int, float], second: tuple[int, float]) -> "Line":
-        """Both (tokens, seconds). Neither part is negative: noise may tilt the line too far."""
+        """Return the line through two (tokens, seconds) points, with both parts clamped to 0 or more against noise."""
         (tokens, seconds), (more_tokens, more_seconds) = first, second
         per_token = max(0.0, more_seconds - seconds) / (more_tokens - tokens)
         per_token = min(per_token, more_seconds / more_tokens)
         return cls(more_seconds - per_token * more_tokens, per_token)
 
     def at(self, tokens: int) -> float:
+        """Return the seconds at this many tokens."""
         return self.fixed + self.per_token * tokens
 
     def __add__(self, other: "Line") -> "Line":
@@ -31,10 +32,12 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Seconds of a model's parts. layers: forward and backward pass of one layer without its attention, by policy.
-    attention: of one pair of tokens that see each other, all heads, by the length of their document. head: seconds per
-    labelled token. products: operations per second of bare matrix products. update: seconds of the optimiser per
-    trained element."""
+    """Seconds of a model's parts.
+
+    layers: forward and backward pass of one layer without its attention, by policy. attention: one visible (query, key)
+    pair, all heads, by document length. head: seconds per labelled token. products: floating-point operations per
+    second of bare matrix products. update: seconds of the optimizer per trained element.
+    """
 
     layers: dict[Policy, Line]
     attention: dict[int, "PairSeconds"]
@@ -51,31 +54,31 @@ class Rates:
 
     @classmethod
     def from_figures(cls, figures: Mapping[str, Any]) -> "Rates":
-        """Undo `as_figures`."""
+        """Return the inverse of `as_figures`."""
         layers = {Policy[policy]: Line(**line) for policy, line in figures["layers"].items()}
         attention = {int(tokens): PairSeconds(**pair) for tokens, pair in figures["attention"].items()}
         return cls(**{**figures, "layers": layers, "attention": attention})
 
     def attention_of(self, tokens: int) -> "PairSeconds":
-        """That of the shortest measured document that is as long, or of the longest."""
+        """Return the figures of the shortest measured document of at least `tokens` tokens, else of the longest."""
         return self.attention[min((n for n in self.attention if n >= tokens), default=max(self.attention))]
 
 
 @dataclass(frozen=True, slots=True)
 class PairSeconds:
-    """Seconds of attention for one pair of tokens that see each other."""
+    """Seconds of attention per visible (query, key) pair, all heads."""
 
     forward: float
     backward: float
 
     def of(self, policy: Policy) -> float:
-        """What a layer with this policy spends: attention's forward pass is recomputed with the whole layer."""
+        """Return the seconds per pair under this policy, which may run attention's forward pass twice."""
         passes = 1 if policy.attention else 2
         return passes * self.forward + self.backward
 
 
 def visible_pairs(tokens: int, window: int | None) -> float:
-    """Pairs (query, key) of a causal document, over the last `window` tokens."""
+    """Return the number of (query, key) pairs in a causal document with a sliding window of `window` tokens, if any."""
     if window is None or tokens <= window:
         return tokens * (tokens + 1) / 2
     return window * (window + 1) / 2 + (tokens - window) * float(window)

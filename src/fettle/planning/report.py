@@ -1,4 +1,4 @@
-"""The plan as a table, as JSON, and as advice if nothing fits."""
+"""The plan as a table and as JSON, and the error with advice if nothing fits."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,7 +26,7 @@ NAMES = {
 
 
 def rows(plan: Plan) -> list[tuple[str, int]]:
-    """Where the memory goes, in bytes; the rows add up to the peak."""
+    """Return the parts of the peak as (name, bytes); they add up to the peak."""
     return [
         ("program and libraries", plan.base),
         ("weights", plan.weights),
@@ -34,14 +34,14 @@ def rows(plan: Plan) -> list[tuple[str, int]]:
         ("optimizer", plan.optimizer),
         ("activations", plan.activations),
         ("gradients, head and workspace", plan.workspace),
-        *([(f"more during {plan.phase}", plan.other)] if plan.other else []),
+        *([(f"more during {plan.phase}", plan.beyond_training)] if plan.beyond_training else []),
     ]
 
 
 def show_plan(
     plan: Plan, console: Console, *, work: Workload, budget: int, longest: int | None = None
 ) -> None:
-    """Print the table, the policies and what the run will cost."""
+    """Print the table, the policies and the expected speed."""
     console.print(_title(work), style="bold", markup=False, highlight=False, soft_wrap=True)
     table = Table(box=None, padding=(0, 2))
     table.add_column("part")
@@ -71,19 +71,18 @@ def _title(work: Workload) -> str:
 
 
 def _notes(work: Workload) -> list[str]:
-    """What saves memory besides the layers."""
+    """Return lines on memory saved outside the layers."""
     notes = []
-    if work.has_outer_embedding:
-        notes.append(
-            "embedding: " + ("in the host's memory" if work.device_type == "cuda" else "read from its file")
-        )
+    if work.has_offloaded_embedding:
+        place = "in host memory" if work.device_type == "cuda" else "memory-mapped from its file"
+        notes.append(f"embedding: {place}")
     if work.returns_memory:
-        notes.append("heap: freed memory goes back at once (leaner, slower)")
+        notes.append("heap: freed memory is returned to the system immediately (less memory, slower)")
     return notes
 
 
 def rounded_seconds(seconds: float) -> str:
-    """Two figures, never with an exponent: 0.48 s, 1.3 s, 280 s."""
+    """Return seconds with two significant digits and no exponent: 0.48 s, 1.3 s, 280 s."""
     rounded = float(f"{seconds:.2g}")
     return f"{rounded:,.0f} s" if rounded >= 10 else f"{rounded:g} s"
 
@@ -94,7 +93,7 @@ def as_dict(plan: Plan, *, budget: int, longest: int) -> dict[str, Any]:
         "budget_bytes": budget,
         "peak_bytes": plan.peak,
         "memory_bytes": dict(rows(plan)),
-        "has_outer_embedding": plan.work.has_outer_embedding,
+        "has_outer_embedding": plan.work.has_offloaded_embedding,
         "returns_memory": plan.work.returns_memory,
         "layers": {policy.name.lower(): count for policy, count in plan.counts().items()},
         "seconds_per_step": plan.seconds,
@@ -127,7 +126,7 @@ def refusal(
 def _ways_down(
     shapes: Shapes, work: Workload, allowed: tuple[Policy, ...], base: int, budget: int, length_option: str
 ) -> Iterator[tuple[str, Workload, tuple[Policy, ...]]]:
-    """Options that take less memory, as typed, with the run that they give."""
+    """Yield options that need less memory, as typed, with the workload and the allowed policies that they give."""
     if work.batch_size > 1:
         size = work.batch_size // 2
         while size > 1 and least_peak(shapes, work.with_batch_size(size), allowed, base) > budget:

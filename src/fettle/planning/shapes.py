@@ -1,6 +1,6 @@
-"""The sizes of a model, from its config alone: what the plan counts with.
+"""The sizes of a model, computed from its config only, from which the plan counts memory and time.
 
-Letters: E hidden size, I intermediate size, H heads, K key-value heads, D channels a head, V vocabulary.
+Letters: E hidden size, I intermediate size, H heads, K key-value heads, D channels per head, V vocabulary.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """matrices: the linear layers of one decoder layer, name -> (outputs, inputs). windows: of each layer, in
-    tokens; None sees everything. vectors: elements of a layer outside the matrices. outer: elements outside
-    the layers; among them embedding: those of a token table that is not the head as well, and head: those of the
-    output head. has_whole_mlp: `lora_mlp` covers the MLP."""
+    """The sizes of a model.
+
+    hidden: E. intermediate: I. heads: H. query: H * D. key: K * D. vocabulary: V. context: in tokens. windows: sliding
+    window per layer in tokens, None for full attention. matrices: the linear layers of one decoder layer, name ->
+    (outputs, inputs). vectors: elements of one layer outside the matrices. outer: elements outside the layers, which
+    include embedding, V * E or 0 if it is tied to the head, and head, V * E. has_whole_mlp: `lora_mlp` can run the MLP
+    as one function. caps_logits: the final logits are softcapped.
+    """
 
     layers: int
     hidden: int
@@ -41,7 +45,7 @@ class Shapes:
 
     @classmethod
     def of(cls, config: "PreTrainedConfig") -> "Shapes":
-        """Read them off a family's config."""
+        """Return the shapes of a model from the config of a supported family."""
         family = FAMILIES[config.model_type]
         hidden, intermediate = config.hidden_size, config.intermediate_size
         size = head_dim_of(config)
@@ -86,13 +90,16 @@ class Shapes:
         return self.layers * (self.layer_weights + self.vectors) + self.outer
 
     def adapter_parameters(self, rank: int, targets: Mapping[str, int] | None) -> int:
-        """Elements of LoRA adapters on these matrices, name -> in how many layers; None: on all of every layer."""
+        """Return the elements of LoRA adapters.
+
+        targets: matrix -> in how many layers; None: all matrices of all layers.
+        """
         counts = self._adapted(targets)
         adapted = [(counts.get(name, 0), sum(shape)) for name, shape in self.matrices.items()]
         return rank * sum(layers * sides for layers, sides in adapted)
 
     def adapter_tensors(self, targets: Mapping[str, int] | None) -> int:
-        """The same in tensors: A and B of each."""
+        """Return the number of adapter tensors: A and B for each adapted matrix."""
         return 2 * sum(self._adapted(targets).values())
 
     def _adapted(self, targets: Mapping[str, int] | None) -> Mapping[str, int]:

@@ -1,7 +1,7 @@
-"""What the plan's seconds come from: a device is measured once, and the figures are kept in the user's cache.
+"""The speed of a device, measured once and kept in the user's cache.
 
-A CPU is measured on small parts, whatever the model (planning/cpu_speed.py). On a GPU one layer of the model itself is
-timed (planning/gpu_probe.py), once for each kind of layer.
+A CPU is measured on small parts, independent of the model (planning/cpu_speed.py). On a GPU one layer of the model is
+timed (planning/gpu_probe.py), once per layer shape, dtype and LoRA setting.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Speed = TypeVar("Speed", CpuSpeed, Rates)
 GLANCE_SECONDS = 0.2
-"""How long to look whether a machine that was busy when it was measured is quiet now."""
+"""How long to check whether a machine that was busy during the measurement is quiet now."""
 
 
 def device_rates(
@@ -36,9 +36,9 @@ def device_rates(
     remeasure: bool,
     console: Console,
 ) -> Rates:
-    """Return the rates for one model, from the cache or measured now; `console` is told of a measurement.
+    """Return the rates for one model, from the cache or measured now, which is reported on `console`.
 
-    config: makes transformers' own config of the model, which only timing one of its layers needs.
+    config: returns the model's transformers config, which only the GPU measurement needs.
     """
     if device.type == "cpu":
         key = device_key(device, work.dtype)
@@ -60,14 +60,14 @@ def device_rates(
 
 
 def _recalled(key: str, parse: Callable[[dict[str, Any]], Speed], *, remeasure: bool) -> Speed | None:
-    """Return what the cache has, unless it is to be measured again: on request, or if it was measured on a busy machine
-    that is quiet now."""
+    """Return the cached speed, or None if it must be measured: none is cached, `remeasure` is set, or the machine was
+    busy during the measurement and is quiet now."""
     found = None if remeasure else recall(key)
     if found is None or (found.was_busy and _is_quiet()):
         return None
     try:
         return parse(found.figures)
-    except (ValueError, KeyError, TypeError, AttributeError):  # edited by hand
+    except (ValueError, KeyError, TypeError, AttributeError):  # the file was edited by hand
         return None
 
 
@@ -87,14 +87,14 @@ def _measured(key: str, measure_now: Callable[[], Speed], device: torch.device, 
         if device.type == "cpu":
             set_heap("reuse")  # as training does
         speed = measure_now()
-    release_unused()  # what the timed layers took
+    release_unused()  # the memory of the timed layers
     others = load.cores()
     is_busy = device.type == "cpu" and others >= QUIET_CORES
     if is_busy:
         tell(
-            f"other programs used {others:.1f} cores meanwhile: the seconds below may be off. They are measured again "
-            "when the machine is quiet, or with --remeasure."
+            f"other programs used {others:.1f} cores during the measurement, so the times below may be wrong. The next "
+            "run on a quiet machine measures again, as does --remeasure."
         )
     if not keep(key, Entry(speed.as_figures(), is_busy)):
-        tell(f"{cache_file()} cannot be written: the speed is measured again by every run.")
+        tell(f"{cache_file()} cannot be written, so every run measures the speed again.")
     return speed

@@ -1,8 +1,8 @@
-"""Measured speeds in the user's cache: a device is measured once, and again when it, or a library, has changed.
+"""Measured speeds in the user's cache: a device is measured once, and again after it or a library changes.
 
     ~/.cache/fettle/speed.json     {"version": 2, "entries": {key: {"figures": ..., "was_busy": ...}}}
 
-A file that cannot be read, or that another version wrote, counts as empty; one that cannot be written is done without.
+A file that cannot be read, or that another version wrote, counts as empty. If it cannot be written, nothing is kept.
 """
 
 import json
@@ -22,33 +22,34 @@ from fettle.files import write_aside
 
 VERSION = 2
 QUIET_CORES = 0.3
-"""Other programs that use less than this many cores disturb no measurement."""
+"""Other programs that use fewer cores than this do not disturb a measurement."""
 
 
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What reading a file of any content can raise."""
+"""The exceptions that reading a file with arbitrary content can raise."""
 
 
 class Entry(NamedTuple):
-    """What was measured. was_busy: other programs were at work meanwhile."""
+    """One measurement. was_busy: other programs were active during it."""
 
     figures: dict[str, Any]
     was_busy: bool
 
 
 class OthersLoad:
-    """How many cores other programs use, from the making of this object on."""
+    """Measures how many cores other programs use, from the creation of this object on."""
 
     def __init__(self) -> None:
         self.began = self._busy_seconds()
 
     def cores(self) -> float:
+        """Return the average number of cores that other programs have used so far."""
         (all_then, own_then, then), (all_now, own_now, now) = self.began, self._busy_seconds()
         return max(0.0, (all_now - all_then - own_now + own_then) / max(1e-6, now - then))
 
     @staticmethod
     def _busy_seconds() -> tuple[float, float, float]:
-        """Of all programs, of this one, and the clock; in seconds."""
+        """Return seconds: CPU time of all programs, CPU time of this process, and elapsed time."""
         total = psutil.cpu_times()
         idle = total.idle + getattr(total, "iowait", 0.0)
         clock = sum(total) - getattr(total, "guest", 0.0) - getattr(total, "guest_nice", 0.0)
@@ -56,7 +57,7 @@ class OthersLoad:
 
 
 def device_key(device: torch.device, *facts: object) -> str:
-    """Name what a measurement depends on: the device, the libraries, and the `facts` about what was timed."""
+    """Return a cache key of what a measurement depends on: the device, the libraries, and `facts` on what was timed."""
     if device.type == "cuda":
         where = [torch.cuda.get_device_name(device), f"triton {version_of('triton')}"]
     else:
@@ -68,7 +69,7 @@ def device_key(device: torch.device, *facts: object) -> str:
 
 
 def recall(key: str) -> Entry | None:
-    """Return what is in the cache for `key`, or None."""
+    """Return the cached entry for `key`, or None."""
     with suppress(*UNREADABLE):
         found = _entries()[key]
         return Entry(dict(found["figures"]), bool(found["was_busy"]))
@@ -76,7 +77,7 @@ def recall(key: str) -> Entry | None:
 
 
 def keep(key: str, entry: Entry) -> bool:
-    """Put the entry into the cache; return whether it could be written."""
+    """Write the entry to the cache; return whether that succeeded."""
     with suppress(OSError, UserError):
         entries: dict[str, Any] = {}
         with suppress(*UNREADABLE):
@@ -91,7 +92,7 @@ def keep(key: str, entry: Entry) -> bool:
 
 
 def cache_file() -> Path:
-    """The file, by the XDG convention."""
+    """Return the path of the cache file, by the XDG Base Directory Specification."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "fettle" / "speed.json"
 
@@ -102,7 +103,7 @@ def _entries() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name with its family and model: some clouds give all of theirs the same name."""
+    """Return the processor's name, family and model: some clouds give all their processors the same name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

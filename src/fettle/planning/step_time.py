@@ -1,4 +1,4 @@
-"""How long a training step takes, from the device's rates and the policies of the layers."""
+"""The time of a training step, from the device's rates and the policies of the layers."""
 
 import itertools
 from dataclasses import dataclass
@@ -9,23 +9,24 @@ from fettle.planning.shapes import Shapes
 from fettle.recompute.policies import Policy
 
 STEP_SECONDS = {"cpu": 0.0, "cuda": 0.01}
-"""What the trainer itself takes for a step, in Python, while the GPU waits."""
+"""Python overhead of the trainer per step, while the GPU waits."""
 TENSOR_SECONDS = {"cpu": 7.5e-5, "cuda": 0.0}
-"""What clipping and AdamW take for each trained tensor, however small: of 28, 70 and 168, a step of tiny models took
-1.8, 4.5 and 15 ms more than its layers. On a GPU all tensors go in a few launches."""
+"""Overhead of gradient clipping and AdamW per trained tensor. Measured: with 28, 70 and 168 tensors, a step of tiny
+models took 1.8, 4.5 and 15 ms more than its layers. On a GPU a few launches handle all tensors."""
 EAGER_SECONDS = 0.0135
-"""What Python takes to launch a layer's kernels in a step without a CUDA graph, on one H100; the GPU waits for it."""
-OUTER_SECONDS = 2e-10
-"""A byte of a token's embedding from the host's memory to the GPU."""
+"""Time to launch the kernels of one layer without a CUDA graph, during which the GPU waits; measured on an H100."""
+EMBEDDING_SECONDS = 2e-10
+"""Seconds per byte of token embeddings copied from host memory to the GPU."""
 RETURN_FACTOR = 1.4
-"""A step is so much longer where freed memory goes back to the system at once: every tensor's pages are zeroed anew."""
+"""Slowdown of a step if freed memory is returned to the system immediately: new pages are zeroed for each tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """What the seconds of a step are computed from, for any choice of policies.
+    """The seconds of a step's parts, for any choice of policies.
 
-    layers: by policy, seconds of the first 0, 1, 2, ... layers with one batch. head: of one batch.
+    layers: by policy, the cumulative seconds of the first 0, 1, 2, ... layers for one batch. head, embedding: seconds
+    per batch. update: seconds of the optimizer per step.
     """
 
     work: Workload
@@ -36,7 +37,7 @@ class StepTime:
 
     @classmethod
     def of(cls, shapes: Shapes, rates: Rates, work: Workload) -> "StepTime":
-        """Sum each policy once: a search asks for thousands of combinations."""
+        """Sum each policy's layers once: a search tries thousands of combinations."""
         length, is_cuda = work.tokens // work.documents, work.device_type == "cuda"
         pair = rates.attention_of(length)
         pairs = [work.documents * visible_pairs(length, window) for window in shapes.windows]
@@ -44,20 +45,21 @@ class StepTime:
             policy: [0.0, *itertools.accumulate(line.at(work.tokens) + n * pair.of(policy) for n in pairs)]
             for policy, line in rates.layers.items()
         }
-        row = OUTER_SECONDS * shapes.hidden * work.item if work.has_outer_embedding and is_cuda else 0.0
+        copies_embedding = work.has_offloaded_embedding and is_cuda
+        row = EMBEDDING_SECONDS * shapes.hidden * work.item if copies_embedding else 0.0
         update = rates.update * trained_bytes(shapes, work)[2] / 8
         update += TENSOR_SECONDS[work.device_type] * shapes.adapter_tensors(work.targets)
         update += STEP_SECONDS[work.device_type]
         return cls(work, layers, rates.head * work.tokens, row * work.tokens, update)
 
     def seconds(self, runs: Runs, accumulation: int) -> float:
-        """Of a step of `accumulation` batches."""
+        """Return the seconds of an optimizer step of `accumulation` batches."""
         total, done = self.head, 0
         for policy, count in runs:
             first = self.layers[policy]
             total += first[done + count] - first[done]
             done += count
-        # these LayerGraphs refuses
+        # LayerGraphs supports neither of these
         is_eager = self.work.has_dropout or any(policy.is_offloaded for policy, _ in runs)
         if self.work.device_type == "cuda" and is_eager:
             total = max(total, EAGER_SECONDS * done)
@@ -67,9 +69,9 @@ class StepTime:
 
 
 def floor_seconds(shapes: Shapes, rates: Rates, work: Workload) -> float:
-    """Products that cannot be avoided, at the speed of bare products: forward and input gradients."""
+    """Return the seconds of one batch's unavoidable products: forward and input gradients, at `rates.products`."""
     weights = shapes.layers * shapes.layer_weights + shapes.head
     length = work.tokens // work.documents
     pairs = sum(work.documents * visible_pairs(length, window) for window in shapes.windows)
-    attention = pairs * 4 * shapes.query * 3.5
+    attention = pairs * 4 * shapes.query * 3.5  # 2 products forward, 5 in backward
     return float(2 * weights * work.tokens * 2 + attention) / rates.products

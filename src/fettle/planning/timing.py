@@ -1,4 +1,4 @@
-"""Timing of the parts that every model's step is made of, on random numbers."""
+"""Timing of the parts that every model's step consists of, on random data."""
 
 import time
 from collections.abc import Callable
@@ -13,10 +13,10 @@ LONG_SECONDS = 3.0
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, enough_seconds: float = 0.3) -> float:
-    """Return the shortest of up to ten runs.
+    """Return the seconds of the shortest of up to ten runs.
 
-    It stops once they took `enough_seconds` together, but not before the second, unless the first took longer than
-    three seconds, in which noise evens out. The device's queue is emptied before and after each run.
+    Stops after `enough_seconds` in total, but makes at least two runs unless the first takes longer than LONG_SECONDS,
+    over which noise averages out. The device is synchronized before and after each run.
     """
     best, began = float("inf"), time.perf_counter()
     for count in range(10):
@@ -44,7 +44,10 @@ def time_attention(
     device: torch.device,
     enough_seconds: float = 0.3,
 ) -> PairSeconds:
-    """Time one document without a window. heads: of queries, and of keys; size: channels per head."""
+    """Return the seconds per visible pair, from one document of `tokens` tokens without a sliding window.
+
+    heads: (query heads, key-value heads). size: channels per head.
+    """
     query_heads, key_heads = heads
     make = ((tokens, query_heads, size), (tokens, key_heads, size), (tokens, key_heads, size))
     query, key, value = (torch.randn(s, device=device).to(dtype).requires_grad_() for s in make)
@@ -58,7 +61,7 @@ def time_attention(
     def backward() -> None:
         torch.autograd.grad(total, (query, key, value), retain_graph=True)
 
-    # a scalar: with a gradient of its own PyTorch imports a library for symbols, which takes a second
+    # a scalar: for any other output PyTorch's gradient check imports sympy, which takes a second
     total = (forward() * torch.randn_like(query)).sum()
     backward()
     pairs = visible_pairs(tokens, None)
@@ -76,8 +79,10 @@ def time_product(
     device: torch.device,
     enough_seconds: float = 0.3,
 ) -> float:
-    """Return the operations per second of a linear layer's product and its input's gradient, in the dtype that the ops
-    multiply `dtype` in."""
+    """Return the floating-point operations per second of a linear layer's product and its input's gradient.
+
+    Runs in the dtype that the ops use for products of `dtype`.
+    """
     dtype = best_product_dtype(device.type, dtype)
     x, grad = (torch.randn(rows, width, device=device).to(dtype) for width in (inputs, outputs))
     weight = torch.randn(outputs, inputs, device=device).to(dtype)
@@ -87,8 +92,10 @@ def time_product(
 
 
 def time_update(device: torch.device) -> float:
-    """Return the seconds that AdamW takes per trained element: its five passes, as importing the optimiser itself takes
-    seconds."""
+    """Return the seconds of AdamW per trained element.
+
+    Runs its arithmetic directly, because importing torch's optimizer takes seconds.
+    """
     parameter, mean, square = (torch.zeros(1 << 20, device=device) for _ in range(3))
     grad = torch.full_like(parameter, 0.1)
 

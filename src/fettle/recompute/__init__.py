@@ -1,1 +1,1 @@
-"""What a layer keeps for the backward pass, and the allocator's settings that go with it."""
+"""What a layer keeps for the backward pass: gradient checkpointing, offloading, and settings of the allocator."""

@@ -1,4 +1,4 @@
-"""Outputs that are cheaper to compute again than to keep until backward, such as those of norms."""
+"""Outputs that are cheaper to recompute in backward than to keep, such as those of norms."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 
 
 class _Recipe:
-    """How to make an output again, for as many times as it was saved: kept between them, then let go."""
+    """Recomputes an output once, and holds it until it has been unpacked as many times as it was saved."""
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> None:
         self.function, self.x = function, x.detach()
@@ -25,14 +25,14 @@ class _Recipe:
 
 
 class RecomputedOutputs(torch.autograd.graph.saved_tensors_hooks):
-    """Within the block, whoever saves the output of a function called through `run` saves how to redo it.
+    """Within the block, saving an output of `run` for backward saves a recipe to recompute it instead of the tensor.
 
-    The function's input must be kept for backward anyway, or nothing is gained.
+    This saves memory only if the function's input is kept for backward anyway.
     """
 
     def __init__(self) -> None:
         super().__init__(self._pack, self._unpack)
-        # Outputs stay alive until the block ends, so that an address means one tensor.
+        # Outputs stay alive until the block ends, so that an address identifies one tensor.
         self.recipes: dict[int, tuple[torch.Tensor, _Recipe]] = {}
 
     def __enter__(self) -> "RecomputedOutputs":  # type: ignore[override]
@@ -44,7 +44,7 @@ class RecomputedOutputs(torch.autograd.graph.saved_tensors_hooks):
         super().__exit__(*args)
 
     def run(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """Return `function(x)`."""
+        """Return `function(x)`, to be recomputed in backward."""
         output = function(x)
         self.recipes[output.data_ptr()] = (output, _Recipe(function, x))
         return output
@@ -67,6 +67,6 @@ class RecomputedOutputs(torch.autograd.graph.saved_tensors_hooks):
 
 
 def _is_same_memory(output: torch.Tensor, saved: torch.Tensor) -> bool:
-    """Whether `saved`, which begins where `output` does, is `output` in another shape: no part, no transpose."""
+    """Return whether `saved`, at the address of `output`, is all of it in another shape: no slice, no transpose."""
     is_whole = saved.numel() == output.numel() and saved.dtype == output.dtype
     return is_whole and saved.is_contiguous() and output.is_contiguous()

@@ -1,7 +1,7 @@
-"""Tensors that wait for backward in host memory, moved while the GPU computes.
+"""Activation offload: tensors saved for backward are kept in host memory, and copied while the GPU computes.
 
-Copies run on a stream of their own. When one offloaded tensor is asked for, the one offloaded before it, which
-backward needs next, is already fetched.
+Copies run on a separate CUDA stream. When backward fetches an offloaded tensor, the copy of the one offloaded before
+it, which backward needs next, is started.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager
 import torch
 
 
-class _Parked:
-    """One tensor in host memory."""
+class _Offloaded:
+    """One tensor in host memory. before: the tensor offloaded before it, prefetched when this one is fetched."""
 
-    def __init__(self, tensor: torch.Tensor, before: _Parked | None) -> None:
+    def __init__(self, tensor: torch.Tensor, before: _Offloaded | None) -> None:
         self.before = before
         self.device = tensor.device
         self.fetched: torch.Tensor | None = None
@@ -28,7 +28,7 @@ class _Parked:
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(stream):
             self.host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)  # its memory is not given away before the copy is done
+        tensor.record_stream(stream)  # its memory is not reused before the copy is done
         _keep_pace(tensor.device)
 
     def start_fetch(self) -> None:
@@ -54,8 +54,8 @@ class _Parked:
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
-_last: weakref.WeakValueDictionary[torch.device, _Parked] = weakref.WeakValueDictionary()
-"""The tensor offloaded last, gone once backward has taken it."""
+_last: weakref.WeakValueDictionary[torch.device, _Offloaded] = weakref.WeakValueDictionary()
+"""The tensor offloaded last, per device; dropped once backward has fetched it."""
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
@@ -66,7 +66,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 _marks: dict[torch.device, deque[torch.cuda.Event]] = {}
 PACE = 2
-"""Layers that Python may be ahead of the GPU: the memory of every one it queues beyond would be held at once."""
+"""How many copies Python may queue ahead of the GPU: all tensors queued ahead hold their memory at the same time."""
 
 
 def _keep_pace(device: torch.device) -> None:
@@ -77,17 +77,16 @@ def _keep_pace(device: torch.device) -> None:
 
 
 def offloaded(x: torch.Tensor) -> AbstractContextManager[None]:
-    """Within the block, x, where it is saved for backward, is saved in host memory."""
-
+    """Within the block, save x in host memory whenever it is saved for backward."""
     place, shape = x.data_ptr(), x.shape  # not x itself, which would stay alive with the hook
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor | _Parked:
+    def pack(tensor: torch.Tensor) -> torch.Tensor | _Offloaded:
         if tensor.data_ptr() != place or tensor.shape != shape:
             return tensor
-        _last[tensor.device] = item = _Parked(tensor, _last.get(tensor.device))
+        _last[tensor.device] = item = _Offloaded(tensor, _last.get(tensor.device))
         return item
 
-    def unpack(packed: torch.Tensor | _Parked) -> torch.Tensor:
-        return packed.fetch() if isinstance(packed, _Parked) else packed
+    def unpack(packed: torch.Tensor | _Offloaded) -> torch.Tensor:
+        return packed.fetch() if isinstance(packed, _Offloaded) else packed
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

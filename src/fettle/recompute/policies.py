@@ -1,16 +1,16 @@
-"""What of a layer's forward pass is kept for backward: the policies, from most memory to most work.
+"""What a layer keeps of its forward pass for backward: the policies, from most memory to most recomputation.
 
-All give the same losses and gradients. What each keeps, in Phi-3.5's shapes and units of tokens * hidden size:
+All give the same losses and gradients. What each keeps, for Phi-3.5's shapes, in units of tokens * hidden size:
 
     KEEP             13.4   everything but the MLP's product, which `lora_mlp` always recomputes
     RECOMPUTE_NORMS  11.4   all but norm outputs, which are recomputed from the norms' inputs
-    RECOMPUTE_MLP     6     not the MLP's gate and up either
+    RECOMPUTE_MLP     6     the MLP's gate and up projections are recomputed as well
     KEEP_ATTENTION    2     the layer's input and the attention's result; the projections are recomputed
     RECOMPUTE         1     the layer's input
     OFFLOAD           0     the layer's input, in host memory
 
-A recomputed layer runs again in backward (torch.utils.checkpoint), except for its last product: of the MLP only the
-input is needed, as `lora_mlp` recomputes the rest itself.
+A recomputed layer runs again in backward (torch.utils.checkpoint), except for its last product: the MLP needs only its
+input, because `lora_mlp` recomputes the rest itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,8 +32,8 @@ from fettle.recompute.offload import offloaded
 class Kept:
     """What a layer keeps for its backward pass.
 
-    norms: the outputs of its norms. gates: of the MLP, gate and up. attention: the attention's result.
-    is_recomputed: the layer's forward pass runs again in backward. is_offloaded: its input waits in host memory.
+    norms: the outputs of its norms. gates: the outputs of the MLP's gate and up projections. attention: the attention's
+    result. is_recomputed: the layer's forward pass runs again in backward. is_offloaded: its input is in host memory.
     """
 
     norms: bool
@@ -44,7 +44,7 @@ class Kept:
 
 
 class Policy(Kept, Enum):
-    """In order of memory, from most to least."""
+    """The policies, in order of kept memory, from most to least."""
 
     KEEP = True, True, True
     RECOMPUTE_NORMS = False, True, True
@@ -56,8 +56,12 @@ class Policy(Kept, Enum):
 
 @dataclass(slots=True)
 class Keeping:
-    """What the parts of a layer may keep in one pass. attention: a place for the attention's result, where
-    it is wanted again; is_recomputing: this pass only brings back what backward needs."""
+    """What the parts of a layer may keep in one pass.
+
+    mlp: what `lora_mlp` keeps. attention: holds the attention's result for the recomputation, None if it is recomputed
+    too. outputs: collects norm outputs to recompute, None if they are kept. is_recomputing: this pass runs in backward,
+    only to restore what backward needs.
+    """
 
     mlp: Keep = "gates"
     attention: KeptAttention | None = None
@@ -65,7 +69,7 @@ class Keeping:
     is_recomputing: bool = False
 
     def recomputed(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        """Return `function(x)`, which backward will redo instead of finding it saved, where outputs are dropped."""
+        """Return `function(x)`; unless outputs are kept, backward recomputes it."""
         return function(x) if self.outputs is None else self.outputs.run(function, x)
 
 
@@ -88,14 +92,14 @@ def run_layer(policy: Policy, compute: Compute, x: torch.Tensor) -> torch.Tensor
         output: torch.Tensor = checkpoint(
             *(compute, x, keeping),
             use_reentrant=False,
-            preserve_rng_state=not is_capturing(),  # which a graph cannot; it has no dropout
+            preserve_rng_state=not is_capturing(),  # a CUDA graph cannot; models with dropout run without
             context_fn=lambda: (nullcontext(), _recomputing(keeping)),
         )
     return output
 
 
 def is_capturing() -> bool:
-    """Whether a CUDA graph is being recorded."""
+    """Return whether a CUDA graph is being captured."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 

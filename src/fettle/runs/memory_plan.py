@@ -106,7 +106,7 @@ def _workload(
         has_dropout=options.dropout > 0,
         device_type=device.type,
         stored_item=stored.dtype.itemsize,
-        has_outer_embedding=is_nf4 and maps_embedding(stored.config, stored.dtype, dtype, device),
+        has_offloaded_embedding=is_nf4 and maps_embedding(stored.config, stored.dtype, dtype, device),
     )
 
 
@@ -190,7 +190,7 @@ class RunPlan:
         """Set the policy of every layer. The model must already have its adapters."""
         self.model = model
         model.set_policies(self.plan.policies)
-        if self.plan.work.has_outer_embedding:
+        if self.plan.work.has_offloaded_embedding:
             model.model.offload_embedding()
         if self.plan.work.device_type == "cpu":
             set_heap("return" if self.plan.work.returns_memory else "reuse")
