@@ -276,7 +276,7 @@ def test_what_is_exported_is_not_overwritten(small_model, trained, tmp_path):
         export_nf4(folder, folder, overwrite=True)
     with pytest.raises(UserError, match="which the model is read from"):
         export_nf4(trained, small_model, overwrite=True)  # its base
-    with pytest.raises(UserError, match="none of a model's files"):
+    with pytest.raises(UserError, match="which is not a model file"):
         export_nf4(small_model, trained, overwrite=True)  # a run
 
 
