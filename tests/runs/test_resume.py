@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,14 +180,18 @@ def test_a_damaged_checkpoint_is_never_used(tmp_path, damage):
     assert resume.last_complete(tmp_path).name == "checkpoint-5"
 
 
-def test_options_that_changed_since_the_run_began_are_refused(tmp_path):
-    write(TrainOptions(model="m", data="d", output=str(tmp_path)), tmp_path / resume.RUN_FILE)
-    resume.write_facts(tmp_path, {"run_file": resume.run_file_digest(tmp_path)})
-    assert resume.options_to_resume(tmp_path, TrainOptions).rank == 16
-    file = tmp_path / resume.RUN_FILE
-    file.write_text(file.read_text().replace("rank: 16", "rank: 8"))
-    with pytest.raises(UserError, match=r"run\.yaml has changed since the run started"):
-        resume.options_to_resume(tmp_path, TrainOptions)
+def test_an_option_that_changed_since_the_run_began_is_refused(tmp_path):
+    options = TrainOptions(model="m", data="d", output=str(tmp_path))
+    write(options, tmp_path / resume.RUN_FILE)
+    resume.write_facts(tmp_path, {"options": resume.deciding_options(options)})
+    assert resume.options_to_resume(tmp_path, TrainOptions) == options
+    for changes in ({"rank": 8}, {"learning_rate": 1e-3}):
+        write(replace(options, **changes), tmp_path / resume.RUN_FILE)
+        with pytest.raises(UserError, match=rf"run\.yaml: {next(iter(changes))} is .*, and was "):
+            resume.options_to_resume(tmp_path, TrainOptions)
+    moved = replace(options, model="elsewhere/m", data="elsewhere/d", memory="8GB")
+    write(moved, tmp_path / resume.RUN_FILE)
+    assert resume.options_to_resume(tmp_path, TrainOptions) == moved
 
 
 @pytest.mark.parametrize("name", ["train", "pretrain"])

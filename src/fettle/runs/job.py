@@ -121,19 +121,22 @@ def _peak_bytes(job: Job, trainer: Run) -> int:
     return in_training if job.model.device.type == "cuda" else max(trainer.peak_before_bytes, in_training)
 
 
-def _write_run_file(job: Job) -> None:
-    """Write all options to run.yaml, so that the run can be repeated, and resumed from any folder.
+def _written_options(job: Job) -> TrainOptions | PretrainOptions:
+    """The options as run.yaml has them, so that the run can be repeated, and resumed from any folder.
 
-    `max_steps` is written as the user gave it, so that repeating the run with other --epochs changes the steps.
+    `max_steps` is as the user gave it, so that repeating the run with other --epochs changes the steps.
     """
     changes: dict[str, Any] = {"max_steps": job.asked_steps}
     for name in ("model", "data", "eval_data", "keep_data"):
         source = getattr(job.options, name, None)
         if source is not None:
             changes[name] = remembered_name(source)
-    options = dataclasses.replace(job.options, **changes)
+    return dataclasses.replace(job.options, **changes)
+
+
+def _write_run_file(job: Job) -> None:
     comment = f"Repeat this run: fettle {job.command} --config {resume.RUN_FILE} --output NEW-FOLDER"
-    write(options, job.output / resume.RUN_FILE, comment)
+    write(_written_options(job), job.output / resume.RUN_FILE, comment)
 
 
 def _interrupted(job: Job) -> Interrupted:
@@ -155,7 +158,7 @@ def _before(job: Job, trainer: Run) -> Measurement:
     """The scores before training, measured once: a resumed run reads them from facts.json."""
     if "before" not in job.facts:
         job.facts["before"] = _measure(job, trainer, "before training").as_facts()
-        job.facts["run_file"] = resume.run_file_digest(job.output)
+        job.facts["options"] = resume.deciding_options(_written_options(job))
         resume.write_facts(job.output, job.facts)
     return Measurement.from_facts(job.facts["before"])
 

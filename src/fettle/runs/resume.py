@@ -10,10 +10,9 @@ other files with their hashes, so that a damaged checkpoint is not used. Two are
 complete one while the next is being written.
 """
 
-import hashlib
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +28,8 @@ from fettle.runs.options import LoopOptions
 RUN_FILE, FACTS_FILE, CHECKPOINTS, MARK = "run.yaml", "facts.json", "checkpoints", "complete"
 REPORT = "report.html"
 """Written last: a run with a report has finished."""
+
+NOT_DECIDING = ("output", "model", "data", "eval_data", "keep_data", "memory", "remeasure")
 
 Options = TypeVar("Options", bound=LoopOptions)
 
@@ -63,20 +64,20 @@ def options_to_resume(output: Path, kind: type[Options]) -> Options | None:
             with only_process(output):
                 pass
         return None
-    noted = read_facts(output).get("run_file")
-    if noted is not None and noted != run_file_digest(output):
-        raise UserError(
-            f"{output / RUN_FILE} has changed since the run started, so the run cannot be resumed exactly; "
-            "undo the change, or start a new run with another --output."
-        )
-    return replace(read(kind, output / RUN_FILE), output=str(output))
+    options = read(kind, output / RUN_FILE)
+    now, noted = deciding_options(options), read_facts(output).get("options", {})
+    for name in noted:
+        if name in now and now[name] != noted[name]:
+            raise UserError(
+                f"{output / RUN_FILE}: {name} is {now[name]}, and was {noted[name]} when the run started, so the run "
+                "cannot be resumed exactly; undo the change, or start a new run with another --output."
+            )
+    return replace(options, output=str(output))
 
 
-def run_file_digest(output: Path) -> str:
-    """Return the SHA-256, in hex, of the run's options except its output folder."""
-    lines = (output / RUN_FILE).read_bytes().splitlines()
-    counted = [line for line in lines if not line.startswith((b"#", b"output:"))]
-    return hashlib.sha256(b"\n".join(counted)).hexdigest()
+def deciding_options(options: LoopOptions) -> dict[str, Any]:
+    """Return the options that decide what a run ends in. Paths may change: their contents have fingerprints."""
+    return {name: value for name, value in asdict(options).items() if name not in NOT_DECIDING}
 
 
 def require_run(output: Path) -> None:
