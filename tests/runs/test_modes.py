@@ -5,7 +5,6 @@ mode, in which recompute policies, CUDA graphs and dropout are off.
 """
 
 import io
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,14 +18,9 @@ from fettle.methods.sft import resume_training, train
 from fettle.models.load import load_model
 from fettle.models.modes import evaluating
 from fettle.runs.options import PretrainOptions, TrainOptions
-from fettle.runs.resume import MarkComplete
 from fettle.runs.single_process import without_module_walks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
-
-
-class Killed(BaseException):
-    """Stands for kill -9: no code of the run sees it."""
 
 
 @pytest.fixture
@@ -48,22 +42,6 @@ def require_right_modes(passes: list[tuple[bool, set[bool]]], *, evaluates: bool
     assert all(modes == {wanted} for wanted, modes in passes)
 
 
-@contextmanager
-def killed_at_save(monkeypatch, step: int):
-    """End the run in the block as a kill does, once the checkpoint of `step` is complete."""
-    on_save = MarkComplete.on_save
-
-    def mark_then_die(callback, args, state, control, **kwargs):
-        on_save(callback, args, state, control, **kwargs)
-        if state.global_step == step:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MarkComplete, "on_save", mark_then_die)
-        with pytest.raises(Killed):
-            yield
-
-
 def train_options(small_model, chats, output, **changes) -> TrainOptions:
     options = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "samples": 1, "device": "cpu"} | changes
     return TrainOptions(model=str(small_model), data=str(chats), output=str(output), **options)
@@ -81,22 +59,22 @@ def test_in_training(small_model, chats, tmp_path, passes, eval_fraction):
 
 
 @pytest.mark.parametrize("eval_fraction", [0.0, 0.2])
-def test_after_a_resume(small_model, chats, tmp_path, passes, monkeypatch, eval_fraction):
+def test_after_a_resume(small_model, chats, tmp_path, passes, killed_at_save, eval_fraction):
     options = train_options(small_model, chats, tmp_path / "out", eval_fraction=eval_fraction)
-    with killed_at_save(monkeypatch, step=2):
+    with killed_at_save(2):
         train(options, console=quiet())
     passes.clear()
     resume_training(tmp_path / "out", console=quiet())
     require_right_modes(passes, evaluates=eval_fraction > 0)
 
 
-def test_in_pretraining_and_after_its_resume(chats, tmp_path, passes, monkeypatch):
+def test_in_pretraining_and_after_its_resume(chats, tmp_path, passes, killed_at_save):
     sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "layers": 2, "heads": 4}
     loop = {"max_steps": 4, "eval_steps": 2, "save_steps": 2, "samples": 1, "device": "cpu"}
     options = PretrainOptions(
         data=str(chats), output=str(tmp_path / "out"), eval_fraction=0.2, **sizes, **loop
     )
-    with killed_at_save(monkeypatch, step=2):
+    with killed_at_save(2):
         pretrain(options, console=quiet())
     require_right_modes(passes, evaluates=True)
     passes.clear()

@@ -1,6 +1,6 @@
 """A run that ended abruptly at any of its save points and was resumed has the bits of one that went through.
 
-Here the end is an exception that no code catches, in this process; tests/training/test_resume.py kills processes.
+Here the end is an exception that no code catches, in this process; tests/runs/test_resume.py kills processes.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from transformers import AutoConfig
 
 from fettle.methods.sft import resume_training, train
 from fettle.runs.options import TrainOptions
-from fettle.runs.resume import MarkComplete
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 
@@ -29,10 +28,6 @@ WAYS = {
     "every layer recomputed": {"gradient_checkpointing": True, "eval_fraction": 0.0},
     "several batches per step": {"gradient_accumulation_steps": 2, "max_length": 32},
 }
-
-
-class Killed(BaseException):
-    """Stands for kill -9: no code of the run sees it."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +47,7 @@ def quiet() -> Console:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_it_ends_in_the_same_bits(dropping_model, chats, tmp_path, monkeypatch, way):
+def test_it_ends_in_the_same_bits(dropping_model, chats, tmp_path, killed_at_save, way):
     loop = {"max_steps": STEPS, "eval_steps": 4, "save_steps": 1, "samples": 1, "dropout": 0.1}
     changes = dict(WAYS[way])
     if changes.pop("keep_data", False):
@@ -68,22 +63,12 @@ def test_it_ends_in_the_same_bits(dropping_model, chats, tmp_path, monkeypatch, 
     assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name), "nothing was learned"
 
     # one run that ends abruptly after every step, and is resumed each time
-    output, step = tmp_path / "killed", 0
-    on_save = MarkComplete.on_save
-
-    def mark_then_die(callback, args, state, control, **kwargs):
-        on_save(callback, args, state, control, **kwargs)
-        if state.global_step == step:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MarkComplete, "on_save", mark_then_die)
-        step = 1
-        with pytest.raises(Killed):
-            train(dataclasses.replace(options, output=str(output)), console=quiet())
-        for step in range(2, STEPS):  # noqa: B007  # mark_then_die reads it
-            with pytest.raises(Killed):
-                resume_training(output, console=quiet())
+    output = tmp_path / "killed"
+    with killed_at_save(1):
+        train(dataclasses.replace(options, output=str(output)), console=quiet())
+    for step in range(2, STEPS):
+        with killed_at_save(step):
+            resume_training(output, console=quiet())
     resume_training(output, console=quiet())
     resumed = load_file(output / "adapter_model.safetensors")
     assert whole.keys() == resumed.keys()
