@@ -92,7 +92,7 @@ __all__ = [  # the keys of _HOME, spelled out for type checkers
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
+    if name == "__version__":  # reading it takes longer than all the rest of this file
         from fettle.version import __version__
 
         return __version__

@@ -11,7 +11,7 @@ from fettle.errors import UserError
 from fettle.files import require_free_space
 
 EMBEDDED = "fettle-tiny"
-_GGUF_MAGIC = b"GGUF"
+GGUF_MAGIC = b"GGUF"
 
 # Fetched from a hub: data files of the top folder; no code and no second copy of the weights.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
@@ -129,10 +129,13 @@ def is_gguf(name: str | Path) -> bool:
     path = Path(name).expanduser()
     if path.is_dir():
         return False
-    if path.suffix.lower() == ".gguf" or not path.is_file():
-        return path.suffix.lower() == ".gguf"
+    return path.suffix.lower() == ".gguf" or (path.is_file() and gguf_magic_of(path) == GGUF_MAGIC)
+
+
+def gguf_magic_of(path: Path) -> bytes:
+    """Return the file's first bytes, which are GGUF_MAGIC in a GGUF file. Raises UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return file.read(len(_GGUF_MAGIC)) == _GGUF_MAGIC
+            return file.read(len(GGUF_MAGIC))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a model.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a GGUF file.") from error

@@ -33,14 +33,9 @@ def probe(
     shapes: Shapes,
     work: Workload,
     device: torch.device,
-    note: Callable[[str], object] = lambda part: None,
 ) -> Rates:
-    """Return the rates of the model, measured now; takes seconds, and the memory of one layer.
-
-    note: called with the name of each part before it is timed.
-    """
+    """Return the rates of the model, measured now; takes seconds, and the memory of one layer."""
     model = _one_layer(config, work, device)
-    note("attention")
     lengths = (*LENGTHS[device.type], ATTENTION_LENGTH[device.type])
     attention = {tokens: _attention(tokens, shapes, work, device) for tokens in lengths}
 
@@ -59,12 +54,10 @@ def probe(
         if policy == Policy.OFFLOAD:  # its copies overlap with the products
             layers[policy] = layers[Policy.RECOMPUTE]
             continue
-        note(policy.name.lower().replace("_", " "))
         measured = line(policy)
         # A policy that keeps less does strictly more work: if it measures faster, that is noise.
         slower = max([measured, *layers.values()], key=lambda each: each.at(LENGTHS[device.type][1]))
         layers[policy] = slower
-    note("the rest")
     return Rates(
         layers=layers,
         attention=attention,

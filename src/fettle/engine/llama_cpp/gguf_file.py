@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fettle.engine.llama_cpp.gguf_header import MAGIC, read_header
+from fettle.checkpoints.locate import GGUF_MAGIC, gguf_magic_of
+from fettle.engine.llama_cpp.gguf_header import read_header
 from fettle.engine.llama_cpp.library import Batch, last_fault, library, log
 from fettle.errors import UserError
 
@@ -172,7 +173,7 @@ class GGUFFile:
 
     def next_logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Return the logits after `ids`, fp32 (vocabulary,). A prefix shared with the last call is not run again."""
-        shared = _shared(self._held, ids[:-1])
+        shared = common_length(self._held, ids[:-1])
         self._ensure_capacity(len(ids), shared)
         logits = torch.empty(0)
         for start in range(len(self._held), len(ids), CHUNK_TOKENS):
@@ -256,23 +257,14 @@ def supports_gpu() -> bool:
 
 def require_gguf(path: Path) -> None:
     """Raise UserError unless the file begins with the GGUF magic; nothing else is read."""
-    head = _head(path)
-    if head != MAGIC:
+    if (found := gguf_magic_of(path)) != GGUF_MAGIC:
         raise UserError(
-            f"{path} is not a GGUF file: it begins with {head!r}, expected {MAGIC!r}; fetch or export it again."
+            f"{path} is not a GGUF file: it begins with {found!r}, expected {GGUF_MAGIC!r}; fetch or export it again."
         )
 
 
-def _head(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(MAGIC))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a GGUF file.") from error
-
-
-def _shared(held: Sequence[int], ids: Sequence[int]) -> int:
-    """Return the length of the common prefix."""
+def common_length(held: Sequence[int], ids: Sequence[int]) -> int:
+    """Return how many tokens both begin with."""
     count = 0
     for ours, theirs in zip(held, ids, strict=False):
         if ours != theirs:

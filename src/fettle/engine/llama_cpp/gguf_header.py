@@ -17,9 +17,9 @@ from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from fettle.checkpoints.locate import GGUF_MAGIC
 from fettle.errors import UserError
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 LONGEST_NAME, MOST_DIMENSIONS = 65535, 4
 _TEXT, _ARRAY = 8, 9
@@ -113,8 +113,8 @@ class _Reader:
 
     def header(self) -> Header:
         found = Header()
-        if self.data[:4] != MAGIC:
-            raise _Malformed(f"it begins with {self.data[:4]!r}, expected {MAGIC!r}")
+        if self.data[:4] != GGUF_MAGIC:
+            raise _Malformed(f"it begins with {self.data[:4]!r}, expected {GGUF_MAGIC!r}")
         self.at = 4
         if (version := self.number("I")) not in VERSIONS:
             raise _Malformed(f"its version is {version}, expected {' or '.join(map(str, VERSIONS))}")

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.data import generation_prompt
-from fettle.engine.llama_cpp.gguf_file import GGUFFile
+from fettle.engine.llama_cpp.gguf_file import GGUFFile, common_length
 from fettle.engine.llama_cpp.tokenizer import LlamaCppTokenizer
 from fettle.errors import UserError
 from fettle.export.gguf.battery import battery
@@ -75,7 +75,7 @@ def verify(
         kl=float(torch.cat(divergences).mean()),
         top_agreement=float(torch.cat(agreements).float().mean()),
         continuation_tokens=len(expected),
-        continuation_equal=_common(expected, _greedy_in_file(file, inputs[0])),
+        continuation_equal=common_length(expected, _greedy_in_file(file, inputs[0])),
         has_template=bool(file.chat_template) or not tokenizer.chat_template,
         chat_equal=_is_chat_equal(file, tokenizer),
     )
@@ -123,13 +123,3 @@ def _greedy_in_file(file: GGUFFile, prompt: list[int]) -> list[int]:
     for _ in range(NEW_TOKENS):
         ids.append(int(file.next_logits(ids).argmax()))
     return ids[len(prompt) :]
-
-
-def _common(expected: list[int], found: list[int]) -> int:
-    """Return the length of the common prefix."""
-    same = 0
-    for left, right in zip(expected, found, strict=False):
-        if left != right:
-            break
-        same += 1
-    return same
