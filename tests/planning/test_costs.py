@@ -112,15 +112,15 @@ def saved_bytes(family: str, policy: Policy, monkeypatch: pytest.MonkeyPatch) ->
     x = torch.randn(1, TOKENS, SIZES["hidden_size"]).bfloat16().requires_grad_()
     seen: dict[str, Any] = {}
 
-    def catch(_: Any, args: Any, kwargs: Any) -> None:
-        seen.update(kwargs)
+    def catch(_: Any, args: Any) -> None:
+        seen["context"] = args[1]
 
-    handle = layer.register_forward_pre_hook(catch, with_kwargs=True)
+    handle = layer.register_forward_pre_hook(catch)
     with torch.no_grad():
         model.model(inputs_embeds=x, use_cache=False)
     handle.remove()
-    known = {t.untyped_storage().data_ptr() for t in [*adapted.parameters(), *seen["cos_sin"]]}
-    known |= {v.untyped_storage().data_ptr() for v in vars_of(seen["documents"])}
+    known = {t.untyped_storage().data_ptr() for t in [*adapted.parameters(), *seen["context"].rotation]}
+    known |= {v.untyped_storage().data_ptr() for v in vars_of(seen["context"].documents)}
     kept: dict[int, torch.Tensor] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fettle.data import Row, read_rows, tokenize_rows
 from fettle.errors import UserError
+from fettle.models.attention_context import PackedDocuments
 from fettle.models.decoder import DecoderForCausalLM
-from fettle.models.packing import row_documents
 
 SAMPLES, HELD_OUT = 128, 16
 LENGTH = 512
@@ -103,10 +103,5 @@ class _Seen:
 
 
 def _run(model: DecoderForCausalLM, layer: nn.Module, state: torch.Tensor) -> torch.Tensor:
-    positions = torch.arange(state.shape[1], device=state.device)[None]
-    cos_sin = model.model.rotary_emb(state, positions, None)
-    documents = row_documents(state, None)
-    found: torch.Tensor = layer(
-        state, cos_sin=cos_sin, attention_mask=None, documents=documents, past_key_values=None
-    )
+    found: torch.Tensor = layer(state, PackedDocuments.of_rows(model.model.rotary_emb, state))
     return found

@@ -7,7 +7,7 @@ by a dense mask, and attention never crosses documents.
 Shapes: B batch, N tokens per row, H heads, K key-value heads, D channels per head, E hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,9 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
+from fettle.models.attention_context import AttentionContext, MaskedBatch, PackedDocuments
 from fettle.models.families import FAMILIES, Family, head_dim_of, option, sliding_window_of
 from fettle.models.graphs import LayerGraphs, active_adapters
 from fettle.models.mlp import DecoderMLP
@@ -28,7 +28,7 @@ from fettle.models.offloaded_embedding import OffloadedEmbedding
 from fettle.models.packing import find_documents, row_documents
 from fettle.models.projections import project
 from fettle.models.rope import DecoderRotaryEmbedding
-from fettle.ops import Documents, apply_rotary, packed_attention, rms_norm, softcap_attention
+from fettle.ops import rms_norm
 from fettle.ops.attention import KeptAttention
 from fettle.recompute.policies import Keeping, Policy, run_layer
 
@@ -42,28 +42,6 @@ class DecoderRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps, offset=self.offset)
-
-
-def written_out_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """The `eager` attention of transformers' interface. query: (B, H, N, D); result: (B, N, H, D)."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-    if attention_mask is None and query.shape[2] == 1:  # a single new token attends to everything before it
-        attention_mask = torch.ones(1, 1, dtype=torch.bool, device=query.device)
-    out = softcap_attention(
-        query, key, value, attention_mask, scale=scaling, softcap=softcap, dropout=dropout
-    )
-    return out.transpose(1, 2), None
 
 
 class DecoderAttention(nn.Module):
@@ -108,56 +86,17 @@ class DecoderAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
+    @property
+    def dropout(self) -> float:
+        """The share of attention weights to drop in this pass."""
+        return self.config.attention_dropout if self.training else 0.0
+
     def forward(
-        self,
-        x: torch.Tensor,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        documents: Documents | None,
-        past_key_values: Cache | None,
-        kept: KeptAttention | None = None,
-        **kwargs: Any,
+        self, x: torch.Tensor, context: AttentionContext, kept: KeptAttention | None = None
     ) -> torch.Tensor:
-        query, key, value = self.project(x)
-        query, key = apply_rotary(query, *cos_sin), apply_rotary(key, *cos_sin)
-        dropout: float = self.config.attention_dropout if self.training else 0.0
-        if documents is not None:
-            query, key, value = (
-                t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)
-            )  # (B * N, H, D)
-            out = packed_attention(
-                query,
-                key,
-                value.contiguous(),  # a slice of a fused projection would keep the whole of it for backward
-                documents,
-                scale=self.scaling,
-                window=self.sliding_window,
-                softcap=self.softcap,
-                dropout=dropout,
-                kept=kept,
-            )
-        else:
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
-            attend: Callable[..., tuple[torch.Tensor, Any]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, written_out_attention
-            )
-            if (
-                self.softcap is not None
-            ):  # the sdpa interface refuses the argument, so pass it only if it is set
-                kwargs["softcap"] = self.softcap
-            out, _ = attend(
-                self,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=dropout,
-                scaling=self.scaling,
-                sliding_window=self.sliding_window,
-                **kwargs,
-            )
-        return self.o_proj(out.reshape(*x.shape[:-1], -1))
+        """x: (B, N, E) -> (B, N, E). context: what the pass attends to. kept: see `recompute/policies.py`."""
+        attended = context.attend(self, *self.project(x), kept)
+        return self.o_proj(attended.reshape(*x.shape[:-1], -1))
 
 
 LONG_ROW = 512  # tokens; longer rows are scored with packed attention, as stock's scores take N^2 memory
@@ -178,18 +117,18 @@ class DecoderLayer(nn.Module):
             self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
         self.residual_dropout = nn.Dropout(option(config, "resid_pdrop", 0.0))
 
-    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
-            return run_layer(self.policy, partial(self.compute, **kwargs), x)
-        return self.compute(x, Keeping(), **kwargs)
+            return run_layer(self.policy, partial(self.compute, context=context), x)
+        return self.compute(x, Keeping(), context)
 
-    def compute(self, x: torch.Tensor, keeping: Keeping, **kwargs: Any) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, keeping: Keeping, context: AttentionContext) -> torch.Tensor:
         """x: (B, N, E) -> (B, N, E). keeping: what the layer's parts may keep for backward."""
         mlp = partial(
             self.mlp, keep=keeping.mlp, skip_output=keeping.is_recomputing and not self.has_sandwich_norms
         )
         attended = self.self_attn(
-            keeping.recomputed(self.input_layernorm, x), kept=keeping.attention, **kwargs
+            keeping.recomputed(self.input_layernorm, x), context, kept=keeping.attention
         )
         if self.has_sandwich_norms:
             x = x + self.residual_dropout(self.post_attention_layernorm(attended))
@@ -213,6 +152,10 @@ class DecoderPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers would look for its attention interface in this file
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, every_n_layers: int = 1
@@ -253,14 +196,15 @@ class Decoder(DecoderPreTrainedModel):
     def use_graphs(self, tokens: int) -> None:
         """Run training batches of up to `tokens` tokens as CUDA graphs; for frozen embeddings without dropout."""
 
-        def layers(
-            x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], documents: Documents
-        ) -> torch.Tensor:
-            for layer in self.layers:
-                x = layer(x, cos_sin=cos_sin, attention_mask=None, documents=documents, past_key_values=None)
-            return x
+        self.graphs = LayerGraphs(
+            self.run_layers, self.layers.parameters(), tokens, active_adapters(self.layers)
+        )
 
-        self.graphs = LayerGraphs(layers, self.layers.parameters(), tokens, active_adapters(self.layers))
+    def run_layers(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """x: (B, N, E) -> (B, N, E), before the final norm."""
+        for layer in self.layers:
+            x = layer(x, context)
+        return x
 
     @can_return_tuple
     def forward(
@@ -293,30 +237,24 @@ class Decoder(DecoderPreTrainedModel):
         is_own = packed is None and past_key_values is None and self._has_own_attention
         documents = row_documents(x, attention_mask) if is_own and (self.training or is_long) else packed
 
-        masks = self.masks(x, attention_mask, position_ids, past_key_values) if documents is None else {}
         lengths = None if packed is None else packed.lengths.view(x.shape[:2])
-        cos_sin = self.rotary_emb(x, position_ids, lengths)
+        rotation = self.rotary_emb(x, position_ids, lengths)
+        context: AttentionContext
+        if documents is not None:
+            context = PackedDocuments(rotation, documents)
+        else:
+            masks = self.masks(x, attention_mask, position_ids, past_key_values)
+            context = MaskedBatch(rotation, masks, past_key_values, kwargs)
+        if output_hidden_states:
+            states = [x]
+            for layer in self.layers:
+                states.append(layer(states[-1], context))
+            states[-1] = self.norm(states[-1])
+            return BaseModelOutputWithPast(states[-1], past_key_values, hidden_states=tuple(states))
         graphs = self.graphs if self.training else None
-        if graphs is not None and documents is not None and not output_hidden_states and graphs.serves(x):
-            return BaseModelOutputWithPast(last_hidden_state=self.norm(graphs.run(x, cos_sin, documents)))
-        every_state = [x] if output_hidden_states else []
-        for layer, is_sliding in zip(self.layers, self.is_sliding, strict=True):
-            x = layer(
-                x,
-                cos_sin=cos_sin,
-                attention_mask=masks.get(is_sliding),
-                documents=documents,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
-            if output_hidden_states:
-                every_state.append(x)
-        x = self.norm(x)
-        return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=past_key_values,
-            hidden_states=(*every_state[:-1], x) if output_hidden_states else None,
-        )
+        if graphs is not None and isinstance(context, PackedDocuments) and graphs.serves(x):
+            return BaseModelOutputWithPast(self.norm(graphs.run(x, context)))
+        return BaseModelOutputWithPast(self.norm(self.run_layers(x, context)), past_key_values)
 
     @property
     def _has_own_attention(self) -> bool:
@@ -432,7 +370,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
 
 def _make_class(family: Family) -> type[DecoderForCausalLM]:
     facts = {
-        "__module__": __name__,  # transformers searches this module's source for the attention interface call
+        "__module__": __name__,
         "__doc__": f"fettle's decoder as {family.architecture}.",
         "config_class": family.config,
         "family": family,

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from fettle.models.attention_context import PackedDocuments
 from fettle.ops import Documents
 
 Layers = Callable[..., torch.Tensor]
@@ -30,7 +31,7 @@ SHORTEST = 0.6
 class LayerGraphs:
     """The graphs of one model for rows of up to `tokens` tokens; captured on the first `run`.
 
-    layers: runs all layers, (x, cos_sin, documents) -> x. It must run the same kernels in every call, without dropout,
+    layers: runs all layers, (x, context) -> x. It must run the same kernels in every call, without dropout,
     as long as `state` returns the same value.
     """
 
@@ -61,17 +62,18 @@ class LayerGraphs:
         is_free = not has_gradient or self.captured is None or self.captured.open() is None
         return is_free and self.calls[kind] > 1 and not x.requires_grad
 
-    def run(
-        self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], documents: Documents
-    ) -> torch.Tensor:
+    def run(self, x: torch.Tensor, context: PackedDocuments) -> torch.Tensor:
         """Return what the layers return for x (B, N, E); gradients go to the trained parameters alone.
 
-        documents: of all rows concatenated, as the graph has a single row.
+        context: the documents of all rows concatenated, as the graph has a single row.
         """
         rows = x.reshape(1, -1, x.shape[-1])
-        cos, sin = (each.expand(x.shape[0], -1, -1).reshape(1, -1, each.shape[-1]) for each in cos_sin)
-        graph = self._graph(rows, (cos, sin), len(documents.bounds) + 1)  # one more bound for the padding
-        graph.take(rows, (cos, sin), documents)
+        cos, sin = (
+            each.expand(x.shape[0], -1, -1).reshape(1, -1, each.shape[-1]) for each in context.rotation
+        )
+        flat = PackedDocuments((cos, sin), context.documents)
+        graph = self._graph(rows, flat)
+        graph.take(rows, flat)
         if isinstance(graph, _Captured):
             # x needs no gradient, so a trained parameter ties the output to autograd
             output: torch.Tensor = _Replay.apply(graph, self.trained[0])
@@ -79,21 +81,20 @@ class LayerGraphs:
             output = graph.replay()
         return output[:, : rows.shape[1]].view_as(x)
 
-    def _graph(
-        self, rows: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], bounds: int
-    ) -> "_Captured | _Forward":
+    def _graph(self, rows: torch.Tensor, context: PackedDocuments) -> "_Captured | _Forward":
         """Return the graph for this pass; captures it if there is none, or only one for fewer documents."""
+        bounds = len(context.documents.bounds) + 1  # one more for the padding
         # Bounds are rounded up to a power of two, so that a few captures serve every number of documents.
         size, state = 1 << (bounds - 1).bit_length(), self.state()
         if torch.is_grad_enabled():
-            if self.captured is None or len(self.captured.documents.bounds) < bounds:
+            if self.captured is None or len(self.captured.context.documents.bounds) < bounds:
                 self.captured = None  # free its memory before capturing the next
-                self.captured = _Captured(self, rows, cos_sin, size)
+                self.captured = _Captured(self, rows, context, size)
             return self.captured
         found = self.without_gradient.pop(state, None)
-        if found is None or len(found.documents.bounds) < bounds:
+        if found is None or len(found.context.documents.bounds) < bounds:
             found = None
-            found = _Forward(self, rows, cos_sin, size)
+            found = _Forward(self, rows, context, size)
         self.without_gradient[state] = found
         return found
 
@@ -108,27 +109,26 @@ def active_adapters(layers: nn.Module) -> Callable[[], Hashable]:
 class _Inputs:
     """What a graph reads: always at the same place, always of the same shape."""
 
-    def __init__(
-        self, tokens: int, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], bounds: int
-    ) -> None:
+    def __init__(self, tokens: int, x: torch.Tensor, context: PackedDocuments, bounds: int) -> None:
         device = x.device
         self.x = x.new_zeros(1, tokens, x.shape[-1])
-        self.cos_sin = tuple(each.new_zeros(1, tokens, each.shape[-1]) for each in cos_sin)
-        self.documents = Documents(
+        cos, sin = (each.new_zeros(1, tokens, each.shape[-1]) for each in context.rotation)
+        documents = Documents(
             lengths=torch.empty(0, device=device),
             starts=torch.zeros(tokens, dtype=torch.int32, device=device),
             bounds=torch.full((bounds,), tokens, dtype=torch.int32, device=device),
             longest=tokens,
         )
-        self.documents.bounds[0] = 0
+        documents.bounds[0] = 0
+        self.context = PackedDocuments((cos, sin), documents)
 
-    def take(self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], documents: Documents) -> None:
+    def take(self, x: torch.Tensor, context: PackedDocuments) -> None:
         """Copy the inputs in; what is beyond them is padding, a document of its own."""
-        length = x.shape[1]
-        for static, given in zip((self.x, *self.cos_sin), (x, *cos_sin), strict=True):
+        length, documents = x.shape[1], context.documents
+        for static, given in zip((self.x, *self.context.rotation), (x, *context.rotation), strict=True):
             static[:, :length].copy_(given)
             static[:, length:].zero_()
-        starts, bounds = self.documents.starts, self.documents.bounds
+        starts, bounds = self.context.documents.starts, self.context.documents.bounds
         starts[:length].copy_(documents.starts)
         starts[length:].fill_(length)
         bounds[: len(documents.bounds)].copy_(documents.bounds)
@@ -138,14 +138,12 @@ class _Inputs:
 class _Forward(_Inputs):
     """The graph of a pass without gradient."""
 
-    def __init__(
-        self, owner: LayerGraphs, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], bounds: int
-    ) -> None:
-        super().__init__(owner.tokens, x, cos_sin, bounds)
+    def __init__(self, owner: LayerGraphs, x: torch.Tensor, context: PackedDocuments, bounds: int) -> None:
+        super().__init__(owner.tokens, x, context, bounds)
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(x.device)
         with torch.cuda.graph(self.graph), torch.no_grad():
-            self.output = owner.layers(self.x, self.cos_sin, self.documents)
+            self.output = owner.layers(self.x, self.context)
 
     def replay(self) -> torch.Tensor:
         self.graph.replay()
@@ -159,10 +157,8 @@ class _Captured(_Inputs):
     backward graph adds to them, so they must be the parameters' `grad` when it is captured and when it is replayed.
     """
 
-    def __init__(
-        self, owner: LayerGraphs, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], bounds: int
-    ) -> None:
-        super().__init__(owner.tokens, x, cos_sin, bounds)
+    def __init__(self, owner: LayerGraphs, x: torch.Tensor, context: PackedDocuments, bounds: int) -> None:
+        super().__init__(owner.tokens, x, context, bounds)
         device = x.device
         self.open: Callable[[], Any] = lambda: None
         """Returns the autograd context of a forward pass whose backward has not run yet, if it is still alive."""
@@ -174,7 +170,7 @@ class _Captured(_Inputs):
         torch.cuda.empty_cache()
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward), torch.enable_grad():
-            self.output = owner.layers(self.x, self.cos_sin, self.documents)
+            self.output = owner.layers(self.x, self.context)
         self.grad = torch.zeros_like(self.output)
         before = [parameter.grad for parameter in self.trained]
         for parameter, view in zip(self.trained, self.views, strict=True):

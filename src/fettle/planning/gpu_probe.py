@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from fettle.adapters.lora import adapt
+from fettle.models.attention_context import PackedDocuments
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
-from fettle.models.packing import row_documents
 from fettle.ops.token_log_probs import chunk_tokens, token_log_probs
 from fettle.planning.costs import Workload
 from fettle.planning.rates import Line, PairSeconds, Rates, visible_pairs
@@ -121,11 +121,9 @@ def _time_layer(
 
 def layer_call(model: DecoderForCausalLM, x: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Return a function that runs only the first layer on x (1, N, E), one document; its inputs are made beforehand."""
-    positions = torch.arange(x.shape[1], device=x.device)[None]
-    cos_sin = model.model.rotary_emb(x, positions, None)
-    documents = row_documents(x, None)
+    context = PackedDocuments.of_rows(model.model.rotary_emb, x)
     layer = model.model.layers[0]
-    return lambda: layer(x, cos_sin=cos_sin, attention_mask=None, documents=documents, past_key_values=None)
+    return lambda: layer(x, context)
 
 
 def _recorded(step: Callable[[], None]) -> Callable[[], None]:
