@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fettle.ops.kernels import attention, gated_activation, nf4, rms_norm, rotary
+from fettle.ops.kernels import attention, gated_activation, nf4, paged_attention, rms_norm, rotary
 
 TARGETS = {75: "fp16", 80: "bf16", 90: "bf16"}
 SHARED_LIMIT = {75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
@@ -23,9 +23,10 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 FLOATS = "scale eps nested_offset".split()
 FP32_POINTERS = "rstd partials table absmax code_book nested_absmax logsumexp delta".split()
+INT_POINTERS = "starts ends bounds lengths slots page_table".split()
 HALF_POINTERS = """x weight output grad grad_x gate up grad_gate grad_up product cos sin query key value out
-    grad_query grad_key grad_value""".split()
-POINTERS = dict.fromkeys(FP32_POINTERS, "*fp32") | {"packed": "*u8", "starts": "*i32", "ends": "*i32"}
+    grad_query grad_key grad_value keys values rotated""".split()
+POINTERS = dict.fromkeys(FP32_POINTERS, "*fp32") | dict.fromkeys(INT_POINTERS, "*i32") | {"packed": "*u8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,8 @@ class Case:
     size: str
     constants: dict[str, Any]
     warps: int = 4
-    is_pointwise: bool = True
+    stages: int = 3
+    may_spill: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ def cases(capability: int) -> Iterator[Case]:
     for nested in (False, True):
         yield Case(nf4.nf4_dequantize_kernel, "nested" if nested else "plain", {"IS_NESTED": nested, **sizes})
     yield from _attention(capability)
+    yield from _paged_attention(capability)
 
 
 def _attention(capability: int) -> Iterator[Case]:
@@ -83,7 +86,28 @@ def _attention(capability: int) -> Iterator[Case]:
         attention.query_gradient_kernel,
         attention.key_value_gradient_kernel,
     ):
-        yield Case(kernel, f"{channels}", constants, is_pointwise=False)
+        yield Case(kernel, f"{channels}", constants, stages=1, may_spill=True)
+
+
+def _paged_attention(capability: int) -> Iterator[Case]:
+    for group, channels in ((1, 96), (2, 256), (4, 128), (4, 64)):
+        common = {"D": channels, "PADDED": triton.next_power_of_2(channels), "HEADS": paged_attention.HEADS}
+        size = f"{group} x {channels}"
+        yield Case(paged_attention.write_cache_kernel, size, common)
+        constants = common | {"ROTARY": channels, "HALF": common["PADDED"] // 2, "REST": 1}
+        yield Case(paged_attention.rotate_and_cache_kernel, size, constants)
+        del common["HEADS"]
+        read = common | {"GROUP": group, "PAGE": 16, "SOFTCAP": 50.0 if channels == 256 else 0.0}
+        layout = paged_attention.decode_layout(group, channels, 2, capability)
+        warps, stages = layout.pop("num_warps"), layout.pop("num_stages")
+        constants = read | layout | {"SPLITS": 16}
+        yield Case(paged_attention.decode_kernel, size, constants, warps, stages)
+        constants = common | {"SPLITS": 64, "PARTS": 64, "KEYS": 32}
+        yield Case(paged_attention.merge_kernel, size, constants, 8)
+        layout = paged_attention.prefill_layout(group, channels, 2, capability)
+        warps, stages = layout.pop("num_warps"), layout.pop("num_stages")
+        constants = read | layout | {"SEQUENCES": 64}
+        yield Case(paged_attention.prefill_kernel, size, constants, warps, stages, may_spill=capability < 80)
 
 
 def usage(case: Case, capability: int) -> Usage:
@@ -104,7 +128,7 @@ def usage(case: Case, capability: int) -> Usage:
     built = triton.compile(
         ASTSource(case.kernel, signature, case.constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": case.warps, "num_stages": 1 if not case.is_pointwise else 3},
+        options={"num_warps": case.warps, "num_stages": case.stages},
     )
     return _read(built.asm["cubin"], built.metadata.shared)
 

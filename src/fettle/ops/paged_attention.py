@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from fettle.ops.attention import softcap_attention
-from fettle.ops.dispatch import best_product_dtype
+from fettle.ops.dispatch import best_product_dtype, uses_triton
 from fettle.ops.rotary import apply_rotary
 
 # --- write -------------------------------------------------------------------------------------------------
@@ -32,6 +32,11 @@ def write_cache(
 
     slots: (T,) int32 or int64; tokens with a negative slot (padding) are skipped.
     """
+    if uses_triton(keys):
+        from fettle.ops.kernels import paged_attention as kernels
+
+        kernels.write_cache(key, value, keys, values, slots)
+        return
     real = (slots >= 0).nonzero().flatten()
     for new, cache in ((key, keys), (value, values)):
         rows = new.index_select(0, real).to(cache.dtype)
@@ -53,9 +58,13 @@ def rotate_and_cache(
     query: (T, H, D); key, value: (T, K, D); views of one fused projection need no copy. cos, sin: (T, rotary_dim),
     see `ops.rotary`. slots: as in `write_cache`.
     """
-    query, key = (apply_rotary(x.transpose(0, 1)[None], cos[None], sin[None])[0] for x in (query, key))
+    if uses_triton(keys):
+        from fettle.ops.kernels import paged_attention as kernels
+
+        return kernels.rotate_and_cache(query, key, value, cos, sin, keys, values, slots)
+    turned, key = (apply_rotary(x.transpose(0, 1)[None], cos[None], sin[None])[0] for x in (query, key))
     write_cache(key.transpose(0, 1), value, keys, values, slots)
-    return query.transpose(0, 1)
+    return turned.transpose(0, 1).to(query.dtype)
 
 
 # --- read --------------------------------------------------------------------------------------------------
@@ -78,6 +87,16 @@ def decode_attention(
     query: (S, H, D). lengths: (S,) int32, cached tokens including the new one; 0 marks a padding row, whose result is
     zero. splits: parts of each sequence that a GPU works on at the same time; None chooses it by the shapes.
     """
+    if uses_triton(query):
+        from fettle.ops.kernels import paged_attention as kernels
+
+        return kernels.decode_attention(
+            *(query, keys, values, page_table, lengths),
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            splits=splits,
+        )
     return decode_attention_reference(
         query, keys, values, page_table, lengths, scale=scale, window=window, softcap=softcap
     )
@@ -127,6 +146,15 @@ def prefill_attention(
     int32, cached tokens of each sequence including its new ones. The i-th of n new tokens is at position
     lengths - n + i.
     """
+    if uses_triton(query):
+        from fettle.ops.kernels import paged_attention as kernels
+
+        return kernels.prefill_attention(
+            *(query, keys, values, page_table, bounds, lengths),
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
     return prefill_attention_reference(
         query, keys, values, page_table, bounds, lengths, scale=scale, window=window, softcap=softcap
     )
