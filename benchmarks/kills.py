@@ -302,7 +302,7 @@ def no_run_to_resume(words: list[str], log: Path) -> Iterator[str]:
     """Where nothing can be resumed, --resume says so and what to do."""
     code, _ = run(words, log)
     said = log.read_text()
-    if code != 2 or "contains no run to resume" not in said or "omit --resume" not in said:
+    if code != 2 or "contains no run to resume" not in said or "or start a new one" not in said:
         yield f"--resume without a run ended with exit code {code}: {said[-300:]}"
 
 

@@ -732,7 +732,7 @@ def test_a_gguf_file_is_neither_trained_nor_exported(refused, gguf_pair, chats, 
         (chat_row(("user", "Say 1.")), (), ["rows.jsonl, line 1", "no assistant turn"]),
         (chat_row(("user", "Say 1."), ("assistant", " ")), (), ["Nothing is left", "turn is empty"]),
         (GOOD, ("--samples", 0), "--samples is 0; expected 1 or more"),
-        (GOOD, ("--max-length", 1), "max_length is 1; expected at least 2"),
+        (GOOD, ("--max-length", 1), "--max-length is 1; expected at least 2"),
     ],
 )
 def test_rows_that_cannot_be_compared(refused, small_model, tmp_path, content, words, says):

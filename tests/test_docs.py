@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fettle
+from fettle.options import flag
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "fettle"
@@ -119,14 +120,21 @@ def test_the_tables_of_benchmarks_are_what_the_results_say(
         assert chart.read_text() == page.with_name(chart.name).read_text()
 
 
+def text_of_part(part: ast.expr) -> str:
+    """A part of an f-string as the command line prints it; a line break for a value that only a run knows."""
+    if isinstance(part, ast.Constant):
+        return str(part.value)
+    named = re.search(r"option\('(\w+)'\)", ast.unparse(ast.JoinedStr([part])))
+    return flag(named[1]) if named else "\n"
+
+
 def texts_of_the_source() -> str:
     """Every text in the source, one a line, values in it as a line of their own."""
     found = []
     for file in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.JoinedStr):
-                parts = (part.value if isinstance(part, ast.Constant) else "\n" for part in node.values)
-                found.append("".join(map(str, parts)))
+                found.append("".join(map(text_of_part, node.values)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return "\n".join(found)

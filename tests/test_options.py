@@ -167,8 +167,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         (GIVEN + "targets: [[a]]", ["expected a list of text values"]),
         (GIVEN + "rank: 1\nrank: 2", ["line 4", "'rank'", "set twice"]),
         (GIVEN + "? [a]\n: b", ["line 3", "unknown option a list"]),
-        ("model: m\n", ["--data is required"]),
-        ("rank: 1\n", ["--model and --data are required"]),
+        ("model: m\n", ["data is required"]),
+        ("rank: 1\n", ["model and data are required"]),
         ("- a\n- b\n", ["line 1", "found a list", "rank: 16"]),
         ("hello", ["found 'hello'"]),
         ("", ["contains no options"]),
@@ -217,7 +217,7 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
     ],
 )
 def test_values_given_from_python_are_checked_too(name, value):
-    with pytest.raises(UserError, match=f"--{name}: expected"):
+    with pytest.raises(UserError, match=f"^{name}: expected"):
         resolve(Run, {"model": "m", "data": ["d"], name: value}, None)
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from collections.abc import Callable
 
 REMEDIES = {
     errno.ENOSPC: "free some space there, or choose a location on another disk",
@@ -13,13 +14,28 @@ REMEDIES = {
 }
 """What the user can do when the system runs out of a resource, by errno."""
 
+_OPTION = re.compile("\x0e([a-z_]+)\x0f")  # shift out, shift in
+
+
+def option(name: str) -> str:
+    """Return an option's name for the message of a UserError, marked so that each face can word it."""
+    return f"\x0e{name}\x0f"
+
 
 class UserError(Exception):
     """An error the user can fix.
 
     The message is one or two sentences: which file, row or option; what was found; what was expected; how to fix it.
-    The command line prints it without a traceback and exits with code 2.
+    An option in it is marked by `option`: `str(error)` names it as Python does (max_length). The command line writes
+    --max-length, prints the message without a traceback and exits with code 2.
     """
+
+    def __str__(self) -> str:
+        return self.worded(str)
+
+    def worded(self, word: Callable[[str], str]) -> str:
+        """Return the message with `word(name)` for each option."""
+        return _OPTION.sub(lambda found: word(found[1]), super().__str__())
 
 
 class ModelFault(UserError):
@@ -56,10 +72,10 @@ def shortage(error: Exception) -> str | None:
 def reason_of(error: BaseException) -> str:
     """Return a library's error as one line for a UserError: its first line, or two if the first ends with a colon.
 
-    The type is included for errors such as KeyError, whose text alone says little.
+    The type is included for errors such as KeyError, whose text alone says little. Options stay marked.
     """
     if isinstance(error, UserError):
-        return str(error)
+        return error.worded(option)
     lines = [line.strip() for line in str(error).strip().splitlines()] or ["no reason given"]
     reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
     return (

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 
 # What a folder contains: the first of these names found in it decides.
 _SIGNS = (
@@ -127,7 +127,7 @@ def require_new_file(path: Path, *, replace: bool = False) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder, but the output is a file: choose another path.")
     if os.path.lexists(path) and not replace:
-        raise UserError(f"{path} already exists: choose another file, or pass --overwrite.")
+        raise UserError(f"{path} already exists: choose another file, or pass {option('overwrite')}.")
     _require_writable(path.resolve())
 
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, Union, get_ar
 import yaml
 
 from fettle import terminal
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.files import write_aside
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def add_options(parser: argparse.ArgumentParser, options: type["DataclassInstanc
     hints = get_type_hints(options)
     for field in dataclasses.fields(options):
         parser.add_argument(
-            _flag(field.name), default=argparse.SUPPRESS, help=_help(field), **_argument(hints[field.name])
+            flag(field.name), default=argparse.SUPPRESS, help=_help(field), **_argument(hints[field.name])
         )
 
 
@@ -157,10 +157,14 @@ def resolve(options: type[T], typed: Mapping[str, Any], config_file: Path | None
     for field in dataclasses.fields(options):
         if field.name in typed:
             values[field.name] = _check_typed(field.name, typed[field.name], hints[field.name])
-    missing = [_flag(f.name) for f in dataclasses.fields(options) if _is_required(f) and f.name not in values]
+    missing = [
+        option(f.name) for f in dataclasses.fields(options) if _is_required(f) and f.name not in values
+    ]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise UserError(f"{_all_of(missing)} {verb} required, on the command line or in the --config file.")
+        raise UserError(
+            f"{_all_of(missing)} {verb} required, on the command line or in the {option('config')} file."
+        )
     return options(**values)
 
 
@@ -187,7 +191,7 @@ def _check_typed(name: str, value: Any, hint: Any) -> Any:
     try:
         return _convert(value, kind)
     except ValueError as error:
-        raise UserError(f"{_flag(name)}: {error}.") from None
+        raise UserError(f"{option(name)}: {error}.") from None
 
 
 def _read_file(options: type["DataclassInstance"], path: Path) -> dict[str, Any]:
@@ -220,7 +224,7 @@ def _mapping(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
             )
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
-        raise UserError(f"--config: cannot read {path}: {error.strerror}.") from None
+        raise UserError(f"{option('config')}: cannot read {path}: {error.strerror}.") from None
     except yaml.MarkedYAMLError as error:
         at = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{at}: this is not valid YAML ({error.problem}); {expected}.") from None
@@ -313,7 +317,8 @@ def _is_required(field: "dataclasses.Field[Any]") -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Return how an option is named on the command line: max_length is --max-length."""
     return "--" + name.replace("_", "-")
 
 

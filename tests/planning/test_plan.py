@@ -6,6 +6,7 @@ import itertools
 import pytest
 from transformers import Gemma2Config, LlamaConfig
 
+from fettle.options import flag
 from fettle.planning.costs import Workload
 from fettle.planning.plan import NEAR, Plan, Planner, allowed_policies, least_peak
 from fettle.planning.rates import Line, PairSeconds, Rates
@@ -93,8 +94,9 @@ def test_advice_is_given_without_a_search(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("fettle.planning.plan._choices", None)
     shapes = Shapes.of(Gemma2Config())
     work = Workload(tokens=8 * 4096, documents=8, batch_size=8)
-    error = refusal(shapes, work, tuple(Policy), base=0, budget=10**9, length_option="--max-length")
-    assert "--batch-size 1 saves" in str(error) and "--max-length 2048 saves" in str(error)
+    error = refusal(shapes, work, tuple(Policy), base=0, budget=10**9, length_option="max_length")
+    assert "batch_size 1 saves" in str(error) and "max_length 2048 saves" in str(error)
+    assert "--batch-size 1 saves" in error.worded(flag) and "--max-length 2048 saves" in error.worded(flag)
 
 
 def test_layers_that_are_redone_come_first(planner: Planner) -> None:
@@ -198,10 +200,10 @@ def test_advice_speaks_of_one_row_and_of_the_batch_first(planner: Planner) -> No
     budget = least(planner, rows.with_batch_size(4))  # an eighth more rows would not fit
     allowed = allowed_policies(planner.shapes, rows, None)
     sentence = str(
-        refusal(planner.shapes, rows, allowed, base=planner.base, budget=budget, length_option="--context")
+        refusal(planner.shapes, rows, allowed, base=planner.base, budget=budget, length_option="context")
     )
-    assert "--context 500 saves" in sentence
-    assert "To need less: --batch-size 4 saves" in sentence
+    assert "context 500 saves" in sentence
+    assert "To need less: batch_size 4 saves" in sentence
 
 
 @pytest.mark.parametrize(

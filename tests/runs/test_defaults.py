@@ -97,7 +97,7 @@ def test_the_longest_row():
     assert length_limit(options(), 131_072) == DEFAULT_MAX_LENGTH
     assert length_limit(options(), 1024) == 1024
     assert length_limit(options(max_length=131_072), 131_072) == 131_072
-    with pytest.raises(UserError, match=r"--max-length is 1025.* 1024 tokens"):
+    with pytest.raises(UserError, match=r"^max_length is 1025.* 1024 tokens"):
         length_limit(options(max_length=1025), 1024)
 
 
@@ -124,7 +124,7 @@ def test_sensible_options_pass():
 )
 def test_what_cannot_be_meant_is_named(values):
     (name,) = values
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is "):
+    with pytest.raises(UserError, match=f"^{name} is "):
         require_valid(options(**values))
 
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_meant_is_named(values):
     "name", ["vocab_size", "hidden_size", "layers", "heads", "key_value_heads", "context"]
 )
 def test_a_size_that_cannot_be_meant_is_named(name):
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is 0"):
+    with pytest.raises(UserError, match=f"^{name} is 0"):
         require_valid(PretrainOptions(data="d", output="o", **{name: 0}))
 
 
@@ -140,5 +140,5 @@ def test_a_size_that_cannot_be_meant_is_named(name):
 def test_an_empty_name_is_refused(name: str) -> None:
     """As `--data "$UNSET"` gives it: the current folder would be taken."""
     named = {"model": "m", "data": "d", "output": "o"} | {name: ""}
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} is empty"):
+    with pytest.raises(UserError, match=f"^{name} is empty"):
         require_valid(TrainOptions(**named))

@@ -116,7 +116,7 @@ def test_a_model_that_is_no_numbers_is_blamed_itself(small_model, chats, tmp_pat
 
 
 def test_a_run_that_diverged_keeps_no_ruined_checkpoint(small_model, chats, tmp_path):
-    with pytest.raises(UserError, match=r"lower --learning-rate, into a new --output"):
+    with pytest.raises(UserError, match=r"lower learning_rate, into a new output"):
         run(small_model, chats, tmp_path / "out", learning_rate=9e8, save_steps=1, max_steps=4)
     checkpoints = (tmp_path / "out" / "checkpoints").glob("checkpoint-*")
     assert all(tensor.isfinite().all() for each in checkpoints for tensor in adapter(each).values())

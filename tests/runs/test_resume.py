@@ -210,7 +210,7 @@ def test_a_run_killed_before_its_run_file_was_written_is_started_again(cli, tmp_
     (tmp_path / ".partial-999999999-run.yaml").touch()
     ended = cli("train", "--resume", "--output", tmp_path)
     assert ended.code == 2 and "contains no run to resume (found nothing" in ended.err
-    assert "omit --resume to start a new one" in ended.err
+    assert "give the --output of an interrupted run, or start a new one" in ended.err
     assert resume.new_output(str(tmp_path)) == str(tmp_path)
 
 

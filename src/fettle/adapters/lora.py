@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from fettle.checkpoints.folder import ADAPTER_WEIGHTS, read_adapter_config
 from fettle.checkpoints.safetensors_header import read_places
-from fettle.errors import UserError, reason_of
+from fettle.errors import UserError, option, reason_of
 from fettle.ops import lora_linear
 from fettle.ops.lora_linear import LowRank, Projection
 from fettle.quantization.layers import matrix_of
@@ -111,7 +111,7 @@ def adapt(
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise UserError(f"--target-modules {target_modules!r}: {reason_of(error)}") from error
+        raise UserError(f"{option('target_modules')} {target_modules!r}: {reason_of(error)}") from error
     return adapted.train()  # PEFT's wrapper is in training mode, but its base still in that of loading
 
 
@@ -127,13 +127,14 @@ def require_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = dict.fromkeys(name.rpartition(".")[2] for name in linear if modules[name] is not head)
             raise UserError(
-                f"--target-modules: the model has no linear layer '{target}'; it has {', '.join(known)}."
+                f"{option('target_modules')}: the model has no linear layer '{target}'; it has {', '.join(known)}."
             )
     config = LoraConfig(target_modules=targets)
     for name, module in modules.items():
         if module is head and check_target_module_exists(config, name):
             raise UserError(
-                f"--target-modules: '{name}' is the model's output head, which cannot be adapted; leave it out."
+                f"{option('target_modules')}: '{name}' is the model's output head, which cannot be adapted; "
+                "leave it out."
             )
 
 

@@ -8,6 +8,7 @@ from fettle import terminal
 from fettle.data import generation_prompt
 from fettle.engine.decode import LONGEST_COMPLETION, Model, Sampling, stream
 from fettle.errors import ModelFault, UserError
+from fettle.options import flag
 
 HELP = "Type a message; /new starts a new conversation, /exit or Ctrl-D quits."
 
@@ -40,7 +41,7 @@ def chat(
             except ModelFault:
                 raise
             except UserError as error:
-                terminal.print_message(str(error))
+                terminal.print_message(error.worded(flag))
 
 
 def _exchange(

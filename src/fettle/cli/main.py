@@ -14,7 +14,7 @@ from typing import Any
 from fettle import terminal
 from fettle.cli import chat, compare, export, generate, plan, pretrain, quickstart, train
 from fettle.errors import Interrupted, ProofError, UserError, shortage
-from fettle.options import Parser
+from fettle.options import Parser, flag
 from fettle.threads import configure_threads
 from fettle.version import __version__
 
@@ -35,8 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _terminable():
             command(options)
-    except (UserError, ProofError) as error:
-        return _report(f"error: {error}", 2 if isinstance(error, UserError) else 1)
+    except UserError as error:
+        return _report(f"error: {error.worded(flag)}", 2)
+    except ProofError as error:
+        return _report(f"error: {error}", 1)
     except Interrupted as stop:
         return _report(f"interrupted. Resume with:\n  {stop}", INTERRUPTED)
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ from fettle.data.fit import fit, without_ends
 from fettle.data.layout import added_tokens, unwritten
 from fettle.data.rows import BadRows, Row, Rows
 from fettle.data.summary import Summary
-from fettle.errors import ModelFault, UserError
+from fettle.errors import ModelFault, UserError, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,7 +82,8 @@ def tokenize_rows(
     """
     if max_length < 2:
         raise UserError(
-            f"max_length is {max_length}; expected at least 2, as each token is predicted from those before it."
+            f"{option('max_length')} is {max_length}; expected at least 2, as each token is predicted from "
+            "those before it."
         )
     if not tokenizer.is_fast:
         raise UserError(
@@ -114,7 +115,7 @@ def _count(examples: list[Example], summary: Summary) -> None:
         reasons = [reason for reason in (summary.reasons(), summary.bad_rows()) if reason]
         raise NothingToTrainOn(
             f"Nothing is left to train on: {len(summary.dropped):,} of {summary.rows:,} rows dropped, "
-            f"{'; '.join(reasons) or 'there are no rows'}; fix the data or raise max_length.",
+            f"{'; '.join(reasons) or 'there are no rows'}; fix the data or raise {option('max_length')}.",
             summary.bad,
         )
     summary.examples = len(examples)

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from fettle.data import end_of_turn, generation_prompt
-from fettle.errors import ModelFault, UserError
+from fettle.errors import ModelFault, UserError, option
 from fettle.models.modes import evaluating
 
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -56,13 +56,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens is {self.max_new_tokens}; expected 1 or more.")
+            raise UserError(f"{option('max_new_tokens')} is {self.max_new_tokens}; expected 1 or more.")
         if not 0 <= self.temperature < math.inf:  # also refuses NaN
-            raise UserError(f"--temperature is {self.temperature}; expected 0 (greedy decoding) or more.")
+            raise UserError(
+                f"{option('temperature')} is {self.temperature}; expected 0 (greedy decoding) or more."
+            )
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p is {self.top_p}; expected a number above 0, at most 1.")
+            raise UserError(f"{option('top_p')} is {self.top_p}; expected a number above 0, at most 1.")
         if self.seed is not None and not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed is {self.seed}; expected a whole number from 0 to {2**32 - 1}.")
+            raise UserError(
+                f"{option('seed')} is {self.seed}; expected a whole number from 0 to {2**32 - 1}."
+            )
 
 
 def generate(
@@ -92,7 +96,9 @@ def prompt_text(
         raise UserError("The prompt is empty; give at least one word.")
     if not is_chat(tokenizer, raw):
         if system is not None:
-            raise UserError("--system needs a model with a chat template, and cannot be combined with --raw.")
+            raise UserError(
+                f"{option('system')} needs a model with a chat template, and cannot be combined with {option('raw')}."
+            )
         return prompt
     messages = [{"role": "system", "content": system}] if system else []
     return generation_prompt(tokenizer, [*messages, {"role": "user", "content": prompt}])
@@ -166,7 +172,7 @@ def not_finite(model: Model) -> ModelFault:
     """Return the error for a model whose logits are NaN or Inf."""
     cure = "fetch or export it again"
     if model.dtype == torch.float16:
-        cure += ", or use --dtype float32, as float16 may overflow"
+        cure += f", or use {option('dtype')} float32, as float16 may overflow"
     return ModelFault(
         f"{model.name_or_path}: the model's logits are NaN or Inf, so its weights"
         f"{' or those of its adapter' if isinstance(model, PeftModel) else ''} are damaged: {cure}."
@@ -225,8 +231,8 @@ def _new_tokens(model: Model, prompt_tokens: int, sampling: Sampling) -> int:
     wanted = sampling.max_new_tokens or max(1, min(room, LONGEST_COMPLETION))
     if wanted > room:
         raise UserError(
-            f"The prompt's {prompt_tokens} tokens and {wanted} new tokens (--max-new-tokens) exceed the model's "
-            f"context of {context} tokens; reduce one of them."
+            f"The prompt's {prompt_tokens} tokens and {wanted} new tokens ({option('max_new_tokens')}) exceed the "
+            f"model's context of {context} tokens; reduce one of them."
         )
     return wanted
 

@@ -27,7 +27,7 @@ from fettle.engine.decode import Model
 from fettle.engine.llama_cpp.gguf_file import GGUFFile, require_gguf
 from fettle.engine.llama_cpp.model import LlamaCppForCausalLM
 from fettle.engine.load import load
-from fettle.errors import UserError
+from fettle.errors import UserError, option, reason_of
 from fettle.evaluation.answers import Answer, Question, answer, exact_share, questions
 from fettle.evaluation.comparison import Comparison, Side
 from fettle.evaluation.scoring import Distributions, Gap, OnExample, Scores, score
@@ -57,7 +57,7 @@ def compare(
     time. Progress is shown on `console` (default: standard error). Raises UserError for faults that the user can fix.
     """
     if samples < 1:
-        raise UserError(f"--samples is {samples}; expected 1 or more.")
+        raise UserError(f"{option('samples')} is {samples}; expected 1 or more.")
     sizes = [size_bytes(name) for name in (a, b)]  # faults of either are found before the first one runs
     for name in (a, b):
         _require_sound(name)
@@ -181,7 +181,7 @@ def _open(name: str | Path, rows: list[Row], max_length: int, dtype: Dtype, devi
     try:
         examples = tokenize_rows(rows, tokenizer, max_length=longest).examples
     except UserError as error:
-        raise UserError(f"{name}: {error}") from error
+        raise UserError(f"{name}: {reason_of(error)}") from error
     asked = {number: q for number, row in enumerate(rows) for q in questions([row], tokenizer)}
     return _Opened(str(name), model, tokenizer, examples, asked)
 

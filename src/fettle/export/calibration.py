@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fettle.data import Row, read_rows, tokenize_rows
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.models.attention_context import PackedDocuments
 from fettle.models.decoder import DecoderForCausalLM
 
@@ -38,7 +38,8 @@ def split(given: list[Row], tokenizer: PreTrainedTokenizerBase) -> Rows:
     rows = [torch.tensor([each.input_ids]) for each in examples if len(each.input_ids) > 1]
     if len(rows) < 2:
         raise UserError(
-            f"--data: {len(rows)} of {len(given)} rows are usable; calibration needs at least 2, preferably 100."
+            f"{option('data')}: {len(rows)} of {len(given)} rows are usable; calibration needs at least 2, "
+            "preferably 100."
         )
     held_out = rows[::8][:HELD_OUT] if len(rows) >= 8 else rows[:1]
     apart = {id(row) for row in held_out}

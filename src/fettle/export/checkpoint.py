@@ -11,7 +11,7 @@ from fettle.adapters.found import base_of
 from fettle.checkpoints.dtypes import Dtype, name_of
 from fettle.checkpoints.folder import is_adapter
 from fettle.checkpoints.locate import locate
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.export.shards import ShardWriter
 from fettle.export.source import Source, open_source
 from fettle.files import replace_folder, require_free_space, require_new_folder, write_aside
@@ -104,7 +104,8 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     found = tensor.to(dtype)
     if dtype == torch.float16 and tensor.dtype != dtype and not found.isfinite().all():
         raise UserError(
-            f"The tensor {name} has values beyond fp16's range (65,504); nothing was written: use --dtype bfloat16."
+            f"The tensor {name} has values beyond fp16's range (65,504); nothing was written: "
+            f"use {option('dtype')} bfloat16."
         )
     return found
 
@@ -112,13 +113,15 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def require_place(name: str | Path, to: Path, overwrite: bool) -> None:
     """Raise UserError if the folder `to` must not be written: it exists, or the model is read from it."""
     if Path.cwd().is_relative_to(to.resolve()):
-        raise UserError(f"--to is {str(to)!r}, which contains the current directory: choose another folder.")
+        raise UserError(
+            f"{option('to')} is {str(to)!r}, which contains the current directory: choose another folder."
+        )
     require_new_folder(to, "the exported model", replace=overwrite)
     if overwrite and to.is_dir():
         folder = locate(str(name))
         sources = [folder, base_of(folder)[1]] if is_adapter(folder) else [folder]
         if any(to.samefile(each) for each in sources):
-            raise UserError(f"--to is {to}, which the model is read from: choose another folder.")
+            raise UserError(f"{option('to')} is {to}, which the model is read from: choose another folder.")
 
 
 def require_disk(to: Path, source: Source, matrix_bytes: float) -> None:

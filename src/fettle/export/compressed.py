@@ -18,7 +18,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStat
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.export.calibration import Rows, curvatures_by_layer, first_rows, mean_loss, split
 from fettle.export.checkpoint import Packing, export_folder, require_disk, require_place
 from fettle.export.merge import load_merged, write_down_context
@@ -61,7 +61,7 @@ def export_four_bits(name: str, to: Path, *, data: str, report: Report, overwrit
     if all(linear.in_features % GROUP for linear in plain_linears(model).values()):
         raise UserError(
             f"{name}: w4a16 quantizes inputs in groups of {GROUP}, which divides the width of none of its matrices; "
-            "use --format fp8 or nf4."
+            f"use {option('format')} fp8 or nf4."
         )
     before = _loss_before(model, rows, name)
     stored, narrow = _in_four_bits(model, rows.calibration, report)
@@ -92,8 +92,8 @@ def _loss_before(model: DecoderForCausalLM, rows: Rows, name: str) -> float:
     loss = mean_loss(model, rows.held_out)
     if not math.isfinite(loss):
         raise UserError(
-            f"{name}: its loss on rows of --data is {loss}: its weights contain NaN or Inf, or its activations "
-            "overflow; nothing was written."
+            f"{name}: its loss on rows of {option('data')} is {loss}: its weights contain NaN or Inf, or its "
+            "activations overflow; nothing was written."
         )
     return loss
 

@@ -9,7 +9,7 @@ import yaml
 
 from fettle.checkpoints.folder import is_adapter, read_adapter_config
 from fettle.checkpoints.locate import locate
-from fettle.errors import UserError, reason_of
+from fettle.errors import UserError, option, reason_of
 
 CARD = "README.md"
 HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
@@ -20,13 +20,13 @@ def require_hub(name: str) -> None:
     from huggingface_hub import HfApi
 
     if not re.fullmatch(HUB_NAME, name):
-        raise UserError(f"--push is {name!r}; expected a hub name, owner/name.")
+        raise UserError(f"{option('push')} is {name!r}; expected a hub name, owner/name.")
     try:
         HfApi().whoami()
     except Exception as error:  # no network, no token, an expired token: the library has a class for each
         raise UserError(
-            f"--push {name}: not logged in to the hub, or the hub cannot be reached ({reason_of(error)}): log in with "
-            "`hf auth login`, or export without --push."
+            f"{option('push')} {name}: not logged in to the hub, or the hub cannot be reached ({reason_of(error)}): "
+            f"log in with `hf auth login`, or export without {option('push')}."
         ) from error
 
 

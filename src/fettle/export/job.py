@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fettle import terminal
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.export.checkpoint import export_nf4, export_safetensors
 from fettle.export.hub import model_card, push, require_hub
 from fettle.export.options import ONLY_FOR, ExportOptions
@@ -16,8 +16,10 @@ def export(options: ExportOptions) -> list[Path]:
     options = replace(options, to=options.to.expanduser())
     for name, formats in ONLY_FOR.items():
         if getattr(options, name) not in (None, False, "auto") and options.format not in formats:
-            option, expected = name.replace("_", "-"), " or ".join(formats)
-            raise UserError(f"--{option} requires --format {expected}, but --format is {options.format}.")
+            raise UserError(
+                f"{option(name)} requires {option('format')} {' or '.join(formats)}, but {option('format')} is "
+                f"{options.format}."
+            )
     if options.push is None:
         return _write(options)
     card = model_card(options.model, options.to.name, options.push, options.format)  # its faults show first
@@ -55,7 +57,9 @@ def _compressed(options: ExportOptions) -> Path:
     from fettle.export.compressed import export_four_bits, export_fp8
 
     if options.format == "w4a16" and options.data is None:
-        raise UserError("--format w4a16 needs calibration rows: add --data FILE (about 100 rows).")
+        raise UserError(
+            f"{option('format')} w4a16 needs calibration rows: add {option('data')} (about 100 rows)."
+        )
     write: Callable[..., Path] = export_fp8 if options.format == "fp8" else export_four_bits
     return write(
         options.model,

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fettle.adapters.lora import LoraLinear
 from fettle.checkpoints.dtypes import Dtype
 from fettle.engine.load import load
-from fettle.errors import UserError, reason_of
+from fettle.errors import UserError, option, reason_of
 from fettle.models.modes import evaluating
 from fettle.quantization.layers import dequantize_linears
 
@@ -87,7 +87,7 @@ def expected_rows(model: PeftModel) -> dict[str, torch.Tensor]:
         if not rows.isfinite().all():
             raise UserError(
                 f"The adapter's weights for '{name}' contain NaN or Inf: its training diverged; "
-                "train again with a lower --learning-rate."
+                f"train again with a lower {option('learning_rate')}."
             )
         expected[name] = rows
     return expected
@@ -158,7 +158,7 @@ def write_down_context(config: PreTrainedConfig, context_tokens: int | None) -> 
 
 
 def _refusal(what: str, dtype: torch.dtype) -> UserError:
-    advice = "" if dtype == torch.float32 else ", or merge with --dtype float32"
+    advice = "" if dtype == torch.float32 else f", or merge with {option('dtype')} float32"
     return UserError(
         f"The merged model differs from the adapter model in {what} by more than rounding to "
         f"{str(dtype).removeprefix('torch.')} explains; nothing was written. Use the adapter unmerged{advice}."

@@ -21,7 +21,7 @@ from fettle.adapters.lora import TensorShapes, is_plain_lora, require_whole
 from fettle.adapters.lora import adapter_config_of as read_adapter
 from fettle.checkpoints.folder import ADAPTER_WEIGHTS, Checkpoint, is_nf4
 from fettle.engine.decode import stop_ids
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.export.merge import load_merged, write_down_context
 from fettle.models.load import empty_model, read_generation
 from fettle.models.quantized import StoredTensors
@@ -138,7 +138,7 @@ def adapter_matrices(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Te
                 if not (a.isfinite().all() and b.isfinite().all()):
                     raise UserError(
                         f"{folder}: the adapter contains NaN or Inf: its training diverged; train again with a lower "
-                        "--learning-rate."
+                        f"{option('learning_rate')}."
                     )
                 yield f"{target}.weight", a, b
 

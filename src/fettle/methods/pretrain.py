@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
 from fettle import terminal
 from fettle.data import Row, end_of_turn
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.files import shell_path
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.device import device_of
@@ -90,7 +90,7 @@ def _tokenizer(rows: list[Row], options: PretrainOptions) -> PreTrainedTokenizer
     try:
         tokenizer = train_tokenizer((text for row in rows for text in _texts(row)), options.vocab_size)
     except ValueError as error:
-        raise UserError(f"--vocab-size: {error}.") from error
+        raise UserError(f"{option('vocab_size')}: {error}.") from error
     tokenizer.model_max_length = options.context
     return tokenizer
 
@@ -110,15 +110,18 @@ def new_model(options: PretrainOptions, tokenizer: PreTrainedTokenizerBase) -> D
     """A new model of the family's architecture: random fp32 weights, embedding tied to the head."""
     family = FAMILIES[options.family]
     if options.hidden_size % options.heads:
-        raise UserError(f"--hidden-size {options.hidden_size} is not a multiple of --heads {options.heads}.")
+        raise UserError(
+            f"{option('hidden_size')} {options.hidden_size} is not a multiple of {option('heads')} {options.heads}."
+        )
     if options.hidden_size // options.heads % 2:
         raise UserError(
-            f"--hidden-size {options.hidden_size} and --heads {options.heads} give a head size of "
+            f"{option('hidden_size')} {options.hidden_size} and {option('heads')} {options.heads} give a head size of "
             f"{options.hidden_size // options.heads}; rotary embeddings need an even head size."
         )
     if options.key_value_heads is not None and options.heads % options.key_value_heads:
         raise UserError(
-            f"--heads {options.heads} is not a multiple of --key-value-heads {options.key_value_heads}."
+            f"{option('heads')} {options.heads} is not a multiple of {option('key_value_heads')} "
+            f"{options.key_value_heads}."
         )
     config = family.config(
         vocab_size=len(tokenizer),

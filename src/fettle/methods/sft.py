@@ -16,7 +16,7 @@ from fettle.checkpoints.dtypes import name_of
 from fettle.checkpoints.fingerprint import fingerprint, tokenizer_fingerprint
 from fettle.checkpoints.folder import inspect, is_adapter
 from fettle.checkpoints.locate import locate
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.evaluation import longest_exchange
 from fettle.files import shell_path, sibling
 from fettle.models.decoder import DecoderForCausalLM
@@ -150,7 +150,7 @@ def _base_folder(name: str) -> Path:
     folder = locate(name)
     if is_adapter(folder):
         raise UserError(
-            f"--model {name} is an adapter; merge it first (fettle export --model {shell_path(name)} "
+            f"{option('model')} {name} is an adapter; merge it first (fettle export --model {shell_path(name)} "
             "--format safetensors --to FOLDER) and train on the merged model."
         )
     return folder

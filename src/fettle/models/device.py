@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fettle.checkpoints.dtypes import DTYPES, Dtype
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -24,11 +24,11 @@ def device_of(name: str | torch.device | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device is {name!r}; expected cpu or cuda.") from None
+        raise UserError(f"{option('device')} is {name!r}; expected cpu or cuda.") from None
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device is '{device}'; expected cpu or cuda.")
+        raise UserError(f"{option('device')} is '{device}'; expected cpu or cuda.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device is '{device}', but PyTorch finds no such device; use cpu.")
+        raise UserError(f"{option('device')} is '{device}', but PyTorch finds no such device; use cpu.")
     return device
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 
 if TYPE_CHECKING:
     import torch
@@ -27,17 +27,19 @@ _CGROUP_FILES = (  # limit, usage, and the reclaimable page cache counted in it:
 )
 
 
-def parse_bytes(text: str, option: str = "--memory") -> int:
-    """Return the bytes that "16GB", "7.5 GiB" or "8g" mean. Raises UserError for anything else."""
+def parse_bytes(text: str) -> int:
+    """Return the bytes that "16GB", "7.5 GiB" or "8g" mean. Raises UserError naming `memory` for anything else."""
     found = re.fullmatch(
         r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?|\.[0-9]{1,30})\s*((?:[kmgt]i?)?b?)\s*", text.lower()
     )
     if found and not found[2] and 0 < float(found[1]) < LEAST:
-        raise UserError(f"{option} {found[1]} means {found[1]} bytes; for gigabytes write {found[1]}GB.")
+        raise UserError(
+            f"{option('memory')} {found[1]} means {found[1]} bytes; for gigabytes write {found[1]}GB."
+        )
     amount = int(float(found[1]) * _UNITS[found[2].removesuffix("b")]) if found else 0
     if amount < 1:
         raise UserError(
-            f"{option} is {text!r}; expected an amount of memory such as 16GB (10^9 bytes) or 16GiB (2^30)."
+            f"{option('memory')} is {text!r}; expected an amount of memory such as 16GB (10^9 bytes) or 16GiB (2^30)."
         )
     return amount
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fettle.checkpoints.dtypes import name_of
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.files import human_bytes
 from fettle.planning.costs import Workload
 from fettle.planning.plan import Plan, allowed_policies, least_peak
@@ -126,17 +126,18 @@ def refusal(
 def _ways_down(
     shapes: Shapes, work: Workload, allowed: tuple[Policy, ...], base: int, budget: int, length_option: str
 ) -> Iterator[tuple[str, Workload, tuple[Policy, ...]]]:
-    """Yield options that need less memory, as typed, with the workload and the allowed policies that they give."""
+    """Yield options that need less memory, with the workload and the allowed policies that they give."""
     if work.batch_size > 1:
         size = work.batch_size // 2
         while size > 1 and least_peak(shapes, work.with_batch_size(size), allowed, base) > budget:
             size //= 2
-        yield f"--batch-size {size}", work.with_batch_size(size), allowed
+        yield f"{option('batch_size')} {size}", work.with_batch_size(size), allowed
     if not work.is_nf4:
-        yield "--quantization nf4", replace(work, is_nf4=True), allowed
+        yield f"{option('quantization')} nf4", replace(work, is_nf4=True), allowed
     if work.rank > 8:
-        yield "--rank 8", replace(work, rank=8), allowed
+        yield f"{option('rank')} 8", replace(work, rank=8), allowed
     if work.row_tokens > 256:
-        yield f"{length_option} {work.row_tokens // 2}", work.with_tokens(work.tokens // 2), allowed
+        yield f"{option(length_option)} {work.row_tokens // 2}", work.with_tokens(work.tokens // 2), allowed
     if Policy.RECOMPUTE not in allowed:
-        yield "without --no-gradient-checkpointing", work, allowed_policies(shapes, work, None)
+        text = f"leaving {option('gradient_checkpointing')} to the plan"
+        yield text, work, allowed_policies(shapes, work, None)

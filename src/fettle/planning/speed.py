@@ -93,7 +93,7 @@ def _measured(key: str, measure_now: Callable[[], Speed], device: torch.device, 
     if is_busy:
         tell(
             f"other programs used {others:.1f} cores during the measurement, so the times below may be wrong. The next "
-            "run on a quiet machine measures again, as does --remeasure."
+            "run on a quiet machine measures again, as does the option remeasure."
         )
     if not keep(key, Entry(speed.as_figures(), is_busy)):
         tell(f"{cache_file()} cannot be written, so every run measures the speed again.")

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from typing import Any, TypeVar
 
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.planning.budget import parse_bytes
 from fettle.runs.options import LoopOptions, PlanOptions
 
@@ -49,37 +49,35 @@ def require_valid(options: LoopOptions | PlanOptions) -> None:
     for name in ("model", "data", "eval_data", "keep_data", "output"):
         # such as from `--data "$UNSET"`; an empty path would mean the current folder
         if getattr(options, name, None) == "":
-            raise UserError(f"--{name.replace('_', '-')} is empty; expected a path or a name.")
+            raise UserError(f"{option(name)} is empty; expected a path or a name.")
     for name in _AT_LEAST_ONE:
         value = getattr(options, name, None)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; expected 1 or more.")
+            raise UserError(f"{option(name)} is {value}; expected 1 or more.")
     for name in ("epochs", "learning_rate", "max_grad_norm", "alpha"):
         value = getattr(options, name, None)
         if value is not None and not 0 < value < LARGEST:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {value}; expected a number above 0 and below a billion."
-            )
+            raise UserError(f"{option(name)} is {value}; expected a number above 0 and below a billion.")
     for name in ("eval_fraction", "warmup_ratio", "dropout"):
         share: Any = getattr(options, name, 0.0)
         if not 0 <= share < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {share}; expected a fraction from 0 to below 1.")
+            raise UserError(f"{option(name)} is {share}; expected a fraction from 0 to below 1.")
     for name in ("samples", "weight_decay"):
         count: Any = getattr(options, name, 0)
         if count < 0:
-            raise UserError(f"--{name.replace('_', '-')} is {count}; expected 0 or more.")
+            raise UserError(f"{option(name)} is {count}; expected 0 or more.")
     seed = getattr(options, "seed", 0)
     if not 0 <= seed < 2**32:
-        raise UserError(f"--seed is {seed}; expected a whole number from 0 to {2**32 - 1}.")
+        raise UserError(f"{option('seed')} is {seed}; expected a whole number from 0 to {2**32 - 1}.")
 
 
 def length_limit(options: LoopOptions, context_tokens: int) -> int:
-    """The maximum tokens per row. Raises UserError if --max-length exceeds the model's context."""
+    """The maximum tokens per row. Raises UserError if `max_length` exceeds the model's context."""
     if options.max_length is None:
         return min(context_tokens, DEFAULT_MAX_LENGTH)
     if options.max_length > context_tokens:
         raise UserError(
-            f"--max-length is {options.max_length}, but the model's context is {context_tokens} tokens; "
+            f"{option('max_length')} is {options.max_length}, but the model's context is {context_tokens} tokens; "
             "use at most that."
         )
     return options.max_length

@@ -37,7 +37,7 @@ OVERHEAD_BYTES = 50 * 10**6
 class Job:
     """A run with all options resolved.
 
-    options: complete. asked_steps: `--max-steps` as the user gave it. facts: the contents of facts.json.
+    options: complete. asked_steps: `max_steps` as the user gave it. facts: the contents of facts.json.
     begin: called before training; finish: called after training, before scoring. save: writes the result into a
     folder; last_file: the file that marks the result as complete, moved into place last. run_plan: the memory plan.
     """
@@ -124,7 +124,7 @@ def _peak_bytes(job: Job, trainer: Run) -> int:
 def _written_options(job: Job) -> TrainOptions | PretrainOptions:
     """The options as run.yaml has them, so that the run can be repeated, and resumed from any folder.
 
-    `max_steps` is as the user gave it, so that repeating the run with other --epochs changes the steps.
+    `max_steps` is as the user gave it, so that repeating the run with other `epochs` changes the steps.
     """
     changes: dict[str, Any] = {"max_steps": job.asked_steps}
     for name in ("model", "data", "eval_data", "keep_data"):

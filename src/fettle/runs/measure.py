@@ -29,7 +29,7 @@ class Answered:
 @dataclass(slots=True)
 class Measurement:
     """A model's scores. held_out: loss and token_accuracy on held-out rows, empty if there are none. exact: the
-    exact-match rate on held-out rows, None if there are no questions; kept_exact: the same on `--keep-data`.
+    exact-match rate on held-out rows, None if there are no questions; kept_exact: the same on `keep_data`.
     """
 
     held_out: dict[str, float] = field(default_factory=dict)
@@ -73,7 +73,7 @@ def measure(
     first, second = len(held_out_questions), len(keep_questions)
     if total := first + second:
         parts = [f"{first} held-out rows"] if first else []
-        parts += [f"{second} --keep-data rows"] if second else []
+        parts += [f"{second} rows of old skills"] if second else []
         with task_progress(f"{when}: answering {' and '.join(parts)}", console) as advance:
             answers = answer(
                 *(model, tokenizer, held_out_questions, lambda count: advance(count / total)),

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from fettle import terminal
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.files import human_bytes
 from fettle.models.config import StoredModel, config_of
 from fettle.models.device import device_of, maps_embedding, training_dtype
@@ -63,7 +63,7 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     context = options.context or min(DEFAULT_MAX_LENGTH, limit)
     if context > limit:
         raise UserError(
-            f"--context is {context}, but the model's context is {limit} tokens; use at most that."
+            f"{option('context')} is {context}, but the model's context is {limit} tokens; use at most that."
         )
     rows = options.batch_size
     work = replace(
@@ -143,7 +143,7 @@ def _choose(
         release_unused()  # memory freed after reading the tokenizer and the rows
     base = _process_bytes(work, shapes, is_running=is_running)
     if least_peak(shapes, work, allowed, base) > budget:
-        length_option = "--max-length" if is_running else "--context"
+        length_option = "max_length" if is_running else "context"
         raise refusal(shapes, work, allowed, base=base, budget=budget, length_option=length_option)
     to_stderr = terminal.console(stderr=True)
     rates = device_rates(whole_config, shapes, work, device, remeasure=options.remeasure, console=to_stderr)
@@ -281,8 +281,8 @@ def plan_run(
     show_plan(run_plan.plan, console, work=work, budget=run_plan.budget)
     if run_plan.budget > free:
         console.print(
-            f"--memory {options.memory} exceeds the {human_bytes(free)} of free memory: the system may kill a run that "
-            "uses more than is free",
+            f"the memory budget of {options.memory} exceeds the {human_bytes(free)} of free memory: the system may "
+            "kill a run that uses more than is free",
             markup=False,
             highlight=False,
             soft_wrap=True,

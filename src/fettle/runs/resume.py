@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from transformers import TrainerCallback
 
 from fettle.checkpoints.folder import command_to_finish
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.files import LOCK, describe_folder, only_process, require_new_folder, sha256_of, write_aside
 from fettle.options import read
 from fettle.runs.measure import Measurement
@@ -32,6 +32,7 @@ REPORT = "report.html"
 NOT_DECIDING = ("output", "model", "data", "eval_data", "keep_data", "memory", "remeasure")
 
 Options = TypeVar("Options", bound=LoopOptions)
+START_AGAIN = f"start a new run with another {option('output')}"
 
 
 class MarkComplete(TrainerCallback):
@@ -46,13 +47,13 @@ def new_output(output: str) -> str:
     folder = Path(output).expanduser()
     if (command := command_to_finish(folder)) and not (folder / REPORT).exists():
         raise UserError(
-            f"{folder} contains an unfinished run; choose another --output, or resume it with:\n  {command}"
+            f"{folder} contains an unfinished run; choose another {option('output')}, or resume it with:\n  {command}"
         )
     require_new_folder(folder, "a new run")
     try:
         str(folder).encode()
     except UnicodeError:
-        raise UserError(f"--output {output!r} is not UTF-8 text: choose another name.") from None
+        raise UserError(f"{option('output')} {output!r} is not UTF-8 text: choose another name.") from None
     return str(folder)
 
 
@@ -70,7 +71,7 @@ def options_to_resume(output: Path, kind: type[Options]) -> Options | None:
         if name in now and now[name] != noted[name]:
             raise UserError(
                 f"{output / RUN_FILE}: {name} is {now[name]}, and was {noted[name]} when the run started, so the run "
-                "cannot be resumed exactly; undo the change, or start a new run with another --output."
+                f"cannot be resumed exactly; undo the change, or {START_AGAIN}."
             )
     return replace(options, output=str(output))
 
@@ -86,7 +87,7 @@ def require_run(output: Path) -> None:
         found = describe_folder(output) if output.is_dir() else "nothing"
         raise UserError(
             f"{output} contains no run to resume (found {found}, expected {RUN_FILE}); "
-            "pass the --output folder of an interrupted run, or omit --resume to start a new one."
+            f"give the {option('output')} of an interrupted run, or start a new one."
         )
 
 
@@ -136,7 +137,7 @@ def read_facts(output: Path) -> dict[str, Any]:
             return {}
         raise UserError(
             f"{file} is missing, so the data and model of the checkpoints next to it are unknown; "
-            "restore it, or start a new run with another --output."
+            f"restore it, or {START_AGAIN}."
         )
     try:
         facts = dict(json.loads(file.read_text(encoding="utf-8")))
@@ -146,9 +147,7 @@ def read_facts(output: Path) -> dict[str, Any]:
             Measurement.from_facts(facts["before"])
         return facts
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{file} is damaged, so the run cannot be resumed exactly; start a new run with another --output."
-        ) from error
+        raise UserError(f"{file} is damaged, so the run cannot be resumed exactly; {START_AGAIN}.") from error
 
 
 def write_facts(output: Path, facts: dict[str, Any]) -> None:
@@ -163,10 +162,10 @@ def require_unchanged(facts: dict[str, Any], now: dict[str, str], options: LoopO
     for name in now:
         if noted.get(name) != now[name]:
             of = "the tokenizer of " if name == "tokenizer" else ""
-            option = "model" if name == "tokenizer" else name
+            source = "model" if name == "tokenizer" else name
             raise UserError(
-                f"{of}--{option.replace('_', '-')} {getattr(options, option)} has changed since the run started, "
-                "so the run cannot be resumed exactly; restore the original, or start a new run with another --output."
+                f"{of}{option(source)} {getattr(options, source)} has changed since the run started, "
+                f"so the run cannot be resumed exactly; restore the original, or {START_AGAIN}."
             )
 
 

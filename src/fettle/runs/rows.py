@@ -22,12 +22,12 @@ from fettle.data import (
     tokenize_rows,
     unpacked,
 )
-from fettle.errors import UserError
+from fettle.errors import UserError, option, reason_of
 from fettle.evaluation import Question, questions
 from fettle.runs.defaults import pack_length
 from fettle.runs.options import LoopOptions, PretrainOptions, TrainOptions
 
-SKIP_HINT = "Pass --skip-bad-rows to leave out and count such rows."
+SKIP_HINT = f"Pass {option('skip_bad_rows')} to leave out and count such rows."
 
 MIN_WINDOWS_TO_HOLD_OUT = 20
 """With fewer windows, all of them are needed for training."""
@@ -38,7 +38,7 @@ class RunData:
     """The prepared data of a run: packs to train and evaluate on, and questions to answer.
 
     held_out_examples: number of examples in `held_out`. shared_rows: number of held-out rows that also occur in the
-    training data. notes: remarks on the held-out rows and those of `--keep-data`.
+    training data. notes: remarks on the held-out rows and those of `keep_data`.
     """
 
     train: Dataset
@@ -69,14 +69,14 @@ def read_data(source: str) -> Rows:
 
 
 def split(options: LoopOptions, rows: Rows) -> tuple[Rows, Rows]:
-    """Split into training rows and held-out rows: those of `--eval-data`, or a fraction of the data."""
+    """Split into training rows and held-out rows: those of `eval_data`, or a fraction of the data."""
     if options.eval_data is not None:
         return rows, read_data(options.eval_data)
     train, held_out = split_held_out(rows, options.eval_fraction, options.seed)
     if not train:
         raise UserError(
-            f"--eval-fraction {options.eval_fraction} holds out all {len(rows)} rows and leaves none to train on; "
-            "use a smaller fraction."
+            f"{option('eval_fraction')} {options.eval_fraction} holds out all {len(rows)} rows and leaves none to "
+            "train on; use a smaller fraction."
         )
     return Rows(train, rows.reading), Rows(held_out)
 
@@ -86,7 +86,7 @@ def prepare(
 ) -> RunData:
     """Tokenize and pack the rows and choose the questions. longest: the maximum tokens per row.
 
-    Raises `BadRows` listing all rows that cannot be trained on, unless `--skip-bad-rows` is set.
+    Raises `BadRows` listing all rows that cannot be trained on, unless `skip_bad_rows` is set.
     """
     train_rows, held_out_rows = split(options, rows)
     keep_rows = read_data(options.keep_data) if options.keep_data is not None else Rows()
@@ -132,7 +132,7 @@ def show_data(data: RunData, options: LoopOptions, console: Console) -> None:
     if data.held_out_examples:
         lines.append(f"held-out examples: {data.held_out_examples:,}")
     elif options.eval_fraction == 0:
-        lines.append("held-out examples: none, because --eval-fraction is 0")
+        lines.append("held-out examples: none, because the eval fraction is 0")
     else:
         lines.append("held-out examples: none, because there are too few rows")
     if data.shared_rows:
@@ -154,7 +154,7 @@ def _shared(train: list[Row], held_out: list[Row]) -> int:
 
 
 def _sample(found: list[Question], options: LoopOptions) -> list[Question]:
-    """At most `--samples` questions, chosen at random because a file may be sorted."""
+    """At most `samples` questions, chosen at random because a file may be sorted."""
     if len(found) <= options.samples:
         return found
     return Random(options.seed).sample(found, options.samples)
@@ -164,7 +164,8 @@ def _keep_questions(options: LoopOptions, rows: Rows, tokenizer: PreTrainedToken
     found = questions(rows, tokenizer)
     if not found and options.keep_data is not None:
         raise UserError(
-            f"--keep-data {options.keep_data} has no row with an answer; expected chats, or prompts and completions."
+            f"{option('keep_data')} {options.keep_data} has no row with an answer; expected chats, or prompts "
+            "and completions."
         )
     return found
 
@@ -177,7 +178,7 @@ def _notes(held_out: Tokenized | None, keep: Rows) -> list[str]:
         else []
     )
     left_out = [f"{len(keep.reading.bad):,} rows left out that cannot be used"] if keep.reading.bad else []
-    return notes + [f"--keep-data: {line}" for line in (*keep.reading.notes, *left_out)]
+    return notes + [f"old skills: {line}" for line in (*keep.reading.notes, *left_out)]
 
 
 def _tokenize(
@@ -198,7 +199,7 @@ def _tokenize_held_out(
         # a few rows of the training data, all too long: do without
         if options.eval_data is None or (error.bad and not options.skip_bad_rows):
             return None, error.bad
-        raise UserError(f"--eval-data {options.eval_data}: {error}") from error
+        raise UserError(f"{option('eval_data')} {options.eval_data}: {reason_of(error)}") from error
     return tokenized, list(tokenized.summary.bad)
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from trl import SFTTrainer
 
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.models.decoder import DecoderForCausalLM
 from fettle.runs.head import use_own_head
 from fettle.runs.single_process import is_single_process, without_module_walks
@@ -60,8 +60,8 @@ class Trainer(SFTTrainer):
                     raise
                 if not self.use_leaner_plan():
                     raise UserError(
-                        "out of memory even with the leanest plan; reduce --max-length or --rank, or use "
-                        "--quantization nf4."
+                        f"out of memory even with the leanest plan; reduce {option('max_length')} or {option('rank')}, "
+                        f"or use {option('quantization')} nf4."
                     ) from error
             self._step_start.restore(self)
             todo = self._batches
@@ -112,7 +112,8 @@ class Trainer(SFTTrainer):
         if name := next(broken, None):
             return f"the model's frozen '{name}' contains NaN or Inf; download the checkpoint again"
         if self.state.global_step > 0:
-            return "training diverged; train again with a lower --learning-rate, into a new --output"
+            lower, new = option("learning_rate"), option("output")
+            return f"training diverged; train again with a lower {lower}, into a new {new}"
         return "the model computes NaN or Inf for these rows even before the first update"
 
 

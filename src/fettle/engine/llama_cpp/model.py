@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fettle.engine.llama_cpp.gguf_file import GGUFFile, supports_gpu
 from fettle.engine.llama_cpp.tokenizer import LlamaCppTokenizer
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 
 
 class LlamaCppForCausalLM(PreTrainedModel, GenerationMixin):
@@ -82,11 +82,11 @@ def open_gguf(
     """
     if dtype != "auto":
         raise UserError(
-            f"--dtype is {dtype}, but a GGUF file runs in the types it is stored in: leave --dtype out."
+            f"{option('dtype')} is {dtype}, but a GGUF file runs in the types it is stored in: leave it out."
         )
     if device is not None and torch.device(device).type == "cuda" and not supports_gpu():
         raise UserError(
-            "--device is cuda, but the installed llama.cpp (xllamacpp) runs only on the CPU: use cpu."
+            f"{option('device')} is cuda, but the installed llama.cpp (xllamacpp) runs only on the CPU: use cpu."
         )
     file = GGUFFile(path)
     model, tokenizer = LlamaCppForCausalLM(file), LlamaCppTokenizer(file)

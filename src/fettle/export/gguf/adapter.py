@@ -9,7 +9,7 @@ from fettle.adapters.lora import adapter_config_of as read_adapter
 from fettle.adapters.lora import is_plain_lora, shapes_in
 from fettle.checkpoints.folder import is_adapter
 from fettle.checkpoints.locate import locate
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.export.gguf.metadata import as_stored, gguf_family_of, gguf_name
 from fettle.export.gguf.write import require_name
 from fettle.export.source import adapter_matrices, adapter_scale, require_plain
@@ -26,12 +26,15 @@ def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) 
     require_new_file(to, replace=overwrite)
     folder = locate(str(name))
     if not is_adapter(folder):
-        raise UserError(f"{folder} is not an adapter: give the output of fettle train, or use --format gguf.")
+        raise UserError(
+            f"{folder} is not an adapter: give the output of fettle train, or use {option('format')} gguf."
+        )
     adapter = read_adapter(folder)
     if not is_plain_lora(adapter, shapes := shapes_in(folder)):
         raise UserError(
             f"{folder}: llama.cpp supports only plain LoRA of one rank, but this adapter has more (DoRA, biases, "
-            "embeddings, whole modules, PiSSA, ranks per layer or the like): export the merged model, --format gguf."
+            f"embeddings, whole modules, PiSSA, ranks per layer or the like): export the merged model, "
+            f"{option('format')} gguf."
         )
     config = find(name).stored.config
     require_plain(config, adapter, shapes, folder)

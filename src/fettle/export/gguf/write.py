@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as Type
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from fettle.engine.llama_cpp.library import library
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 from fettle.export.gguf.ggml import quantize
 from fettle.export.gguf.metadata import as_stored, factor_tensors, figures_of, gguf_family_of, gguf_name
 from fettle.export.gguf.tokenizer import name_for, tokenizer_fields
@@ -135,7 +135,9 @@ def _aligned(count: int) -> int:
 def require_name(path: Path) -> None:
     """Raise UserError for a name without the .gguf extension."""
     if path.suffix != ".gguf":
-        raise UserError(f"--to is {str(path)!r}; expected a name that ends in .gguf, such as model.gguf.")
+        raise UserError(
+            f"{option('to')} is {str(path)!r}; expected a name that ends in .gguf, such as model.gguf."
+        )
 
 
 def _require_possible(plans: Mapping[Path, Mapping[str, Slot]]) -> None:
