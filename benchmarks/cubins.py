@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fettle.ops.kernels import attention, gated_activation, nf4, paged_attention, rms_norm, rotary
+from fettle.ops.kernels import attention, gated_activation, matvec, nf4, paged_attention, rms_norm, rotary
 
 TARGETS = {75: "fp16", 80: "bf16", 90: "bf16"}
 SHARED_LIMIT = {75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
@@ -23,9 +23,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 FLOATS = "scale eps nested_offset".split()
 FP32_POINTERS = "rstd partials table absmax code_book nested_absmax logsumexp delta".split()
-INT_POINTERS = "starts ends bounds lengths slots page_table".split()
+INT_POINTERS = "starts ends bounds lengths slots page_table words".split()
 HALF_POINTERS = """x weight output grad grad_x gate up grad_gate grad_up product cos sin query key value out
-    grad_query grad_key grad_value keys values rotated""".split()
+    grad_query grad_key grad_value keys values rotated residual total""".split()
 POINTERS = dict.fromkeys(FP32_POINTERS, "*fp32") | dict.fromkeys(INT_POINTERS, "*i32") | {"packed": "*u8"}
 
 
@@ -55,7 +55,8 @@ def cases(capability: int) -> Iterator[Case]:
     for hidden in (128, 3072, 8192):
         layout = rms_norm.layout(hidden)
         warps = layout.pop("num_warps")
-        yield Case(rms_norm.rms_norm_forward_kernel, f"{hidden}", {"OFFSET": False, **layout}, warps)
+        for kernel in (rms_norm.rms_norm_forward_kernel, rms_norm.add_rms_norm_kernel):
+            yield Case(kernel, f"{hidden}", {"OFFSET": False, **layout}, warps)
         for needed in (False, True):
             constants = {"OFFSET": False, "NEEDS_WEIGHT_GRAD": needed, **layout}
             size = f"{hidden} with weight" if needed else f"{hidden}"
@@ -73,6 +74,19 @@ def cases(capability: int) -> Iterator[Case]:
     sizes = {"BLOCK": nf4.BLOCK, "NESTED_BLOCK": nf4.NESTED_BLOCK, "BLOCKS": nf4.BLOCKS}
     for nested in (False, True):
         yield Case(nf4.nf4_dequantize_kernel, "nested" if nested else "plain", {"IS_NESTED": nested, **sizes})
+    for outputs in (3072, 9216, 32064):
+        layout = matvec.matvec_layout(outputs)
+        warps = layout.pop("num_warps")
+        yield Case(matvec.matvec_kernel, f"{outputs}", {"HAS_RESIDUAL": False, **layout}, warps)
+    for nested in (False, True):
+        size = "nested" if nested else "plain"
+        common = {"IS_NESTED": nested, "SHUFFLES": True, "NESTED": nf4.NESTED_BLOCK}
+        layout = matvec.nf4_matvec_layout(3072)
+        warps = layout.pop("num_warps")
+        yield Case(matvec.nf4_matvec_kernel, size, common | {"HAS_RESIDUAL": True, **layout}, warps)
+        layout = matvec.nf4_few_rows_layout()
+        warps = layout.pop("num_warps")
+        yield Case(matvec.nf4_few_rows_kernel, size, common | {"ROWS": matvec.MOST_ROWS, **layout}, warps)
     yield from _attention(capability)
     yield from _paged_attention(capability)
 
