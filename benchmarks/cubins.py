@@ -74,10 +74,9 @@ def cases(capability: int) -> Iterator[Case]:
     sizes = {"BLOCK": nf4.BLOCK, "NESTED_BLOCK": nf4.NESTED_BLOCK, "BLOCKS": nf4.BLOCKS}
     for nested in (False, True):
         yield Case(nf4.nf4_dequantize_kernel, "nested" if nested else "plain", {"IS_NESTED": nested, **sizes})
-    for outputs in (3072, 9216, 32064):
-        layout = matvec.matvec_layout(outputs)
-        warps = layout.pop("num_warps")
-        yield Case(matvec.matvec_kernel, f"{outputs}", {"HAS_RESIDUAL": False, **layout}, warps)
+    layout = matvec.matvec_layout(3072)
+    warps = layout.pop("num_warps")
+    yield Case(matvec.matvec_kernel, "3072", {"HAS_RESIDUAL": True, **layout}, warps)
     for nested in (False, True):
         size = "nested" if nested else "plain"
         common = {"IS_NESTED": nested, "SHUFFLES": True, "NESTED": nf4.NESTED_BLOCK}
@@ -86,7 +85,8 @@ def cases(capability: int) -> Iterator[Case]:
         yield Case(matvec.nf4_matvec_kernel, size, common | {"HAS_RESIDUAL": True, **layout}, warps)
         layout = matvec.nf4_few_rows_layout()
         warps = layout.pop("num_warps")
-        yield Case(matvec.nf4_few_rows_kernel, size, common | {"ROWS": matvec.MOST_ROWS, **layout}, warps)
+        constants = common | {"ROWS": matvec.MOST_ROWS, **layout}
+        yield Case(matvec.nf4_few_rows_kernel, size, constants, warps, may_spill=capability < 80)
     yield from _attention(capability)
     yield from _paged_attention(capability)
 
@@ -114,13 +114,13 @@ def _paged_attention(capability: int) -> Iterator[Case]:
         read = common | {"GROUP": group, "PAGE": 16, "SOFTCAP": 50.0 if channels == 256 else 0.0}
         layout = paged_attention.decode_layout(group, channels, 2, capability)
         warps, stages = layout.pop("num_warps"), layout.pop("num_stages")
-        constants = read | layout | {"SPLITS": 16}
+        constants = read | layout | {"IS_WHOLE": False}
         yield Case(paged_attention.decode_kernel, size, constants, warps, stages)
-        constants = common | {"SPLITS": 64, "PARTS": 64, "KEYS": 32}
-        yield Case(paged_attention.merge_kernel, size, constants, 8)
+        constants = common | {"PARTS": 64, "KEYS": 32}
+        yield Case(paged_attention.merge_kernel, size, constants, 16)
         layout = paged_attention.prefill_layout(group, channels, 2, capability)
         warps, stages = layout.pop("num_warps"), layout.pop("num_stages")
-        constants = read | layout | {"SEQUENCES": 64}
+        constants = read | layout | {"SEQUENCES": 256}
         yield Case(paged_attention.prefill_kernel, size, constants, warps, stages, may_spill=capability < 80)
 
 

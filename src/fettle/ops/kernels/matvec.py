@@ -125,7 +125,7 @@ def nf4_matvec_kernel(
     tl.store(out + row, y.to(out.dtype.element_ty), in_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "part"])
 def nf4_few_rows_kernel(
     x, words, table, absmax, code_book, nested_absmax, nested_offset, out, M, N, K, part,
     IS_NESTED: tl.constexpr, SHUFFLES: tl.constexpr, NESTED: tl.constexpr,

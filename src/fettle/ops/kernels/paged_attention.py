@@ -173,11 +173,11 @@ def rotate_and_cache(
 
 
 @triton.jit
-def _part(lengths, sequence, window, SPLITS: tl.constexpr, KEYS: tl.constexpr):
+def _part(lengths, sequence, window, splits, KEYS: tl.constexpr):
     """Return where the visible keys of a sequence begin and end, and the keys per part, whole tiles."""
     end = tl.load(lengths + sequence)
     begin = tl.maximum(end - window, 0)
-    return begin, end, tl.maximum(tl.cdiv(tl.cdiv(end - begin, SPLITS), KEYS), 1) * KEYS
+    return begin, end, tl.maximum(tl.cdiv(tl.cdiv(end - begin, splits), KEYS), 1) * KEYS
 
 
 @triton.jit
@@ -255,15 +255,15 @@ def _attend(
     return highest, total, result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def decode_kernel(
     query, keys, values, page_table, lengths, out, partials, logsumexp,
-    query_sequence, query_head, table_sequence, window, scale, K,
+    query_sequence, query_head, table_sequence, window, scale, K, splits,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BY_ROWS: tl.constexpr,
+    IS_WHOLE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BY_ROWS: tl.constexpr,
 ):  # fmt: skip
     split, shared, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    begin, end, step = _part(lengths, sequence, window, SPLITS, KEYS)
+    begin, end, step = _part(lengths, sequence, window, splits, KEYS)
     begin += split * step
     if split > 0 and begin >= end:
         return
@@ -288,33 +288,33 @@ def decode_kernel(
     total = tl.where(total > 0, total, 1.0)  # padding, without keys: the result is zero
     result = result / total[:, None]
     head = (sequence * K + shared) * GROUP + row
-    if SPLITS == 1:
+    if IS_WHOLE:
         tl.store(out + head[:, None] * D + channel, result.to(out.dtype.element_ty), mask)
     else:
-        tl.store(partials + (head * SPLITS + split)[:, None] * D + channel, result, mask)
-        tl.store(logsumexp + head * SPLITS + split, highest + tl.log2(total), row < GROUP)
+        tl.store(partials + (head * splits + split)[:, None] * D + channel, result, mask)
+        tl.store(logsumexp + head * splits + split, highest + tl.log2(total), row < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge_kernel(
-    partials, logsumexp, lengths, out, window, H,
-    D: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
+    partials, logsumexp, lengths, out, window, H, splits,
+    D: tl.constexpr, PADDED: tl.constexpr, PARTS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of one head, weighted by their share of the softmax's sum. PARTS: SPLITS padded."""
+    """Merge the parts of one head, weighted by their share of the softmax's sum. PARTS: splits padded."""
     head, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    begin, end, step = _part(lengths, sequence, window, SPLITS, KEYS)
+    begin, end, step = _part(lengths, sequence, window, splits, KEYS)
     split, channel = tl.arange(0, PARTS), tl.arange(0, PADDED)
     used = split < tl.maximum(tl.cdiv(end - begin, step), 1)
     head += sequence * H
-    heights = tl.load(logsumexp + head * SPLITS + split, used, float("-inf"))
+    heights = tl.load(logsumexp + head * splits + split, used, float("-inf"))
     weights = tl.exp2(heights - tl.max(heights, 0))
     mask = used[:, None] & (channel < D)[None, :]
-    parts = tl.load(partials + (head * SPLITS + split)[:, None] * D + channel[None, :], mask, 0.0)
+    parts = tl.load(partials + (head * splits + split)[:, None] * D + channel[None, :], mask, 0.0)
     result = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
     tl.store(out + head * D + channel, result.to(out.dtype.element_ty), channel < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def prefill_kernel(
     query, keys, values, page_table, bounds, lengths, out,
     query_token, query_head, table_sequence, window, scale, S, K,
@@ -421,16 +421,16 @@ def decode_attention(
     with torch.cuda.device_of(query):
         decode_kernel[(splits, shared, sequences)](
             *(query, keys.view(-1), values.view(-1), page_table, lengths, out, partials, logsumexp),
-            *(*_strides(query), page_table.stride(0), window, scale, shared),
-            *(heads // shared, channels, padded, page, softcap or 0.0, splits),
+            *(*_strides(query), page_table.stride(0), window, scale, shared, splits),
+            *(heads // shared, channels, padded, page, softcap or 0.0, splits == 1),
             **options,
         )
         if splits > 1:
             parts = triton.next_power_of_2(splits)
             merge_kernel[(heads, sequences)](
-                *(partials, logsumexp, lengths, out, window, heads, channels, padded, splits, parts),
+                *(partials, logsumexp, lengths, out, window, heads, splits, channels, padded, parts),
                 KEYS=options["KEYS"],
-                num_warps=max(1, min(8, parts * padded // 1024)),
+                num_warps=max(1, min(16, parts * padded // 512)),
             )
     return out
 
@@ -489,7 +489,7 @@ def prefill_attention(
             ),
             *(*_strides(query), page_table.stride(0), window or EVERYTHING, scale, sequences, shared),
             *(group, channels, triton.next_power_of_2(channels), page, softcap or 0.0),
-            triton.next_power_of_2(sequences),
+            max(256, triton.next_power_of_2(sequences)),
             **options,
         )
     return out
