@@ -741,5 +741,5 @@ def test_rows_that_cannot_be_compared(refused, small_model, tmp_path, content, w
 
 
 def test_a_wrong_second_model_is_found_before_the_first_is_loaded(refused, small_model, chats, monkeypatch):
-    monkeypatch.setattr("fettle.evaluation.side_by_side.load", None)
+    monkeypatch.setattr("fettle.evaluation.side_by_side.load_ref", None)
     refused("compare", small_model, "no/such-model", "--data", chats, says="no/such-model")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+from fettle.adapters.model_ref import resolve
 from fettle.engine.load import load
 from fettle.errors import UserError
 from fettle.methods import sft
@@ -69,7 +70,8 @@ def test_stored_nf4_is_planned_as_it_is_held(cli, model_with, options):
 
 
 def test_an_adapter_stands_for_its_base(trained: Path, small_model: Path):
-    assert config_of(str(trained)).config.to_dict() == config_of(str(small_model)).config.to_dict()
+    found = resolve(trained, need="config").stored_by_config().config
+    assert found.to_dict() == config_of(small_model).config.to_dict()
 
 
 def test_an_adapter_whose_base_is_gone(cli, trained, tmp_path):

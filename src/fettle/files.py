@@ -221,6 +221,12 @@ def sibling(path: Path, ending: str) -> Path:
     return path.with_name(path.name + ending)
 
 
+def lasting_name(name: str) -> str:
+    """Return the name to store in a run or an adapter: the absolute path if it exists, a hub name unchanged."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
 def shell_path(path: str | Path) -> str:
     """Return `path` quoted for a shell, in a form that a command does not parse as an option."""
     text = str(path)

@@ -416,7 +416,8 @@ def test_a_folder_is_itself_and_comes_first(tmp_path: Path, monkeypatch: pytest.
         ("Tell me a story. " * 100, "is not a valid path"),
         ("~nobody-of-this-name/model", "is not a valid path"),
         ("gpt2", "a hub model is written owner/name"),
-        ("tiny.gguf", "GGUF"),
+        ("absent.gguf", r"absent\.gguf cannot be read \(No such file"),
+        ("~nobody-of-this-name/model.gguf", "is not a valid path"),
         ("weights.bin", "never loads"),
         ("model.safetensors", "give the folder"),
         ("runs/firts", r"did you mean the folder runs/first\?"),
@@ -428,10 +429,20 @@ def test_a_wrong_name_is_answered_with_the_nearest_right_one(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-model").mkdir()
     (tmp_path / "runs" / "first").mkdir(parents=True)
-    for file in ("tiny.gguf", "weights.bin", "model.safetensors"):
+    for file in ("weights.bin", "model.safetensors"):
         (tmp_path / file).touch()
     with pytest.raises(UserError, match=said):
         locate(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("m.gguf", b"GGUF"), ("M.GGUF", b"GGUF"), ("sha256-1", b"GGUF1")]
+)
+def test_a_gguf_file_is_told_by_its_extension_or_its_first_bytes(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert locate(str(tmp_path / name)) == tmp_path / name
 
 
 def test_a_hub_name_offline_is_one_sentence() -> None:
@@ -495,6 +506,18 @@ def test_only_data_is_fetched_from_a_hub(tmp_path: Path, monkeypatch: pytest.Mon
         "x.gguf",
     ]
     assert list(filter_repo_objects(data + other, **wanted)) == data
+
+
+def test_a_plan_needs_no_weights_from_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub := FakeHub(tmp_path))
+    assert locate("owner/model", config_only=True) == tmp_path
+    files = ["config.json", "model.safetensors", "tokenizer.json", "adapter_config.json"]
+    files += ["adapter_model.safetensors", "adapter_model.bin"]
+    kept = list(filter_repo_objects(files, **hub.asked[-1][2]))
+    assert kept == ["config.json", "adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_a_download_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

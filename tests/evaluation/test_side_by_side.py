@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fettle.adapters.model_ref import resolve
 from fettle.checkpoints.locate import embedded_model
 from fettle.data import Example, read_rows, tokenize_rows
 from fettle.errors import UserError
@@ -104,10 +105,7 @@ def test_a_gguf_file_beside_its_checkpoint(gguf_pair, chats):
 
 def test_a_files_size_is_known_without_opening_it_in_llama_cpp(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(60))
-    assert size_bytes(tmp_path / "a.gguf") == 64
-    (tmp_path / "b.gguf").write_bytes(b"GGML" + bytes(60))
-    with pytest.raises(UserError, match=r"b\.gguf is not a GGUF file"):
-        size_bytes(tmp_path / "b.gguf")
+    assert size_bytes(resolve(tmp_path / "a.gguf", need="run")) == 64
 
 
 def other_config(model, folder):
@@ -117,18 +115,27 @@ def other_config(model, folder):
     return folder
 
 
+def old_gguf(model, folder):
+    folder.with_suffix(".gguf").write_bytes(b"GGML" + bytes(60))
+    return folder.with_suffix(".gguf")
+
+
 def without_tokenizer(model, folder):
     return shutil.copytree(model, folder, ignore=shutil.ignore_patterns("tokenizer*"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(other_config, "the weights have 2 layers"), (without_tokenizer, "has no tokenizer")],
+    [
+        (other_config, "the weights have 2 layers"),
+        (without_tokenizer, "has no tokenizer"),
+        (old_gguf, r"b\.gguf is not a GGUF file"),
+    ],
 )
 def test_a_faulty_second_model_is_found_before_the_first_is_loaded(
     change, message, small_model, chats, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(side_by_side, "load", None)
+    monkeypatch.setattr(side_by_side, "load_ref", None)
     with pytest.raises(UserError, match=message):
         compare(small_model, change(small_model, tmp_path / "b"), chats)
 

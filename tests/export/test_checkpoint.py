@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fettle.adapters.lora import adapt
+from fettle.adapters.model_ref import resolve
 from fettle.checkpoints.adapter_facts import AdapterFacts, write_facts
 from fettle.checkpoints.fingerprint import fingerprint
 from fettle.checkpoints.folder import inspect
@@ -167,7 +168,7 @@ def test_a_stream_writes_what_the_whole_model_in_memory_would(
 ):
     """Bit by bit: PEFT's own merge, saved by transformers."""
     monkeypatch.setattr(shards, "SHARD_BYTES", shard_bytes)
-    full, tokenizer = load_merged(any_model, device="cpu")
+    full, tokenizer = load_merged(resolve(any_model), device="cpu")
     full.generation_config.eos_token_id = stop_ids(full.generation_config.eos_token_id, tokenizer)
     if form == "safetensors":
         export_safetensors(any_model, tmp_path / "out")

@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from fettle.errors import UserError
-from fettle.export import hub as hub_module
 from fettle.export.hub import model_card, push
 
 
@@ -104,7 +103,7 @@ def test_a_broken_record_of_the_run_is_found_before_anything_is_written(
 
 
 def test_a_model_of_the_hub_is_named_as_the_base(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub_module, "locate", lambda name: small_model)
+    monkeypatch.setattr("fettle.adapters.model_ref.locate", lambda name, **_: small_model)
     card = model_card("them/theirs", "merged", "me/mine", "safetensors")
     assert yaml.safe_load(card.split("---")[1])["base_model"] == "them/theirs"
 

@@ -111,7 +111,7 @@ def test_a_plain_model_is_itself(small_model: Path) -> None:
 
 def test_a_model_is_named_as_its_user_names_it(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by the hash of a hub's snapshot."""
-    monkeypatch.setattr("fettle.adapters.found.locate", lambda name: small_model)
+    monkeypatch.setattr("fettle.adapters.model_ref.locate", lambda name, **_: small_model)
     assert open_source("somebody/their-model").name == "their-model"
 
 

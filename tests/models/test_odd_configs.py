@@ -47,7 +47,7 @@ def test_su_is_what_phi3_first_called_longrope(folder_of: Any, key: str) -> None
     config = json.loads((folder / "config.json").read_text())
     config["rope_scaling"] = FACTORS | {key: "su"}
     (folder / "config.json").write_text(json.dumps(config))
-    assert config_of(str(folder)).config.rope_parameters["rope_type"] == "longrope"
+    assert config_of(folder).config.rope_parameters["rope_type"] == "longrope"
     torch.testing.assert_close(logits_of(load_model(folder)), expected, rtol=0, atol=1e-5)
 
 
@@ -86,7 +86,7 @@ def test_a_config_that_makes_no_model_is_refused_from_the_file_alone(
     folder, began = folder_of("llama", **changes), time.process_time()
     for is_plain in (False, True):  # as `fettle plan` reads it
         with pytest.raises(UserError, match=message):
-            config_of(str(folder), is_plain=is_plain)
+            config_of(folder, is_plain=is_plain)
     with pytest.raises(UserError, match=message):
         stored_model(inspect(folder))
     assert time.process_time() - began < 1
@@ -95,7 +95,7 @@ def test_a_config_that_makes_no_model_is_refused_from_the_file_alone(
 def test_a_billion_labels_are_passed_over(folder_of: Any) -> None:
     """They are for classifiers; transformers makes a name for each."""
     folder, began = folder_of("llama", num_labels=10**9), time.process_time()
-    assert stored_model(inspect(folder)).config.vocab_size == config_of(str(folder)).config.vocab_size
+    assert stored_model(inspect(folder)).config.vocab_size == config_of(folder).config.vocab_size
     assert time.process_time() - began < 2
 
 
@@ -109,9 +109,9 @@ def test_layers_are_counted_before_a_model_is_described(folder_of: Any) -> None:
 def test_numbers_of_thousands_of_digits_are_one_sentence(folder_of: Any) -> None:
     folder = folder_of("llama")
     (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": ' + "9" * 5000 + "}")
-    for read in (config_of, lambda name: inspect(Path(name))):
+    for read in (config_of, inspect):
         with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
-            read(str(folder))
+            read(folder)
 
 
 def test_tokens_without_rows_are_refused(small_model: Path, tmp_path: Path) -> None:

@@ -74,11 +74,11 @@ def test_what_training_refuses_a_plan_refuses_too(tmp_path, fault):
     content = {"model_type": "phi3", "pad_token_id": None, "max_position_embeddings": 64, **SIZES}
     content["original_max_position_embeddings"] = 64
     (tmp_path / "config.json").write_text(json.dumps(content))
-    config_of(str(tmp_path), is_plain=True)
+    config_of(tmp_path, is_plain=True)
     (tmp_path / "config.json").write_text(json.dumps(content | fault))
     for is_plain in (True, False):
         with pytest.raises(UserError, match=r"config\.json"):
-            config_of(str(tmp_path), is_plain=is_plain)
+            config_of(tmp_path, is_plain=is_plain)
 
 
 def test_activations_known_by_name_are_those_computed_here():

@@ -57,13 +57,11 @@ def _is_as_written(facts: AdapterFacts) -> bool:
     )
 
 
-def facts_for(folder: Path, base_folder: Path) -> AdapterFacts | None:
-    """Return the adapter's facts; UserError if the base's weights are not those the adapter was trained on."""
-    facts = read_facts(folder)
-    if facts is not None and facts.base_fingerprint != fingerprint(base_folder):
+def require_base(folder: Path, facts: AdapterFacts, base_folder: Path) -> None:
+    """Raise UserError if the base's weights are not those that the adapter in `folder` was trained on."""
+    if facts.base_fingerprint != fingerprint(base_folder):
         raise UserError(
             f"{folder}: the adapter was trained on different weights from those now in {base_folder}; "
             f"restore the original base model, or correct base_model_name_or_path in "
             f"{folder / 'adapter_config.json'}."
         )
-    return facts

@@ -53,7 +53,7 @@ def inspect(folder: Path) -> Checkpoint:
     Raises UserError if the config or weights are missing, malformed, truncated or available only as pickles.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config_file(folder)
     index, files = _indexed_files(folder)
     tensors: dict[str, TensorHeader] = {}
     tensor_files: dict[str, Path] = {}
@@ -176,7 +176,8 @@ def _require_weights(folder: Path, name: str) -> Path:
     raise UserError(f"{folder} has no weights: {name} is missing.")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """Return the content of the folder's config.json; raises UserError if it is missing or not a model's."""
     file = folder / "config.json"
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
@@ -184,11 +185,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if command := command_to_finish(folder):
             raise UserError(f"{folder} is an unfinished run, not a model: finish it with {command}")
         raise UserError(f"{folder} is not a model folder: it has no config.json.")
-    return read_config_file(file)
-
-
-def read_config_file(file: Path) -> dict[str, Any]:
-    """Return the content of a model's config.json; raises UserError if it is not one."""
     config = _read_json(file)
     if not isinstance(config.get("model_type"), str):
         raise UserError(f'{file} has no "model_type" (such as "phi3"): fetch the model\'s own config.json.')

@@ -1,4 +1,4 @@
-"""Find the folder that `--model` names: a local folder, the embedded model, or a hub model, which is downloaded."""
+"""Find the folder or file of a model: local, the embedded model, or a hub model, which is downloaded."""
 
 import difflib
 import importlib.resources
@@ -16,29 +16,34 @@ GGUF_MAGIC = b"GGUF"
 # Fetched from a hub: data files of the top folder; no code and no second copy of the weights.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 _HUB_LEFT = ["*/*", "consolidated*"]
+_HUB_CONFIGS = ["config.json", "adapter_*.json", "adapter_*.safetensors"]
 
 
-def locate(name: str) -> Path:
-    """Return the checkpoint folder that `name` refers to: a folder, "fettle-tiny", or a hub name "owner/name".
+def locate(name: str, *, config_only: bool = False) -> Path:
+    """Return what `name` refers to: a folder, a GGUF file, "fettle-tiny", or a hub name "owner/name".
 
-    A hub model's data files are downloaded into the hub's cache unless they are there already.
-    Raises UserError if there is no such folder, or if the download fails.
+    A file counts as GGUF by its extension or by its first bytes (in Ollama's store). A hub model's data files are
+    downloaded into the hub's cache unless they are there already; config_only: only its config, or an adapter.
+    Raises UserError if there is no such folder or file, or if the download fails.
     """
     if not name:
         raise UserError("the model's name is empty: give a folder or a hub name (owner/name).")
     try:
         path = Path(name).expanduser()
-        is_folder, is_there = path.is_dir(), path.exists()
+        is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError) as error:  # a path that is too long, an unreadable folder, ~nobody
         raise UserError(f"{name!r} is not a valid path ({error}): give a folder or a hub name.") from error
     if is_folder:
         return path
-    if is_there:
-        raise UserError(_not_a_folder(path))
+    is_gguf = path.suffix.lower() == ".gguf"
+    if (is_gguf or is_file) and (gguf_magic_of(path) == GGUF_MAGIC or is_gguf):
+        return path
+    if path.exists():
+        raise UserError(_not_a_model(path))
     if name == EMBEDDED:
         return embedded_model()
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        return _download(name)
+        return _download(name, _HUB_CONFIGS if config_only else _HUB_FILES)
     raise UserError(_no_such_folder(path))
 
 
@@ -50,12 +55,7 @@ def embedded_model() -> Path:
     return folder
 
 
-def _not_a_folder(path: Path) -> str:
-    if path.suffix == ".gguf":
-        return (
-            f"{path} is a GGUF file, which can only be run (with fettle generate, chat and compare): "
-            f"give the Hugging Face folder or hub name it was made from."
-        )
+def _not_a_model(path: Path) -> str:
     if any(path.match(pattern) for pattern in PICKLES):
         return (
             f"{path} is a pickle, which fettle never loads as it can run any code: "
@@ -76,11 +76,11 @@ def _folders_beside(path: Path) -> list[str]:
     return [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
 
 
-def _download(name: str) -> Path:
-    """Download hub model `name`, or find it in the hub's cache; raises UserError for every failure."""
+def _download(name: str, patterns: list[str]) -> Path:
+    """Download the files of hub model `name`, or find it in the hub's cache; raises UserError for every failure."""
     from huggingface_hub import constants, errors, snapshot_download
 
-    wanted: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": _HUB_LEFT}
+    wanted: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": _HUB_LEFT}
     try:
         try:
             files = snapshot_download(name, dry_run=True, **wanted)
@@ -119,17 +119,6 @@ def _hub_failure(name: str, error: Exception) -> str:
         )
     first_line = (str(error).splitlines() or [""])[0]
     return f"{name} could not be downloaded ({type(error).__name__}: {first_line}){hint}: try again later."
-
-
-def is_gguf(name: str | Path) -> bool:
-    """Whether `name` is a GGUF file, by its extension or by its first bytes (in Ollama's store).
-
-    Raises UserError for a file that cannot be read.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return False
-    return path.suffix.lower() == ".gguf" or (path.is_file() and gguf_magic_of(path) == GGUF_MAGIC)
 
 
 def gguf_magic_of(path: Path) -> bytes:

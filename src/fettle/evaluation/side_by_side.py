@@ -18,15 +18,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from fettle import terminal
-from fettle.adapters.found import base_of, find
+from fettle.adapters.model_ref import ModelRef, resolve
 from fettle.checkpoints.dtypes import Dtype
-from fettle.checkpoints.folder import is_adapter, weight_files
-from fettle.checkpoints.locate import is_gguf, locate
+from fettle.checkpoints.folder import weight_files
 from fettle.data import Example, Row, read_rows, tokenize_rows
 from fettle.engine.decode import Model
-from fettle.engine.llama_cpp.gguf_file import GGUFFile, require_gguf
+from fettle.engine.llama_cpp.gguf_file import GGUFFile
 from fettle.engine.llama_cpp.model import LlamaCppForCausalLM
-from fettle.engine.load import load
+from fettle.engine.load import load_ref
 from fettle.errors import UserError, option, reason_of
 from fettle.evaluation.answers import Answer, Question, answer, exact_share, questions
 from fettle.evaluation.comparison import Comparison, Side
@@ -58,27 +57,27 @@ def compare(
     """
     if samples < 1:
         raise UserError(f"{option('samples')} is {samples}; expected 1 or more.")
-    sizes = [size_bytes(name) for name in (a, b)]  # faults of either are found before the first one runs
-    for name in (a, b):
-        _require_sound(name)
+    refs = [resolve(name, need="run") for name in (a, b)]
+    for ref in refs:  # faults of either are found before the first one runs
+        _require_sound(ref)
     read = read_rows(data)
     rows = read if len(read) <= samples else Random(seed).sample(read, samples)
     with _progress(console or terminal.console(stderr=True)) as stage:
-        opened = _open(a, rows, max_length, dtype, device)
+        opened = _open(refs[0], str(a), rows, max_length, dtype, device)
         distributions = Distributions(opened.examples, opened.model.config.vocab_size)
         first = opened.read(stage, distributions.keep)
         examples = opened.examples
         del opened
         gc.collect()
         torch.cuda.empty_cache()  # the second may run in llama.cpp, which cannot use PyTorch's cached memory
-        opened = _open(b, rows, max_length, dtype, device)
+        opened = _open(refs[1], str(b), rows, max_length, dtype, device)
         gap = Gap((examples, first.scores, distributions), opened.examples, opened.model.config.vocab_size)
         second = opened.read(stage, gap.add)
     shared, equal, before_difference = _answers_alike(first.answers, second.answers, opened.tokenizer)
     return Comparison(
         rows=len(rows),
-        a=first.side(str(a), sizes[0]),
-        b=second.side(str(b), sizes[1]),
+        a=first.side(str(a), size_bytes(refs[0])),
+        b=second.side(str(b), size_bytes(refs[1])),
         kl=gap.kl,
         kl_tokens=gap.kl_tokens,
         top_agreement=gap.top_agreement,
@@ -89,22 +88,18 @@ def compare(
     )
 
 
-def size_bytes(name: str | Path) -> int:
-    """Return the size of a model's weights on disk, including an adapter's base; UserError if there are none."""
-    if is_gguf(name):
-        require_gguf(path := Path(name).expanduser())
-        return path.stat().st_size
-    folder = locate(str(name))
-    folders = [folder, base_of(folder)[1]] if is_adapter(folder) else [folder]
-    return sum(file.stat().st_size for folder in folders for file in weight_files(folder))
+def size_bytes(ref: ModelRef) -> int:
+    """Return the size of a model's weights on disk, including an adapter's base."""
+    files = ref.paths if ref.kind == "gguf" else [file for path in ref.paths for file in weight_files(path)]
+    return sum(file.stat().st_size for file in files)
 
 
-def _require_sound(name: str | Path) -> None:
+def _require_sound(ref: ModelRef) -> None:
     """Raise UserError if a model's files are damaged or do not belong together; no weights are read."""
-    if is_gguf(name):
-        GGUFFile(Path(name).expanduser())  # only llama.cpp can check it; closed at once
-        return
-    find(name)
+    if ref.kind == "gguf":
+        GGUFFile(ref.path)  # only llama.cpp can check it; closed at once
+    else:
+        _ = ref.tokenizer  # reading it checks all other files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,16 +169,18 @@ class _Opened:
         return found
 
 
-def _open(name: str | Path, rows: list[Row], max_length: int, dtype: Dtype, device: str | None) -> _Opened:
+def _open(
+    ref: ModelRef, name: str, rows: list[Row], max_length: int, dtype: Dtype, device: str | None
+) -> _Opened:
     """Load a model and tokenize the rows for it. dtype and device are ignored for a GGUF file."""
-    model, tokenizer = load(name) if is_gguf(name) else load(name, dtype=dtype, device=device)
+    model, tokenizer = load_ref(ref) if ref.kind == "gguf" else load_ref(ref, dtype=dtype, device=device)
     longest = min(max_length, model.config.max_position_embeddings)
     try:
         examples = tokenize_rows(rows, tokenizer, max_length=longest).examples
     except UserError as error:
         raise UserError(f"{name}: {reason_of(error)}") from error
     asked = {number: q for number, row in enumerate(rows) for q in questions([row], tokenizer)}
-    return _Opened(str(name), model, tokenizer, examples, asked)
+    return _Opened(name, model, tokenizer, examples, asked)
 
 
 def _answers_alike(

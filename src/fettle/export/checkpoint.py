@@ -7,10 +7,7 @@ from typing import Any
 
 import torch
 
-from fettle.adapters.found import base_of
 from fettle.checkpoints.dtypes import Dtype, name_of
-from fettle.checkpoints.folder import is_adapter
-from fettle.checkpoints.locate import locate
 from fettle.errors import UserError, option
 from fettle.export.shards import ShardWriter
 from fettle.export.source import Source, open_source
@@ -70,11 +67,11 @@ def export_folder(
 ) -> Path:
     """Like `export_safetensors`, with the layers' matrices in the format `packing`. Raises UserError for faults that
     the user can fix, before anything is written."""
-    require_place(name, to, overwrite)
+    require_place(to, overwrite)
     source = open_source(name)
     if dtype != "auto":
         source.dtype = getattr(torch, dtype)
-    require_disk(to, source, source.dtype.itemsize if packing is None else packing.weight_bytes)
+    require_room(to, source, source.dtype.itemsize if packing is None else packing.weight_bytes)
     with replace_folder(to) if overwrite else write_aside(to) as aside:
         aside.mkdir()
         _write_weights(source, aside, packing)
@@ -110,22 +107,22 @@ def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return found
 
 
-def require_place(name: str | Path, to: Path, overwrite: bool) -> None:
-    """Raise UserError if the folder `to` must not be written: it exists, or the model is read from it."""
+def require_place(to: Path, overwrite: bool) -> None:
+    """Raise UserError if the folder `to` must not be written, whatever the model."""
     if Path.cwd().is_relative_to(to.resolve()):
         raise UserError(
             f"{option('to')} is {str(to)!r}, which contains the current directory: choose another folder."
         )
     require_new_folder(to, "the exported model", replace=overwrite)
-    if overwrite and to.is_dir():
-        folder = locate(str(name))
-        sources = [folder, base_of(folder)[1]] if is_adapter(folder) else [folder]
-        if any(to.samefile(each) for each in sources):
-            raise UserError(f"{option('to')} is {to}, which the model is read from: choose another folder.")
 
 
-def require_disk(to: Path, source: Source, matrix_bytes: float) -> None:
-    """Raise UserError if there is too little disk space. matrix_bytes: bytes per weight of the layers' matrices."""
+def require_room(to: Path, source: Source, matrix_bytes: float) -> None:
+    """Raise UserError if the model is read from the folder `to`, or if there is too little disk space.
+
+    matrix_bytes: bytes per weight of the layers' matrices.
+    """
+    if to.is_dir() and any(to.samefile(path) for path in source.ref.paths):
+        raise UserError(f"{option('to')} is {to}, which the model is read from: choose another folder.")
     model, size = empty_model(source.config), source.dtype.itemsize
     weights = sum(each.numel() for each in model.parameters())
     inside = sum(linear.weight.numel() for linear in plain_linears(model).values())

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fettle.errors import UserError, option
 from fettle.export.calibration import Rows, curvatures_by_layer, first_rows, mean_loss, split
-from fettle.export.checkpoint import Packing, export_folder, require_disk, require_place
+from fettle.export.checkpoint import Packing, export_folder, require_place, require_room
 from fettle.export.merge import load_merged, write_down_context
 from fettle.export.source import open_source
 from fettle.files import replace_folder, write_aside
@@ -77,11 +77,11 @@ def _opened(
     name: str, to: Path, data: str, matrix_bytes: float, overwrite: bool
 ) -> tuple[DecoderForCausalLM, PreTrainedTokenizerBase, Rows]:
     """Load the merged model and tokenize the rows, after checking everything that could make the export fail."""
-    require_place(name, to, overwrite)
+    require_place(to, overwrite)
     given, source = first_rows(data), open_source(name)
     rows = split(given, source.tokenizer)
-    require_disk(to, source, matrix_bytes)
-    model, tokenizer = load_merged(name)
+    require_room(to, source, matrix_bytes)
+    model, tokenizer = load_merged(source.ref)
     write_down_context(model.config, model.model.rotary_emb.context_tokens)
     model.generation_config = source.generation
     return model, tokenizer, rows

@@ -7,8 +7,7 @@ from typing import Any
 
 import yaml
 
-from fettle.checkpoints.folder import is_adapter, read_adapter_config
-from fettle.checkpoints.locate import locate
+from fettle.adapters.model_ref import ModelRef, resolve
 from fettle.errors import UserError, option, reason_of
 
 CARD = "README.md"
@@ -60,14 +59,14 @@ def model_card(model: str, file_name: str, name: str, export_format: str) -> str
 
     model: the exported model; file_name: of the export; name: on the hub; export_format: the --format.
     """
-    folder = locate(model)
+    ref = resolve(model)
     uses = {
         "gguf": f"llama-server -hf {name}",
         "adapter-gguf": f"llama-server -m BASE.gguf --lora {file_name}",
     }
-    settings = _settings(folder)
+    settings = _settings(ref.path)
     origin = "Exported with fettle." if settings is None else "Fine-tuned and exported with fettle."
-    lines = ["---", yaml.safe_dump(_head(model, folder, export_format), sort_keys=False).strip(), "---", ""]
+    lines = ["---", yaml.safe_dump(_head(ref, export_format), sort_keys=False).strip(), "---", ""]
     lines += [
         f"# {name.partition('/')[2]}",
         "",
@@ -82,7 +81,7 @@ def model_card(model: str, file_name: str, name: str, export_format: str) -> str
     return "\n".join(lines) + "\n"
 
 
-def _head(model: str, folder: Path, export_format: str) -> dict[str, Any]:
+def _head(ref: ModelRef, export_format: str) -> dict[str, Any]:
     """Return the metadata that the hub indexes."""
     is_file = export_format in ("gguf", "adapter-gguf")
     head: dict[str, Any] = {
@@ -90,9 +89,8 @@ def _head(model: str, folder: Path, export_format: str) -> dict[str, Any]:
         "pipeline_tag": "text-generation",
         "tags": ["fettle", *(["gguf"] if is_file else [])],
     }
-    base = read_adapter_config(folder)["base_model_name_or_path"] if is_adapter(folder) else model
-    if re.fullmatch(HUB_NAME, base) and not Path(base).exists():
-        head["base_model"] = base  # a hub name, not a local folder
+    if re.fullmatch(HUB_NAME, ref.base_name):  # not an absolute path
+        head["base_model"] = ref.base_name
     return head
 
 

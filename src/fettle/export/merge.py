@@ -14,15 +14,14 @@ It is based on measurements: random models of phi3, gemma2 and qwen3, 2 to 32 la
 adapters of rank 16 on every linear layer with updates of 2 to 50% of the weights.
 """
 
-from pathlib import Path
-
 import torch
 from peft import PeftModel
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.adapters.lora import LoraLinear
+from fettle.adapters.model_ref import ModelRef
 from fettle.checkpoints.dtypes import Dtype
-from fettle.engine.load import load
+from fettle.engine.load import load_ref
 from fettle.errors import UserError, option, reason_of
 from fettle.models.modes import evaluating
 from fettle.quantization.layers import dequantize_linears
@@ -44,10 +43,10 @@ middle of 2 to 8 layers gives as little as 6e-3 if the update is 2% of the weigh
 
 
 def load_merged(
-    name: str | Path, *, dtype: Dtype = "auto", device: str | None = None
+    ref: ModelRef, *, dtype: Dtype = "auto", device: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load what `name` refers to (see `fettle.load`) as one dense merged model, and its tokenizer."""
-    model, tokenizer = load(name, dtype=dtype, device=device)
+    """Load a model, with its adapter merged, as one dense model, and its tokenizer."""
+    model, tokenizer = load_ref(ref, dtype=dtype, device=device)
     dequantize_linears(model)  # an adapter trained on quantized weights is merged onto the dequantized ones
     if dtype == "float32":
         model.float()  # dequantization gives the dtype that was quantized

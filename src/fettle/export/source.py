@@ -6,6 +6,7 @@ LoRA (DoRA, ranks per layer, biases, embeddings, modules, PiSSA) goes through PE
 model in memory.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,9 +17,8 @@ from peft import LoraConfig
 from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from fettle.adapters.found import Found, find
 from fettle.adapters.lora import TensorShapes, is_plain_lora, require_whole
-from fettle.adapters.lora import adapter_config_of as read_adapter
+from fettle.adapters.model_ref import ModelRef, resolve
 from fettle.checkpoints.folder import ADAPTER_WEIGHTS, Checkpoint, is_nf4
 from fettle.engine.decode import stop_ids
 from fettle.errors import UserError, option
@@ -34,18 +34,23 @@ Update = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(slots=True, kw_only=True)
 class Source:
-    """A model to export.
+    """A model to export, and what is written of it.
 
-    name: for display. dtype: of the stored weights. tensors: called for every pass, yields Hugging Face's name and the
+    dtype: of the stored weights. tensors: called for every pass, yields Hugging Face's name and the
     dense tensor. generation: its eos_token_id lists all stop tokens, see `stop_ids`.
     """
 
-    name: str
+    ref: ModelRef
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
     dtype: torch.dtype
     tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]]
     generation: GenerationConfig
+
+    @property
+    def name(self) -> str:
+        """The model's name without its folder; a hub model's folder is named by a hash."""
+        return Path(self.ref.name).name
 
     @property
     def stop_ids(self) -> list[int]:
@@ -54,22 +59,20 @@ class Source:
 
 def open_source(name: str | Path) -> Source:
     """Resolve `name` (as `fettle.load` does) without reading its weights; UserError for every fault."""
-    found, path = find(name), Path(name).expanduser()
-    config = found.stored.config
+    ref = resolve(name)
+    config = copy.deepcopy(ref.stored.config)  # merging changes it
     source = Source(
-        name=(
-            path.resolve() if path.is_dir() else path
-        ).name,  # not found.folder: a hub snapshot is named by a hash
+        ref=ref,
         config=config,
-        tokenizer=found.tokenizer,
-        dtype=found.stored.dtype,
-        tensors=lambda: _from_checkpoint(found.checkpoint),
-        generation=_generation(found.base, config, found.tokenizer),
+        tokenizer=ref.tokenizer,
+        dtype=ref.stored.dtype,
+        tensors=lambda: _from_checkpoint(ref.checkpoint),
+        generation=_generation(ref.base, config, ref.tokenizer),
     )
-    if found.adapter is not None:
-        _adapted(source, found, found.adapter)
+    if ref.kind == "adapter":
+        _adapted(source)
     given = source.tensors
-    source.tensors = lambda: _finite(given(), found.folder)
+    source.tensors = lambda: _finite(given(), ref.path)
     return source
 
 
@@ -85,23 +88,24 @@ def _finite(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> Iterat
         yield name, tensor
 
 
-def _adapted(source: Source, found: Found, adapter: LoraConfig) -> None:
+def _adapted(source: Source) -> None:
     """Replace the source's tensors by those of the merged model."""
-    folder, checkpoint, facts, shapes = found.folder, found.checkpoint, found.facts, found.shapes
+    ref = source.ref
+    adapter, facts, checkpoint = ref.lora, ref.facts, ref.checkpoint
     if facts is not None:
         write_down_context(source.config, facts.context_tokens)
-    if not is_plain_lora(adapter, shapes):
+    if not is_plain_lora(adapter, ref.shapes):
         if {HEAD, "embed_tokens"} & set(adapter.modules_to_save or ()) and not adapter.ensure_weight_tying:
             source.config.tie_word_embeddings = False  # trained separately
-        source.tensors = lambda: _whole(folder)
+        source.tensors = lambda: _whole(ref)
         return
-    require_plain(source.config, adapter, shapes, folder)
+    require_plain(source.config, adapter, ref.shapes, ref.path)
     has_to_be_nf4 = facts is not None and facts.quantization == "nf4" and not is_nf4(checkpoint)
     trained_dtype = source.dtype  # source.dtype may be changed to the dtype to write
     matrices = {f"{name}.weight" for name in plain_linears(empty_model(source.config))}
 
     def merged() -> Iterator[tuple[str, torch.Tensor]]:
-        updates = _updates(folder)
+        updates = _updates(ref)
         for name, tensor in _from_checkpoint(checkpoint):
             if has_to_be_nf4 and name in matrices:
                 tensor = nf4_dequantize(nf4_quantize(tensor.to(trained_dtype)))
@@ -143,14 +147,14 @@ def adapter_matrices(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Te
                 yield f"{target}.weight", a, b
 
 
-def _updates(folder: Path) -> dict[str, Update]:
-    scale = adapter_scale(read_adapter(folder))
+def _updates(ref: ModelRef) -> dict[str, Update]:
+    scale = adapter_scale(ref.lora)
 
     def update(a: torch.Tensor, b: torch.Tensor) -> Update:
         # In place, as tensors read from a checkpoint are copies; in PEFT's order, for bit-identical results.
         return lambda weight: weight.float().add_((b.float() @ a.float()).mul_(scale))
 
-    return {name: update(a, b) for name, a, b in adapter_matrices(folder)}
+    return {name: update(a, b) for name, a, b in adapter_matrices(ref.path)}
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
@@ -163,9 +167,9 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor
         yield name, nf4_dequantize(stored.nf4(layer)[0]) if stored.is_nf4(layer) else stored.read(name)
 
 
-def _whole(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _whole(ref: ModelRef) -> Iterator[tuple[str, torch.Tensor]]:
     """Merge the whole model in memory, with PEFT."""
-    full, _ = load_merged(folder, device="cpu")
+    full, _ = load_merged(ref, device="cpu")
     yield from full.state_dict().items()
 
 

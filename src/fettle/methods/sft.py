@@ -9,19 +9,17 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from fettle import terminal
-from fettle.adapters.found import remembered_name
 from fettle.adapters.lora import adapt
+from fettle.adapters.model_ref import resolve
 from fettle.checkpoints.adapter_facts import AdapterFacts, write_facts
 from fettle.checkpoints.dtypes import name_of
 from fettle.checkpoints.fingerprint import fingerprint, tokenizer_fingerprint
-from fettle.checkpoints.folder import inspect, is_adapter
-from fettle.checkpoints.locate import locate
 from fettle.errors import UserError, option
 from fettle.evaluation import longest_exchange
 from fettle.files import shell_path, sibling
 from fettle.models.decoder import DecoderForCausalLM
 from fettle.models.device import device_of
-from fettle.models.load import load_model, load_tokenizer, stored_model
+from fettle.models.load import load_model
 from fettle.models.save import save_tokenizer
 from fettle.planning.program import note_program
 from fettle.planning.shapes import Shapes
@@ -64,15 +62,20 @@ def resume_training(output: str | Path, *, console: Console | None = None) -> Ou
 
 def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> Job:
     """Read the data, choose the remaining options, plan the memory, load the model."""
-    folder = _base_folder(options.model)
     asked_steps = options.max_steps
-    # first, so that a broken model is reported before the data is read
-    stored = stored_model(inspect(folder))
+    ref = resolve(options.model)
+    stored = ref.stored  # first, so that a broken model is reported before the data is read
+    if ref.kind == "adapter":
+        raise UserError(
+            f"{option('model')} {options.model} is an adapter; merge it first (fettle export --model "
+            f"{shell_path(options.model)} --format safetensors --to FOLDER) and train on the merged model."
+        )
     device = device_of(options.device)
     rows = read_data(options.data)
-    seen = fingerprints(options) | {"model": fingerprint(folder), "tokenizer": tokenizer_fingerprint(folder)}
+    seen = fingerprints(options)
+    seen |= {"model": fingerprint(ref.base), "tokenizer": tokenizer_fingerprint(ref.base)}
     resume.require_unchanged(facts, seen, options)
-    tokenizer = load_tokenizer(folder, stored.config)
+    tokenizer = ref.tokenizer
     longest = length_limit(options, stored.config.max_position_embeddings)
     data = prepare(options, tokenizer, longest, rows)
     show_data(data, options, console)
@@ -93,10 +96,9 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
         ),
     )
     # by folder, as PEFT reads the base's config from `name_or_path` at each save
-    base = load_model(folder, dtype=run_plan.work.dtype, device=device, quantization=options.quantization)
+    base = load_model(ref.base, dtype=run_plan.work.dtype, device=device, quantization=options.quantization)
     model = _adapt(base, options)
     context = fixed_context(base, longest)
-    name = remembered_name(options.model)
     quantization: Quantization | None = "nf4" if is_quantized(base) else None
     adapter_facts = AdapterFacts(
         base_fingerprint=seen["model"], context_tokens=context, quantization=quantization
@@ -115,7 +117,7 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
         command="train",
         facts=facts | {"fingerprints": seen},
         begin=lambda: base.set_context(context),
-        save=lambda to: _save_adapter(model, tokenizer, name, adapter_facts, to),
+        save=lambda to: _save_adapter(model, tokenizer, ref.name, adapter_facts, to),
         last_file="adapter_config.json",
         next_commands=[
             f'fettle generate --model {output} --prompt "..."',
@@ -144,16 +146,6 @@ def fixed_context(model: DecoderForCausalLM, longest: int) -> int | None:
     """The context length to fix LongRoPE's factors for: the run's, if its rows may exceed the original context."""
     original = model.config.rope_parameters.get("original_max_position_embeddings")
     return longest if original is not None and longest > original else None
-
-
-def _base_folder(name: str) -> Path:
-    folder = locate(name)
-    if is_adapter(folder):
-        raise UserError(
-            f"{option('model')} {name} is an adapter; merge it first (fettle export --model {shell_path(name)} "
-            "--format safetensors --to FOLDER) and train on the merged model."
-        )
-    return folder
 
 
 def _save_adapter(

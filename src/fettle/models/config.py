@@ -6,15 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fettle.checkpoints.dtypes import DTYPES
-from fettle.checkpoints.folder import (
-    Checkpoint,
-    command_to_finish,
-    is_adapter,
-    is_nf4,
-    read_adapter_config,
-    read_config_file,
-)
-from fettle.checkpoints.locate import EMBEDDED, embedded_model
+from fettle.checkpoints.folder import Checkpoint, is_nf4, read_config_file
 from fettle.errors import UserError, reason_of
 from fettle.models.families import FUSED_ACTIVATIONS, Family, family_of, option
 from fettle.models.plain_config import plain_config
@@ -50,17 +42,15 @@ class StoredModel(NamedTuple):
     is_nf4: bool
 
 
-def config_of(name: str, *, is_plain: bool = False) -> StoredModel:
-    """Return what the checkpoint `name` stores according to its config; a config without dtype counts as float32.
+def config_of(folder: Path, *, is_plain: bool = False) -> StoredModel:
+    """Return what the checkpoint stores according to its config; a config without dtype counts as float32.
 
-    name: a folder, a config.json, fettle-tiny, or a hub name; for an adapter's folder its base is used. is_plain:
-    return a config of models/plain_config.py, which needs no import of transformers.
+    is_plain: return a config of models/plain_config.py, which needs no import of transformers.
     Raises UserError if there is no config, or if fettle cannot train the model.
     """
-    file = _config_file(name)
-    content = read_config_file(file)
+    content = read_config_file(folder)
     unseen = Checkpoint(
-        folder=file.parent, config=content, weight_files=[], tensors={}, tensor_files={}, weight_bytes=0
+        folder=folder, config=content, weight_files=[], tensors={}, tensor_files={}, weight_bytes=0
     )
     dtype = DTYPES.get(str(content.get("dtype", content.get("torch_dtype"))), torch.float32)
     if is_plain and _is_ordinary(content):
@@ -213,41 +203,3 @@ def _is_activation(name: Any) -> bool:
     from transformers.activations import ACT2FN  # which takes seconds to import
 
     return isinstance(name, str) and name in ACT2FN
-
-
-def _config_file(name: str) -> Path:
-    path = embedded_model() if name == EMBEDDED else Path(name).expanduser()
-    if path.is_file():
-        return path
-    if (path / "config.json").is_file():
-        return path / "config.json"
-    if is_adapter(path):
-        return _config_file_of_base(path)
-    if command := command_to_finish(path):
-        raise UserError(f"{path} is an unfinished run, not a model: finish it with {command}")
-    if path.exists() or name.count("/") != 1:
-        raise UserError(f"{name}: no config.json found; give a model's folder or a hub name (owner/name).")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(name, "config.json"))
-    except (
-        Exception
-    ) as error:  # the hub's transport library, and with it the exceptions, differ between versions
-        raise UserError(
-            f"{name} is neither a local folder nor available from the hub ({type(error).__name__}): "
-            "give a folder with the model's config.json."
-        ) from error
-
-
-def _config_file_of_base(adapter: Path) -> Path:
-    base: str = read_adapter_config(adapter)["base_model_name_or_path"]
-    try:
-        if is_adapter(Path(base).expanduser()):
-            raise UserError(f"{base} is an adapter itself.")
-        return _config_file(base)
-    except UserError as error:
-        raise UserError(
-            f"{adapter} is an adapter for '{base}', whose config cannot be read: {error} If the model has "
-            f"moved, correct base_model_name_or_path in {adapter / 'adapter_config.json'}."
-        ) from error

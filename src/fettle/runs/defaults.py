@@ -46,7 +46,7 @@ def require_valid(options: LoopOptions | PlanOptions) -> None:
     memory: str | None = getattr(options, "memory", None)
     if memory is not None:
         parse_bytes(memory)
-    for name in ("model", "data", "eval_data", "keep_data", "output"):
+    for name in ("data", "eval_data", "keep_data", "output"):
         # such as from `--data "$UNSET"`; an empty path would mean the current folder
         if getattr(options, name, None) == "":
             raise UserError(f"{option(name)} is empty; expected a path or a name.")

@@ -13,10 +13,9 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fettle.adapters.found import remembered_name
 from fettle.engine.decode import BATCH_SIZE
 from fettle.errors import Interrupted
-from fettle.files import only_process, require_free_space, shell_path
+from fettle.files import lasting_name, only_process, require_free_space, shell_path
 from fettle.options import write
 from fettle.planning.program import peak_memory_bytes
 from fettle.recompute.allocator import release_unused
@@ -130,7 +129,7 @@ def _written_options(job: Job) -> TrainOptions | PretrainOptions:
     for name in ("model", "data", "eval_data", "keep_data"):
         source = getattr(job.options, name, None)
         if source is not None:
-            changes[name] = remembered_name(source)
+            changes[name] = lasting_name(source)
     return dataclasses.replace(job.options, **changes)
 
 

@@ -12,9 +12,10 @@ from rich.console import Console
 from torch import nn
 
 from fettle import terminal
+from fettle.adapters.model_ref import resolve
 from fettle.errors import UserError, option
 from fettle.files import human_bytes
-from fettle.models.config import StoredModel, config_of
+from fettle.models.config import StoredModel
 from fettle.models.device import device_of, maps_embedding, training_dtype
 from fettle.planning.budget import free_bytes, parse_bytes
 from fettle.planning.costs import Workload
@@ -57,8 +58,9 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
     console = console or terminal.console()
     require_valid(options)
     device = device_of(options.device)
+    ref = resolve(options.model, need="config")
     # importing model code takes seconds, so it is avoided if sizes alone suffice
-    stored = config_of(options.model, is_plain=options.target_modules is None)
+    stored = ref.stored_by_config(is_plain=options.target_modules is None)
     limit: int = stored.config.max_position_embeddings
     context = options.context or min(DEFAULT_MAX_LENGTH, limit)
     if context > limit:
@@ -72,7 +74,7 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
         answered_tokens=context,
     )
     with restored_heap():
-        chosen = _choose(options, stored.config, lambda: config_of(options.model).config, work, console)
+        chosen = _choose(options, stored.config, lambda: ref.stored_by_config().config, work, console)
     longest = chosen.planner.longest(work, chosen.budget, chosen.allowed)
     if options.json:
         terminal.print_result(

@@ -12,6 +12,7 @@ import torch
 from gguf import GGUFReader, GGUFWriter, quants
 from peft import LoraConfig, get_peft_model
 
+from fettle.adapters.model_ref import resolve
 from fettle.engine.llama_cpp.gguf_file import GGUFFile
 from fettle.engine.llama_cpp.library import library
 from fettle.engine.load import load
@@ -274,7 +275,7 @@ def test_nf4_says_what_the_merged_model_in_nf4_says(cli, trained: Path, tmp_path
     assert ended.code == 0, ended.err
     model, _ = load(tmp_path / "nf4", device="cpu")
     assert is_quantized(model)
-    merged, _ = load_merged(trained, device="cpu")
+    merged, _ = load_merged(resolve(trained), device="cpu")
     ids = torch.tensor([IDS])
     with torch.no_grad():
         dense = merged(input_ids=ids, use_cache=False).logits

@@ -4,11 +4,8 @@ from pathlib import Path
 
 from gguf import GGUFWriter
 
-from fettle.adapters.found import find
-from fettle.adapters.lora import adapter_config_of as read_adapter
-from fettle.adapters.lora import is_plain_lora, shapes_in
-from fettle.checkpoints.folder import is_adapter
-from fettle.checkpoints.locate import locate
+from fettle.adapters.lora import is_plain_lora
+from fettle.adapters.model_ref import resolve
 from fettle.errors import UserError, option
 from fettle.export.gguf.metadata import as_stored, gguf_family_of, gguf_name
 from fettle.export.gguf.write import require_name
@@ -24,26 +21,26 @@ def export_adapter_gguf(name: str | Path, to: Path, *, overwrite: bool = False) 
     """
     require_name(to := Path(to))
     require_new_file(to, replace=overwrite)
-    folder = locate(str(name))
-    if not is_adapter(folder):
+    ref = resolve(name)
+    config = ref.stored.config  # first, so that a broken model is reported as by every other command
+    if ref.kind != "adapter":
         raise UserError(
-            f"{folder} is not an adapter: give the output of fettle train, or use {option('format')} gguf."
+            f"{ref.path} is not an adapter: give the output of fettle train, or use {option('format')} gguf."
         )
-    adapter = read_adapter(folder)
-    if not is_plain_lora(adapter, shapes := shapes_in(folder)):
+    adapter = ref.lora
+    if not is_plain_lora(adapter, ref.shapes):
         raise UserError(
-            f"{folder}: llama.cpp supports only plain LoRA of one rank, but this adapter has more (DoRA, biases, "
-            f"embeddings, whole modules, PiSSA, ranks per layer or the like): export the merged model, "
+            f"{ref.path}: llama.cpp supports only plain LoRA of one rank, but this adapter has more (DoRA, biases, "
+            "embeddings, whole modules, PiSSA, ranks per layer or the like): export the merged model, "
             f"{option('format')} gguf."
         )
-    config = find(name).stored.config
-    require_plain(config, adapter, shapes, folder)
+    require_plain(config, adapter, ref.shapes, ref.path)
     with write_aside(to, replace=overwrite) as aside:
         writer = GGUFWriter(str(aside), gguf_family_of(config).architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", adapter_scale(adapter) * adapter.r)
-        for each, a, b in adapter_matrices(folder):
+        for each, a, b in adapter_matrices(ref.path):
             target = gguf_name(each, config)
             writer.add_tensor(f"{target}.lora_a", a.float().contiguous().numpy())
             writer.add_tensor(f"{target}.lora_b", as_stored(each, b.float(), config).contiguous().numpy())

@@ -68,7 +68,7 @@ def export_gguf(
         with write_aside(place, replace=overwrite) as aside:
             aside.write_text(texts[path], encoding="utf-8")
     if check:
-        print_proof(name, source, files, console)
+        print_proof(source, files, console)
     return list(files.values())
 
 

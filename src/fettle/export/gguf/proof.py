@@ -25,12 +25,12 @@ FP32_SHARE = 0.6
 """Share of the free memory: a source model larger than this in fp32 is compared in its own dtype."""
 
 
-def print_proof(name: str | Path, source: Source, files: dict[str, Path], console: Console) -> None:
+def print_proof(source: Source, files: dict[str, Path], console: Console) -> None:
     """Run each file and print how it compares.
 
     Raises UserError if llama.cpp does not run a file, ProofError if its output does not match the model's.
     """
-    model = _model(name, source)
+    model = _model(source)
     table = Table(
         title="in llama.cpp, compared with the model",
         title_justify="left",
@@ -74,8 +74,8 @@ def _require_alike(proofs: dict[str, Verification], files: dict[str, Path]) -> N
             )
 
 
-def _model(name: str | Path, source: Source) -> PreTrainedModel:
+def _model(source: Source) -> PreTrainedModel:
     """Load the merged model: in fp32 if memory allows, as its own rounding would be attributed to the file."""
     weights = sum(each.numel() for each in empty_model(source.config).parameters())
     is_small = 4 * weights < FP32_SHARE * psutil.virtual_memory().available
-    return load_merged(name, dtype="float32" if is_small else "auto", device="cpu")[0]
+    return load_merged(source.ref, dtype="float32" if is_small else "auto", device="cpu")[0]
