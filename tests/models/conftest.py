@@ -37,6 +37,7 @@ USUAL: dict[str, Any] = {
 FIRST: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "qwen3": {"head_dim": 24},
+    "gemma": {"head_dim": 12},
     "gemma2": {
         "head_dim": 12,
         "num_hidden_layers": 4,
@@ -72,23 +73,66 @@ YARN = {
     "max_position_embeddings": 128,
 }
 
+# Whole config.json files of real checkpoints, at a small size with the same proportions.
+LLAMA_32 = {
+    "hidden_size": 48,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 3,
+    "head_dim": 8,  # stated, and not hidden_size / num_attention_heads, as in the 3B
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": LLAMA3["rope_scaling"] | {"factor": 32.0},
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "pad_token_id": None,
+}
+PHI3_MEDIUM = {
+    "hidden_size": 80,  # no power of two
+    "intermediate_size": 112,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 5,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": 31,
+    "max_position_embeddings": 64,
+    "original_max_position_embeddings": 64,
+}
+PHI4_MINI = LONGROPE | {
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "partial_rotary_factor": 0.75,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0, 1.02, 1.1],  # three quarters of a head's channels, in pairs
+        "long_factor": [1.08, 4.0, 40.0],
+    },
+    "sliding_window": 128,
+    "tie_word_embeddings": True,
+}
+GEMMA_2B = {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True}
+
 VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
     ("phi3", "longrope", LONGROPE),
     ("phi3", "window", {"sliding_window": WINDOW}),
     ("phi3", "partial-rotary", {"partial_rotary_factor": 0.5}),
     ("phi3", "tied", {"tie_word_embeddings": True}),
+    ("phi3", "medium", PHI3_MEDIUM),
+    ("phi3", "4-mini", PHI4_MINI),
     ("llama", "biases", {"attention_bias": True, "mlp_bias": True}),
     ("llama", "llama3-rope", LLAMA3),
     ("llama", "linear-rope", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
     ("llama", "yarn-rope", YARN),
     ("llama", "head-dim", {"head_dim": 16}),
     ("llama", "tied", {"tie_word_embeddings": True}),
+    ("llama", "3.2", LLAMA_32),
     ("mistral", "window", {"sliding_window": WINDOW}),
     ("mistral", "head-dim", {"head_dim": 16, "sliding_window": None}),
     ("qwen2", "window", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
     ("qwen2", "tied", {"tie_word_embeddings": True}),
     ("qwen3", "window", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
     ("qwen3", "biases", {"attention_bias": True}),
+    ("gemma", "2b", GEMMA_2B | {"hidden_act": "gelu"}),  # which transformers takes for its tanh approximation
+    ("gemma", "biases", {"attention_bias": True}),
     ("gemma2", "tied", {"tie_word_embeddings": True}),
     ("gemma2", "biases", {"attention_bias": True}),
     ("gemma2", "no-caps", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),

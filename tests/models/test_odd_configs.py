@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from fettle.checkpoints.folder import inspect
 from fettle.errors import UserError
 from fettle.models.config import config_of
+from fettle.models.families import FAMILIES
 from fettle.models.load import load_model, load_tokenizer, read_generation, stored_model
 
 FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
@@ -51,7 +52,7 @@ def test_su_is_what_phi3_first_called_longrope(folder_of: Any, key: str) -> None
     torch.testing.assert_close(logits_of(load_model(folder)), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_partial_rotation_counts_where_it_does_in_transformers(folder_of: Any, family: str) -> None:
     folder = folder_of(family, partial_rotary_factor=0.5)
     expected = logits_of(AutoModelForCausalLM.from_pretrained(folder))
@@ -90,6 +91,14 @@ def test_a_config_that_makes_no_model_is_refused_from_the_file_alone(
     with pytest.raises(UserError, match=message):
         stored_model(inspect(folder))
     assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2"])
+def test_attention_to_later_tokens_is_refused(folder_of: Any, family: str) -> None:
+    folder = folder_of(family, use_bidirectional_attention=True)
+    for is_plain in (False, True):
+        with pytest.raises(UserError, match="use_bidirectional_attention is on, but fettle trains causal"):
+            config_of(folder, is_plain=is_plain)
 
 
 def test_a_billion_labels_are_passed_over(folder_of: Any) -> None:

@@ -69,7 +69,9 @@ def _is_ordinary(content: dict[str, Any]) -> bool:
     is_rotated = _is_positive(theta) and all(
         _is_known_rotation(each, content["model_type"]) for each in rotations
     )
-    return is_padded and is_windowed and is_rotated and _is_share(content.get("attention_dropout", 0.0))
+    is_causal = not content.get("use_bidirectional_attention")
+    is_dropped = _is_share(content.get("attention_dropout", 0.0))
+    return is_padded and is_windowed and is_rotated and is_causal and is_dropped
 
 
 def _is_positive(value: Any) -> bool:
@@ -171,7 +173,7 @@ def _require_sizes(content: dict[str, Any], where: str) -> None:
 def _require_activation(content: dict[str, Any], family: Family, where: str) -> None:
     """Raise UserError for an activation that transformers does not know."""
     name = "hidden_activation" if "hidden_activation" in family.defaults else "hidden_act"
-    if content.get(name) is not None and not _is_activation(content[name]):
+    if content.get(name) is not None and not _is_activation(content[name], family):
         raise UserError(
             f"{where}: {name} is {content[name]!r}; expected an activation that transformers has."
         )
@@ -186,6 +188,10 @@ def _require_usable(config: Any, where: str) -> None:
             f"{where}: pad_token_id is {config.pad_token_id} (or missing), but the vocabulary has {config.vocab_size} "
             "tokens; expected the id of one of them, or null."
         )
+    if option(config, "use_bidirectional_attention"):
+        raise UserError(
+            f"{where}: use_bidirectional_attention is on, but fettle trains causal models only; expected false or null."
+        )
     if "sliding_attention" in (option(config, "layer_types") or ()) and config.sliding_window is None:
         raise UserError(
             f"{where}: sliding_window is null, but some layers use one; expected a number of tokens."
@@ -197,8 +203,8 @@ def _require_usable(config: Any, where: str) -> None:
     DecoderRotaryEmbedding(config).require_usable(where)
 
 
-def _is_activation(name: Any) -> bool:
-    if isinstance(name, str) and name in FUSED_ACTIVATIONS:
+def _is_activation(name: Any, family: Family) -> bool:
+    if isinstance(name, str) and family.activations.get(name, name) in FUSED_ACTIVATIONS:
         return True
     from transformers.activations import ACT2FN  # which takes seconds to import
 

@@ -22,6 +22,8 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Transformers' defaults for options that config.json leaves out, if they differ from USUAL. Only options that a
     plan needs, as it runs without transformers, which takes seconds to import."""
+    activations: Mapping[str, str] = field(default_factory=dict)
+    """Activations that config.json names by another name than transformers: name there -> name in transformers."""
     layer_types: str = "full"
     """Which layers have a sliding window: "full", all, if `sliding_window` is set; "alternating", every other one;
     "late", those from `max_window_layers` on if `use_sliding_window` is set."""
@@ -64,6 +66,12 @@ USUAL: dict[str, Any] = {
 }
 NO_WINDOW = {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 28}
 QWEN = NO_WINDOW | {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+GEMMA = {
+    "head_dim": 256,
+    "attention_bias": False,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 
 FAMILIES: dict[str, Family] = {
     "phi3": Family(
@@ -92,15 +100,19 @@ FAMILIES: dict[str, Family] = {
         layer_types="late",
         has_qk_norm=True,
     ),
+    "gemma": Family(
+        architecture="GemmaForCausalLM",
+        defaults=GEMMA | {"num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"},
+        activations={"gelu": "gelu_pytorch_tanh"},
+        has_norm_offset=True,
+        has_scaled_embedding=True,
+    ),
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",
-        defaults={
-            "head_dim": 256,
+        defaults=GEMMA
+        | {
             "num_key_value_heads": 4,
-            "attention_bias": False,
             "hidden_activation": "gelu_pytorch_tanh",
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": True,
             "final_logit_softcapping": 30.0,
             "sliding_window": 4096,
         },

@@ -20,6 +20,8 @@ def plain_config(family: Family, content: Mapping[str, Any]) -> Any:
     values = {name: content.get(name, value) for name, value in declared.items()}
     if values["num_key_value_heads"] is None:
         values["num_key_value_heads"] = content["num_attention_heads"]
+    if family.activations:
+        values["hidden_act"] = family.activations.get(values["hidden_act"], values["hidden_act"])
     if family.layer_types == "late" and not values["use_sliding_window"]:
         values["sliding_window"] = None
     if family.layer_types != "full":

@@ -6,6 +6,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fettle.models.families import FAMILIES
+
 Device = Literal["cpu", "cuda"]
 TrainDtype = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -92,7 +94,7 @@ class PretrainOptions(LoopOptions):
         }
     )
     train_on: TrainOn = _option("compute the loss on the assistant's turns only, or on all tokens", "all")
-    family: Literal["phi3", "llama", "mistral", "qwen2", "qwen3", "gemma2"] = _option("architecture", "phi3")
+    family: Literal[tuple(FAMILIES)] = _option("architecture", "phi3")  # type: ignore[valid-type]
     vocab_size: int = _option("vocabulary size of the tokenizer, which is trained on the data", 1024)
     hidden_size: int = _option("hidden size of the model", 256)
     intermediate_size: int = _option("hidden size of the MLPs", 704)

@@ -48,8 +48,36 @@ CASES = {
     "phi3-longrope": ("phi3", LONGROPE),
     "phi3-partial-rotary": ("phi3", {"partial_rotary_factor": 0.5}),
     "phi3-tied": ("phi3", {"tie_word_embeddings": True}),
+    "phi3-medium": (
+        "phi3",
+        {"hidden_size": 320, "num_attention_heads": 20, "num_key_value_heads": 5, "sliding_window": 127},
+    ),
+    "phi4-mini": (
+        "phi3",
+        {
+            "partial_rotary_factor": 0.75,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 2048,
+            "original_max_position_embeddings": 512,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0 + 0.01 * n for n in range(24)],
+                "long_factor": [1.1 + 0.5 * n for n in range(24)],
+            },
+        },
+    ),
     "llama": ("llama", {}),
     "llama-3.1": ("llama", LLAMA3),
+    "llama-3.2": (
+        "llama",
+        {
+            "num_attention_heads": 8,
+            "head_dim": 64,
+            "rope_theta": 500000.0,
+            "rope_scaling": LLAMA3["rope_scaling"] | {"factor": 32.0},
+            "tie_word_embeddings": True,
+        },
+    ),
     "llama-linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
     "llama-head-dim": ("llama", {"head_dim": 32}),
     "llama-biases": ("llama", {"attention_bias": True}),
@@ -57,6 +85,10 @@ CASES = {
     "qwen2": ("qwen2", {}),
     "qwen2-yarn": ("qwen2", YARN),
     "qwen3": ("qwen3", {"head_dim": 64, "tie_word_embeddings": True}),
+    "gemma": (
+        "gemma",
+        {"num_key_value_heads": 1, "head_dim": 64, "hidden_act": "gelu", "tie_word_embeddings": True},
+    ),
     "gemma2": (
         "gemma2",
         {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 8, "tie_word_embeddings": True},

@@ -19,6 +19,7 @@ from fettle.engine.load import load
 from fettle.errors import UserError
 from fettle.export.gguf import export_adapter_gguf, export_gguf, proof, verify, write_gguf
 from fettle.export.gguf.importance import read_importance
+from fettle.export.gguf.metadata import GGUF_FAMILIES
 from fettle.export.gguf.verify import file_logits
 from fettle.export.merge import load_merged, merge
 from fettle.models.load import load_model, load_tokenizer
@@ -50,7 +51,7 @@ def test_a_run_becomes_files_that_say_what_it_says(cli, trained: Path, tmp_path:
     assert (found - expected).norm() < 2e-2 * expected.norm()
 
 
-@pytest.mark.parametrize("case", ["phi3", "llama", "mistral", "gemma2", "qwen2", "qwen3"])
+@pytest.mark.parametrize("case", [*GGUF_FAMILIES, "llama-3.2", "phi3-medium"])
 @pytest.mark.parametrize("options", [{"lora_alpha": 6}, {"lora_alpha": 3, "use_rslora": True}], ids=str)
 def test_an_adapter_alone_does_in_llama_cpp_what_it_does_here(
     case, options, model_of, tokenizer, tmp_path

@@ -32,7 +32,9 @@ class GGUFFamily:
     """q and k are interleaved for llama.cpp's rotation."""
     has_norm_offset: bool = False
     writes_window: bool = False
-    """The file states the sliding window. llama.cpp uses Gemma 2's, but disables Phi-3's."""
+    """The file states the sliding window, which llama.cpp requires."""
+    uses_window: bool = False
+    """llama.cpp applies the sliding window."""
     figures: Callable[[PreTrainedConfig], dict[str, Any]] = lambda config: {}
     """The family's own entries, under `{architecture}.`."""
     activations: tuple[str, ...] = ("silu", "swish")
@@ -40,6 +42,8 @@ class GGUFFamily:
     rope_types: tuple[str, ...] = ("default", "linear", "yarn", "llama3")
     has_attention_bias: bool = False
     """llama.cpp supports biases of the attention projections."""
+    has_own_head: bool = True
+    """llama.cpp supports an output head that is not tied to the embedding."""
 
 
 OUTSIDE = {
@@ -119,6 +123,8 @@ def _gemma2_figures(config: PreTrainedConfig) -> dict[str, Any]:
     return {"attn_logit_softcapping": caps[0], "final_logit_softcapping": caps[1]}
 
 
+GELU_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+
 GGUF_FAMILIES: dict[str, GGUFFamily] = {
     "phi3": GGUFFamily(
         architecture="phi3", writes_window=True, figures=_phi3_figures, rope_types=("default", "longrope")
@@ -129,13 +135,18 @@ GGUF_FAMILIES: dict[str, GGUFFamily] = {
     "mistral": GGUFFamily(architecture="llama", has_interleaved_heads=True, figures=_llama_figures),
     "qwen2": GGUFFamily(architecture="qwen2"),
     "qwen3": GGUFFamily(architecture="qwen3"),
+    "gemma": GGUFFamily(
+        architecture="gemma", has_norm_offset=True, activations=GELU_TANH, has_own_head=False
+    ),
     "gemma2": GGUFFamily(
         architecture="gemma2",
         names=SANDWICH_NORMS,
         has_norm_offset=True,
         writes_window=True,
+        uses_window=True,
         figures=_gemma2_figures,
-        activations=("gelu_pytorch_tanh", "gelu_new", "gelu_fast"),
+        activations=GELU_TANH,
+        has_own_head=False,
     ),
 }
 
@@ -192,7 +203,7 @@ def _require_expressible(config: PreTrainedConfig, family: GGUFFamily) -> None:
 
 def ignored_window(config: PreTrainedConfig) -> int | None:
     """Return the sliding window, in tokens, that llama.cpp ignores; None if that makes no difference."""
-    if config.model_type == "gemma2":
+    if gguf_family_of(config).uses_window:
         return None
     windows = (sliding_window_of(config, layer) for layer in range(config.num_hidden_layers))
     window = min((each for each in windows if each is not None), default=config.max_position_embeddings)

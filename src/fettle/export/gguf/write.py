@@ -99,9 +99,10 @@ def shapes_of(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     names = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
     if config.tie_word_embeddings:
         names.pop("lm_head.weight", None)
-    elif config.model_type == "gemma2":
+    elif not gguf_family_of(config).has_own_head:
         raise UserError(
-            "llama.cpp runs Gemma 2 only with its output head tied to the embedding; in this model it is not."
+            f"llama.cpp runs a {config.model_type} model only with its output head tied to the embedding; in this one "
+            "it is not."
         )
     factors = {name: tuple(factor.shape) for name, factor in factor_tensors(config).items()}
     return {gguf_name(name, config): shape for name, shape in names.items()} | factors
