@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers.activations import ACT2FN
 
 from fettle.errors import UserError
 from fettle.models.config import config_of
-from fettle.models.families import FAMILIES, FUSED_ACTIVATIONS
+from fettle.models.families import FAMILIES, head_dim_of
 from fettle.models.plain_config import plain_config
+from fettle.ops.gated_activation import ACTIVATIONS
 from fettle.planning.shapes import Shapes
 
 SIZES = {
@@ -43,10 +46,16 @@ CASES += [
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=str)
-def test_shapes_are_those_of_transformers_own_config(family, changes):
+def test_options_and_shapes_are_those_of_transformers_own_config(family, changes):
     content = {"model_type": family, **SIZES, **changes}
-    stock = FAMILIES[family].config.from_dict(dict(content))
-    assert Shapes.of(plain_config(FAMILIES[family], content)) == Shapes.of(stock)
+    stock, plain = FAMILIES[family].config.from_dict(dict(content)), plain_config(FAMILIES[family], content)
+    names = [name for name in vars(type(plain)) if not name.startswith("__") and hasattr(type(stock), name)]
+    assert len(names) > 10
+    for name in names:
+        if name != "head_dim":
+            assert getattr(plain, name) == getattr(stock, name), name
+    assert head_dim_of(plain) == head_dim_of(stock)
+    assert Shapes.of(plain) == Shapes.of(stock)
 
 
 def test_so_are_those_of_real_checkpoints(shared_data: Path):
@@ -81,12 +90,10 @@ def test_what_training_refuses_a_plan_refuses_too(tmp_path, fault):
             config_of(tmp_path, is_plain=is_plain)
 
 
-def test_activations_known_by_name_are_those_computed_here():
-    from transformers.activations import ACT2FN
-
-    from fettle.ops.gated_activation import activation_name_of
-
-    assert {name for name in ACT2FN if activation_name_of(ACT2FN[name]) is not None} == FUSED_ACTIVATIONS
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_computed_here_are_transformers_own(name):
+    x = torch.linspace(-8, 8, 1001)
+    torch.testing.assert_close(ACTIVATIONS[name](x), ACT2FN[name](x))
 
 
 def test_a_plan_imports_no_model_code():

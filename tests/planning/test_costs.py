@@ -5,7 +5,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen3Config
+from transformers import LlamaConfig, PreTrainedConfig
 
 from fettle.adapters.lora import adapt
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
@@ -95,10 +95,7 @@ def test_weight_bytes_are_the_models(family: str, is_nf4: bool) -> None:
 
 
 KEPT: dict[str, PreTrainedConfig] = {
-    "phi3": Phi3Config(**SIZES),
-    "llama": LlamaConfig(**SIZES),
-    "qwen3": Qwen3Config(**SIZES, head_dim=16),
-    "gemma2": Gemma2Config(**SIZES, head_dim=16),
+    name: family.config(**SIZES, head_dim=16) for name, family in FAMILIES.items()
 }
 BIASED = LlamaConfig(**SIZES, mlp_bias=True)
 

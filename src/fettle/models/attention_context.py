@@ -19,7 +19,7 @@ from fettle.ops import Documents, apply_rotary, packed_attention, softcap_attent
 from fettle.ops.attention import KeptAttention
 
 if TYPE_CHECKING:
-    from fettle.models.decoder import DecoderAttention
+    from fettle.models.layer import DecoderAttention
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, (B or 1, N, rotary_dim)."""

@@ -8,8 +8,9 @@ import torch
 from fettle.checkpoints.dtypes import DTYPES
 from fettle.checkpoints.folder import Checkpoint, is_nf4, read_config_file
 from fettle.errors import UserError, reason_of
-from fettle.models.families import FUSED_ACTIVATIONS, Family, family_of, option
+from fettle.models.families import Family, family_of, option
 from fettle.models.plain_config import plain_config
+from fettle.ops.gated_activation import ACTIVATIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -204,7 +205,7 @@ def _require_usable(config: Any, where: str) -> None:
 
 
 def _is_activation(name: Any, family: Family) -> bool:
-    if isinstance(name, str) and family.activations.get(name, name) in FUSED_ACTIVATIONS:
+    if isinstance(name, str) and family.activations.get(name, name) in ACTIVATIONS:
         return True
     from transformers.activations import ACT2FN  # which takes seconds to import
 

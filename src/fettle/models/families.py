@@ -1,7 +1,7 @@
 """The decoder families that fettle supports, as data.
 
 The flags of `Family` describe what distinguishes the families beyond their config.json.
-To add a family, add an entry here; the parity test (tests/models/test_parity.py) picks it up.
+To add a family, add an entry here (docs/adding-a-family.md); the tests pick it up.
 """
 
 from collections.abc import Mapping
@@ -55,13 +55,11 @@ class Family:
         return found
 
 
-FUSED_ACTIVATIONS = {"silu", "swish", "gelu_pytorch_tanh", "gelu_python_tanh"}
-"""Transformers' names of the activations that `ops/gated_activation.py` implements; others run as stock modules."""
-
 USUAL: dict[str, Any] = {
     "num_key_value_heads": None,  # same as num_attention_heads
     "hidden_act": "silu",
     "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
 NO_WINDOW = {"sliding_window": None, "use_sliding_window": False, "max_window_layers": 28}
@@ -76,7 +74,7 @@ GEMMA = {
 FAMILIES: dict[str, Family] = {
     "phi3": Family(
         architecture="Phi3ForCausalLM",
-        defaults={"max_position_embeddings": 4096, "sliding_window": None},
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None},
         has_fused_projections=True,
         has_partial_rotary=True,
     ),

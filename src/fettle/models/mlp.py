@@ -1,19 +1,22 @@
 """The decoder's MLP: one fused function if its matrices are frozen, its modules otherwise."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
 from fettle.models.families import Family, option
 from fettle.models.projections import projection_of
 from fettle.ops import gated_activation
-from fettle.ops.gated_activation import activation_name_of
+from fettle.ops.gated_activation import ACTIVATIONS, Activation, activation_name_of
 from fettle.ops.lora_mlp import MLP, Keep, lora_mlp
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class DecoderMLP(nn.Module):
-    def __init__(self, config: PreTrainedConfig, family: Family) -> None:
+    def __init__(self, config: "PreTrainedConfig", family: Family) -> None:
         super().__init__()
         hidden, intermediate = config.hidden_size, config.intermediate_size
         bias = bool(option(config, "mlp_bias", False))
@@ -24,11 +27,11 @@ class DecoderMLP(nn.Module):
             self.gate_proj = nn.Linear(hidden, intermediate, bias=bias)
             self.up_proj = nn.Linear(hidden, intermediate, bias=bias)
         self.down_proj = nn.Linear(intermediate, hidden, bias=bias)
-        self.activation = ACT2FN[option(config, "hidden_activation") or config.hidden_act]
+        self.activation = _activation(option(config, "hidden_activation") or config.hidden_act)
 
     def forward(self, x: torch.Tensor, keep: Keep = "gates", skip_output: bool = False) -> torch.Tensor:
         """x: (B, N, E) -> (B, N, E). keep, skip_output: see `lora_mlp`; ignored if the modules have to run."""
-        mlp = self._as_function() if torch.is_grad_enabled() else None
+        mlp = self.as_function() if torch.is_grad_enabled() else None
         if mlp is not None:
             return lora_mlp(x, mlp, keep=keep, skip_output=skip_output)
         gate, up = (
@@ -36,7 +39,7 @@ class DecoderMLP(nn.Module):
         )
         return self.down_proj(gated_activation(gate, up, self.activation))
 
-    def _as_function(self) -> MLP | None:
+    def as_function(self) -> MLP | None:
         """Return the input of `lora_mlp`, or None if a matrix is trained or has a feature that it does not cover."""
         modules = [self.gate_up_proj] if self.is_fused else [self.gate_proj, self.up_proj]
         found = [projection_of(module) for module in (*modules, self.down_proj)]
@@ -45,3 +48,13 @@ class DecoderMLP(nn.Module):
         if name is None or len(covered) < len(found):
             return None
         return MLP(tuple(covered[:-1]), covered[-1], name)
+
+
+def _activation(name: str) -> Activation:
+    """Return the activation that transformers calls `name`."""
+    if name in ACTIVATIONS:
+        return ACTIVATIONS[name]
+    from transformers.activations import ACT2FN  # which takes seconds to import
+
+    found: Activation = ACT2FN[name]
+    return found

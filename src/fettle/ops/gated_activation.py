@@ -18,8 +18,19 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 ROWS = 256  # rows that the CPU path processes at a time, so that they stay in the cache
 
-# By class name, as transformers is not imported here.
-CLASSES = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_pytorch_tanh"}
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_python_tanh": gelu_tanh,
+}
+"""The activations that are computed here, by their names in transformers."""
 
 
 def gated_activation_reference(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -38,7 +49,7 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: Activatio
 
 def activation_name_of(activation: Activation) -> str | None:
     """Return the name of an activation for the functions below; None if they do not support it."""
-    return "silu" if activation is F.silu else CLASSES.get(type(activation).__name__)
+    return next((name for name, each in ACTIVATIONS.items() if each is activation), None)
 
 
 class _GatedActivation(torch.autograd.Function):
@@ -94,7 +105,7 @@ def gated_activation_backward(
 
 
 def _activate(gate: torch.Tensor, activation_name: str) -> torch.Tensor:
-    return F.silu(gate) if activation_name == "silu" else F.gelu(gate, approximate="tanh")
+    return ACTIVATIONS[activation_name](gate)
 
 
 def _activation_gradient(

@@ -1,4 +1,6 @@
-"""The sizes of a model, computed from its config only, from which the plan counts memory and time.
+"""The sizes of a model, from which the plan counts memory and time: read off one of its layers on the meta device.
+
+The layer is the decoder's own, so a family needs no formulas here. Building it takes milliseconds.
 
 Letters: E hidden size, I intermediate size, H heads, K key-value heads, D channels per head, V vocabulary.
 """
@@ -7,7 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fettle.models.families import FAMILIES, FUSED_ACTIVATIONS, Family, head_dim_of, option, sliding_window_of
+import torch
+from torch import nn
+
+from fettle.models.families import FAMILIES, option, sliding_window_of
+from fettle.models.layer import DecoderLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -45,37 +51,32 @@ class Shapes:
 
     @classmethod
     def of(cls, config: "PreTrainedConfig") -> "Shapes":
-        """Return the shapes of a model from the config of a supported family."""
-        family = FAMILIES[config.model_type]
-        hidden, intermediate = config.hidden_size, config.intermediate_size
-        size = head_dim_of(config)
-        query, key = config.num_attention_heads * size, config.num_key_value_heads * size
-        has_bias = bool(option(config, "attention_bias", False))
-        vectors = hidden * (4 if family.has_sandwich_norms else 2) + (2 * size if family.has_qk_norm else 0)
-        vectors += query + 2 * key if has_bias or family.has_qkv_bias else 0
-        vectors += hidden if has_bias else 0
-        has_mlp_bias = bool(option(config, "mlp_bias", False))
-        vectors += 2 * intermediate + hidden if has_mlp_bias else 0
-        activation = option(config, "hidden_activation") or config.hidden_act
-        table = config.vocab_size * hidden
+        """Return the shapes of a model from the config of a supported family: all layers are shaped like the first."""
+        with torch.device("meta"):
+            layer = DecoderLayer(config, FAMILIES[config.model_type], 0).requires_grad_(False)
+        attention, modules = layer.self_attn, layer.named_modules()
+        linears = {name: module for name, module in modules if isinstance(module, nn.Linear)}
+        matrices = {name.rpartition(".")[2]: linear.weight for name, linear in linears.items()}
+        weights = sum(matrix.numel() for matrix in matrices.values())
+        table = config.vocab_size * config.hidden_size
         return cls(
             layers=config.num_hidden_layers,
-            hidden=hidden,
-            intermediate=intermediate,
-            heads=config.num_attention_heads,
-            query=query,
-            key=key,
+            hidden=config.hidden_size,
+            intermediate=layer.mlp.down_proj.in_features,
+            heads=attention.heads,
+            query=attention.heads * attention.head_dim,
+            key=attention.key_value_heads * attention.head_dim,
             vocabulary=config.vocab_size,
             context=config.max_position_embeddings,
             windows=tuple(sliding_window_of(config, i) for i in range(config.num_hidden_layers)),
-            matrices=_matrices(family, hidden, intermediate, query, key),
-            vectors=vectors,
-            outer=hidden + table * (1 if config.tie_word_embeddings else 2),
+            matrices={name: (matrix.shape[0], matrix.shape[1]) for name, matrix in matrices.items()},
+            vectors=sum(each.numel() for each in layer.parameters()) - weights,
+            outer=config.hidden_size + table * (1 if config.tie_word_embeddings else 2),
             embedding=0 if config.tie_word_embeddings else table,
             head=table,
-            has_sandwich_norms=family.has_sandwich_norms,
-            has_qk_norm=family.has_qk_norm,
-            has_whole_mlp=not has_mlp_bias and activation in FUSED_ACTIVATIONS,
+            has_sandwich_norms=layer.has_sandwich_norms,
+            has_qk_norm=attention.has_qk_norm,
+            has_whole_mlp=layer.mlp.as_function() is not None,
             caps_logits=option(config, "final_logit_softcapping") is not None,
         )
 
@@ -104,18 +105,3 @@ class Shapes:
 
     def _adapted(self, targets: Mapping[str, int] | None) -> Mapping[str, int]:
         return dict.fromkeys(self.matrices, self.layers) if targets is None else targets
-
-
-def _matrices(
-    family: Family, hidden: int, intermediate: int, query: int, key: int
-) -> dict[str, tuple[int, int]]:
-    down = {"o_proj": (hidden, query), "down_proj": (hidden, intermediate)}
-    if family.has_fused_projections:
-        return {"qkv_proj": (query + 2 * key, hidden), "gate_up_proj": (2 * intermediate, hidden)} | down
-    return {
-        "q_proj": (query, hidden),
-        "k_proj": (key, hidden),
-        "v_proj": (key, hidden),
-        "gate_proj": (intermediate, hidden),
-        "up_proj": (intermediate, hidden),
-    } | down
