@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from fettle.adapters.model_ref import resolve
 from fettle.checkpoints.folder import inspect
 from fettle.checkpoints.locate import embedded_model
 from fettle.engine.load import load
@@ -198,7 +199,6 @@ def test_a_plan_counts_the_weights_that_are_loaded(folder: Path, quantization: A
     assert json.loads(ended.out)["memory_bytes"]["weights"] == pytest.approx(found - maps, rel=0.02)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_an_adapter_says_in_peft_what_it_says_here(name: str, folder_of: Any, run_of: Any) -> None:
     base, run = folder_of(name), run_of(name)
@@ -209,7 +209,6 @@ def test_an_adapter_says_in_peft_what_it_says_here(name: str, folder_of: Any, ru
     assert difference(logits_of(stock(base)), theirs) > 1e-3, "nothing was learned"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "weights"), [*((name, "bfloat16") for name in MODELS), ("Llama-3.2-3B-Instruct", "nf4")]
 )
@@ -219,7 +218,7 @@ def test_a_merged_folder_opens_in_transformers(
     run = run_of(name, weights)
     ended = cli("export", "--model", run, "--to", tmp_path / "out")
     assert ended.code == 0, ended.err
-    expected = logits_of(load_merged(run, device="cpu")[0])
+    expected = logits_of(load_merged(resolve(run), device="cpu")[0])
     torch.testing.assert_close(logits_of(stock(tmp_path / "out")), expected, rtol=0, atol=2e-5)
     assert ("lm_head.weight" in inspect(tmp_path / "out").tensors) is not is_tied(folder_of(name))
 
@@ -234,12 +233,11 @@ def test_an_nf4_folder_is_the_model_quantized(name: str, folder_of: Any, cli: An
     assert torch.equal(logits_of(found), logits_of(expected))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_gguf_file_says_it_in_llama_cpp(name: str, folder_of: Any, run_of: Any, tmp_path: Path) -> None:
     run = run_of(name)
     export_gguf(run, tmp_path / "m.gguf", quantizations=["f32"])
-    model, tokenizer = load_merged(run, dtype="float32", device="cpu")
+    model, tokenizer = load_merged(resolve(run), dtype="float32", device="cpu")
     assert verify(tmp_path / "m.gguf", model, tokenizer, texts=["Say 7."]).kl < 1e-5
     tensors = {tensor.name for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
     assert ("output.weight" in tensors) is not is_tied(folder_of(name))
