@@ -97,7 +97,7 @@ def test_activations_computed_here_are_transformers_own(name):
 
 
 def test_a_plan_imports_no_model_code():
-    """Nor sympy, which comes with torch's decompositions: the first `normal_` on the meta device loads those, in 2.4 s."""
+    """Nor sympy, a part of torch's decompositions: the first `normal_` on the meta device loads them, in 2.4 s."""
     program = (
         "import sys, fettle.cli\n"
         "code = fettle.cli.main(['plan', '--model', 'fettle-tiny', '--device', 'cpu'])\n"
