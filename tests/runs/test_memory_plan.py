@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from fettle.errors import UserError
 from fettle.methods import sft
 from fettle.methods.sft import train
-from fettle.models import decoder
+from fettle.models import layer
 from fettle.recompute import allocator
 from fettle.recompute.policies import Policy
 from fettle.runs import memory_plan as planning
@@ -44,7 +44,7 @@ def run_layers_with(monkeypatch, function) -> None:
 
     def then_replace(*args):
         run_plan = plan_run(*args)
-        monkeypatch.setattr(decoder, "run_layer", function)
+        monkeypatch.setattr(layer, "run_layer", function)
         return run_plan
 
     monkeypatch.setattr(sft, "plan_run", then_replace)
@@ -64,7 +64,7 @@ def test_running_out_of_memory_changes_nothing_but_the_plan(small_model, chats, 
     """The second step fails once, in its second batch; the same step is made again, with a leaner plan."""
     settings = {"gradient_accumulation_steps": 2, "max_length": 64, "max_steps": 3}
     run(small_model, chats, tmp_path / "smooth", **settings)
-    run_layer, calls = decoder.run_layer, []
+    run_layer, calls = layer.run_layer, []
 
     def fail_once(policy, compute, x):
         calls.append(policy)
@@ -92,7 +92,7 @@ def test_out_of_memory_with_the_leanest_plan_ends_the_run(small_model, chats, tm
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_before_the_update(small_model, chats, tmp_path, monkeypatch, value):
-    run_layer, calls = decoder.run_layer, []
+    run_layer, calls = layer.run_layer, []
 
     def break_third_step(policy, compute, x):
         calls.append(policy)
