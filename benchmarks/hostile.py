@@ -260,8 +260,9 @@ def _copy_with(source: Path, folder: Path, name: str, content: bytes) -> Path:
 
 def _loads(source: Callable[[], Path], name: str) -> Callable[[bytes, Path], object]:
     def read(content: bytes, folder: Path) -> object:
-        from fettle.engine.decode import Sampling, generate
         from fettle.engine.load import load
+        from fettle.engine.request import Sampling
+        from fettle.engine.text import generate
 
         model, tokenizer = load(_copy_with(source(), folder, name, content))
         return generate(model, tokenizer, "Spell cat.", sampling=Sampling(max_new_tokens=2))
@@ -453,8 +454,9 @@ def rewritten_gguf() -> st.SearchStrategy[bytes]:
 
 
 def _read_gguf(content: bytes, folder: Path) -> object:
-    from fettle.engine.decode import Sampling, generate
     from fettle.engine.load import load
+    from fettle.engine.request import Sampling
+    from fettle.engine.text import generate
 
     (folder / "m.gguf").write_bytes(content)
     model, tokenizer = load(folder / "m.gguf")

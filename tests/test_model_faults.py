@@ -9,8 +9,9 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from fettle.data import template
-from fettle.engine.decode import Sampling, generate
 from fettle.engine.load import load
+from fettle.engine.request import Sampling
+from fettle.engine.text import generate
 from fettle.export.gguf import export_gguf
 
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fettle.adapters.lora import adapt, attach
     from fettle.data import collator, pack, read_rows, split_held_out, tokenize_rows
-    from fettle.engine.decode import Sampling, generate
     from fettle.engine.load import load
+    from fettle.engine.request import Sampling
+    from fettle.engine.text import Engine, generate
     from fettle.errors import Interrupted, UserError
     from fettle.evaluation.comparison import Comparison
     from fettle.evaluation.side_by_side import compare
@@ -36,10 +37,11 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Comparison": "fettle.evaluation.comparison",
+    "Engine": "fettle.engine.text",
     "Interrupted": "fettle.errors",
     "Outcome": "fettle.runs.outcome",
     "PretrainOptions": "fettle.runs.options",
-    "Sampling": "fettle.engine.decode",
+    "Sampling": "fettle.engine.request",
     "TrainOptions": "fettle.runs.options",
     "UserError": "fettle.errors",
     "adapt": "fettle.adapters.lora",
@@ -48,7 +50,7 @@ _HOME = {
     "compare": "fettle.evaluation.side_by_side",
     "export_gguf": "fettle.export.gguf",
     "export_safetensors": "fettle.export.checkpoint",
-    "generate": "fettle.engine.decode",
+    "generate": "fettle.engine.text",
     "load": "fettle.engine.load",
     "merge": "fettle.export.merge",
     "pack": "fettle.data",
@@ -64,6 +66,7 @@ _HOME = {
 
 __all__ = [  # the keys of _HOME, spelled out for type checkers
     "Comparison",
+    "Engine",
     "Interrupted",
     "Outcome",
     "PretrainOptions",

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from fettle import terminal
 from fettle.checkpoints.locate import EMBEDDED
-from fettle.engine.decode import generate
 from fettle.engine.load import load
+from fettle.engine.text import generate
 from fettle.export.checkpoint import export_safetensors
 from fettle.export.gguf import export_gguf
 from fettle.files import require_new_folder, shell_path

@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from fettle.cli.conversation import chat
-from fettle.engine.decode import Sampling
 from fettle.engine.load import load
+from fettle.engine.request import Sampling
+from fettle.engine.text import Engine
 from fettle.errors import UserError
 
 SYSTEM = "Be brief, please."
@@ -15,7 +16,7 @@ SYSTEM = "Be brief, please."
 
 @pytest.fixture(scope="module")
 def loaded(small_model):
-    return load(small_model, device="cpu")
+    return Engine(*load(small_model, device="cpu"))
 
 
 @pytest.fixture
@@ -23,25 +24,24 @@ def rendered(monkeypatch):
     """The texts that were given to the model, whose answers are all `Here.`"""
     texts: list[str] = []
 
-    def answer(model, tokenizer, text, sampling, *, is_rendered):
-        assert is_rendered
-        texts.append(text)
+    def answer(self, turns, sampling):
+        texts.append(self.text_of(turns))
         yield from ("He", "re.")
 
-    monkeypatch.setattr("fettle.cli.conversation.stream", answer)
+    monkeypatch.setattr(Engine, "stream", answer)
     return texts
 
 
 def say(monkeypatch, loaded, lines: list[str], **options) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    chat(*loaded, Sampling(max_new_tokens=100), **options)
+    chat(loaded, Sampling(max_new_tokens=100), **options)
 
 
 def test_the_earliest_exchanges_are_forgotten(monkeypatch, loaded, rendered, capsys):
     lines = [f"Say {n}. " + "fox " * 12 for n in range(9)]
     say(monkeypatch, loaded, lines, system=SYSTEM)
     assert capsys.readouterr().out == "Here.\n" * 9
-    _, tokenizer = loaded
+    tokenizer = loaded.tokenizer
     for n, text in enumerate(rendered):
         assert text.startswith(f"<|system|>\n{SYSTEM}<|end|>\n<|user|>\n")
         assert f"Say {n}." in text and text.endswith("<|end|>\n<|assistant|>\n")
@@ -59,7 +59,7 @@ def test_leaving_and_starting_over(monkeypatch, loaded, rendered):
 def test_input_that_is_not_text(monkeypatch, loaded):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     with pytest.raises(UserError, match="standard input is not UTF-8"):
-        chat(*loaded, Sampling())
+        chat(loaded, Sampling())
 
 
 def test_a_message_that_is_too_long_does_not_end_the_chat(small_model, cli):

@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fettle.adapters.lora import adapt
 from fettle.data import read_rows, tokenize_rows
-from fettle.engine.decode import Sampling, generate
 from fettle.engine.llama_cpp import library as llama_library
 from fettle.engine.llama_cpp.gguf_file import CHUNK_TOKENS, SMALLEST_CONTEXT, GGUFFile
 from fettle.engine.llama_cpp.tokenizer import offsets
 from fettle.engine.load import load
+from fettle.engine.request import Sampling
+from fettle.engine.text import generate
 from fettle.errors import UserError
 from fettle.export.gguf import write_gguf
 from fettle.models.decoder import causal_lm_class

@@ -3,8 +3,9 @@
 import pytest
 
 from fettle.data.formats import Row
-from fettle.engine.decode import Sampling, generate
 from fettle.engine.load import load
+from fettle.engine.request import Sampling
+from fettle.engine.text import Engine, generate
 from fettle.evaluation import Answer, Question, answer, exact_share, questions
 from fettle.evaluation.answers import LONGEST_ANSWER
 
@@ -76,7 +77,7 @@ def test_answers_come_in_order_and_are_the_greedy_ones(loaded):
     prompts = ["What is the capital of France?", "Say 3.", "Say 3.", "Be brief."]
     asked = questions([chat(("user", p), ("assistant", "Here is 1!")) for p in prompts], tokenizer)
     room = len(tokenizer("Here is 1!")["input_ids"]) + 8
-    given = answer(model, tokenizer, asked)
+    given = answer(Engine(model, tokenizer), asked)
     assert [a.question for a in given] == asked
     assert [a.answer for a in given] == [
         generate(model, tokenizer, p, sampling=Sampling(max_new_tokens=room)) for p in prompts
@@ -86,8 +87,8 @@ def test_answers_come_in_order_and_are_the_greedy_ones(loaded):
 def test_questions_longer_than_the_context_are_left_out(loaded):
     long = chat(("user", "1 " * 300), ("assistant", "B"))
     asked = questions([long, chat(("user", "Say 3."), ("assistant", "B"))], loaded[1])
-    assert [a.question.prompt for a in answer(*loaded, asked)] == ["Say 3."]
-    assert answer(*loaded, asked[:1]) == answer(*loaded, []) == []
+    assert [a.question.prompt for a in answer(Engine(*loaded), asked)] == ["Say 3."]
+    assert answer(Engine(*loaded), asked[:1]) == answer(Engine(*loaded), []) == []
 
 
 def test_only_the_very_words_are_exact(trained):
@@ -95,7 +96,7 @@ def test_only_the_very_words_are_exact(trained):
     words = generate(model, tokenizer, "Say 5.", sampling=Sampling(max_new_tokens=30))
     expected = [words, f" {words}\n", words + ".", words.upper(), words[:-1]]
     asked = questions([chat(("user", "Say 5."), ("assistant", e)) for e in expected], tokenizer)
-    given = answer(model, tokenizer, asked)
+    given = answer(Engine(model, tokenizer), asked)
     assert [a.is_exact for a in given] == [True, True, False, False, False]
     assert exact_share(given) == 0.4
 

@@ -16,8 +16,8 @@ from fettle.checkpoints.fingerprint import fingerprint
 from fettle.checkpoints.folder import inspect
 from fettle.checkpoints.locate import EMBEDDED
 from fettle.checkpoints.safetensors_header import read_places
-from fettle.engine.decode import stop_ids
 from fettle.engine.load import load
+from fettle.engine.text import stop_ids
 from fettle.errors import UserError
 from fettle.export import checkpoint, shards
 from fettle.export.checkpoint import export_folder, export_nf4, export_safetensors

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fettle.engine.decode import Sampling
+    from fettle.engine.request import Sampling
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def add_sampling(command: argparse.ArgumentParser, *, temperature: float) -> Non
 
 def sampling(options: dict[str, Any]) -> "Sampling":
     """The parsed options of `add_sampling`. Raises UserError for invalid values."""
-    from fettle.engine.decode import Sampling
+    from fettle.engine.request import Sampling
 
     names = ("max_new_tokens", "temperature", "top_p", "seed")
     return Sampling(**{name: options[name] for name in names})

@@ -16,7 +16,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(options: dict[str, Any]) -> None:
     from fettle.cli.conversation import chat
     from fettle.engine.load import load
+    from fettle.engine.text import Engine
 
     chosen = sampling(options)
     model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
-    chat(model, tokenizer, chosen, system=options["system"])
+    chat(Engine(model, tokenizer), chosen, system=options["system"])

@@ -2,42 +2,37 @@
 
 import sys
 
-from transformers import PreTrainedTokenizerBase
-
 from fettle import terminal
-from fettle.data import generation_prompt
-from fettle.engine.decode import LONGEST_COMPLETION, Model, Sampling, stream
+from fettle.data import Message
+from fettle.engine.request import LONGEST_COMPLETION, Sampling
+from fettle.engine.text import Engine
 from fettle.errors import ModelFault, UserError
 from fettle.options import flag
 
 HELP = "Type a message; /new starts a new conversation, /exit or Ctrl-D quits."
 
 
-def chat(
-    model: Model, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, *, system: str | None = None
-) -> None:
+def chat(engine: Engine, sampling: Sampling, *, system: str | None = None) -> None:
     """Read turns from standard input and answer them on standard output until the user leaves.
 
     If the conversation outgrows the model's context, the oldest exchanges are dropped. A message that is too long by
     itself is rejected on standard error and the conversation continues without it. Raises ModelFault if the model
     cannot answer any message.
     """
-    if not tokenizer.chat_template:
+    if not engine.is_chat():
         raise UserError(
-            f"{model.name_or_path} has no chat template, so it cannot chat; use `fettle generate` to complete a "
+            f"{engine.tokens.name} has no chat template, so it cannot chat; use `fettle generate` to complete a "
             "text, or fine-tune it on chats first."
         )
-    first = [{"role": "system", "content": system}] if system else []
-    turns: list[dict[str, str]] = []
+    first: list[Message] = [{"role": "system", "content": system}] if system else []
+    turns: list[Message] = []
     terminal.print_message(HELP)
     while (words := _read()) is not None:
         if words == "/new":
             turns = []
         elif words:
             try:
-                turns = _exchange(
-                    model, tokenizer, sampling, first, [*turns, {"role": "user", "content": words}]
-                )
+                turns = _exchange(engine, sampling, first, [*turns, {"role": "user", "content": words}])
             except ModelFault:
                 raise
             except UserError as error:
@@ -45,16 +40,12 @@ def chat(
 
 
 def _exchange(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
-    first: list[dict[str, str]],
-    turns: list[dict[str, str]],
-) -> list[dict[str, str]]:
+    engine: Engine, sampling: Sampling, first: list[Message], turns: list[Message]
+) -> list[Message]:
     """Answer the last turn on standard output; return the turns kept, including the answer."""
-    text, turns = _trim_to_context(model, tokenizer, sampling, first, turns)
+    turns = _trim_to_context(engine, sampling, first, turns)
     answer = ""
-    for piece in stream(model, tokenizer, text, sampling, is_rendered=True):
+    for piece in engine.stream([*first, *turns], sampling):
         terminal.print_result(piece, end="")
         answer += piece
     terminal.print_result("")
@@ -73,18 +64,14 @@ def _read() -> str | None:
 
 
 def _trim_to_context(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
-    first: list[dict[str, str]],
-    turns: list[dict[str, str]],
-) -> tuple[str, list[dict[str, str]]]:
-    """Render the conversation, without the oldest exchanges if they do not fit; return the text and the turns kept."""
-    context: int = model.config.max_position_embeddings
+    engine: Engine, sampling: Sampling, first: list[Message], turns: list[Message]
+) -> list[Message]:
+    """Return the turns without the oldest exchanges that do not fit."""
+    context = engine.context_tokens
     room = context - (sampling.max_new_tokens or min(LONGEST_COMPLETION, context // 2))
-    while True:
-        text = generation_prompt(tokenizer, [*first, *turns])
-        tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if tokens <= room or len(turns) == 1:
-            return text, turns
+    while len(turns) > 1:
+        text = engine.text_of([*first, *turns])
+        if len(engine.encode(text, is_rendered=True)) <= room:
+            break
         turns = turns[2:]
+    return turns

@@ -19,8 +19,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
-    from fettle.engine.decode import generate
     from fettle.engine.load import load
+    from fettle.engine.text import generate
 
     chosen = sampling(options)
     prompt = _prompt(options["prompt"])

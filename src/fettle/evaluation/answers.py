@@ -8,13 +8,13 @@ only the held-out loss is measured.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fettle.data import Row, ensure_chat_template, generation_prompt, has_own_chat_template
 from fettle.data.fit import fit, without_ends
 from fettle.data.turns import reasoning_of
-from fettle.engine.decode import BATCH_SIZE, Sampling, complete
+from fettle.engine.request import Sampling
+from fettle.engine.text import Engine
 from fettle.errors import ModelFault, UserError
 
 LONGEST_ANSWER = 256
@@ -94,41 +94,24 @@ def _question(row: Row, tokenizer: PreTrainedTokenizerBase) -> Question | None:
 
 
 def answer(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[Question],
-    on_progress: Callable[[float], None] | None = None,
-    *,
-    at_once: int = BATCH_SIZE,
+    engine: Engine, asked: Sequence[Question], on_finished: Callable[[], None] | None = None
 ) -> list[Answer]:
     """Answer every question greedily, in order; those too long for the model's context are left out.
 
-    on_progress is called after every token of a batch with the number of questions answered so far, where those of the
-    batch count in part. at_once: the batch size.
+    on_finished: called for every question that has been answered.
     """
     if not asked:
         return []
-    prompts, new_tokens = _lengths(asked, tokenizer)
-    room = model.config.max_position_embeddings - new_tokens
+    prompts, new_tokens = _lengths(asked, engine.tokenizer)
+    room = engine.context_tokens - new_tokens
     asked = [q for q, tokens in zip(asked, prompts, strict=True) if tokens <= room]
     sampling = Sampling(max_new_tokens=new_tokens)
     answers: dict[str, str] = {}
     for is_rendered in (True, False):
         texts = list(dict.fromkeys(q.text for q in asked if q.is_rendered == is_rendered))
-        if texts:
-            tell = None if on_progress is None else _counting_from(len(answers), on_progress)
-            words = complete(
-                *(model, tokenizer, texts, sampling),
-                is_rendered=is_rendered,
-                on_progress=tell,
-                at_once=at_once,
-            )
-            answers |= dict(zip(texts, words, strict=True))
+        words = engine.complete(texts, sampling, is_rendered=is_rendered, on_finished=on_finished)
+        answers |= dict(zip(texts, words, strict=True))
     return [Answer(q, answers[q.text]) for q in asked]
-
-
-def _counting_from(first: int, tell: Callable[[float], None]) -> Callable[[float], None]:
-    return lambda count: tell(first + count)
 
 
 def longest_exchange(asked: Sequence[Question], tokenizer: PreTrainedTokenizerBase, context: int) -> int:

@@ -14,12 +14,11 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from fettle.data import Example
 from fettle.data.tokenize import NOT_TRAINED
-from fettle.engine.decode import not_finite
+from fettle.engine.base import TokenEngine
+from fettle.engine.request import ScoreRequest
 from fettle.files import require_free_space
 from fettle.ops.kl_divergence import kl_divergence
 
@@ -137,33 +136,17 @@ def _key(example: Example) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(example.input_ids), tuple(example.labels)
 
 
-@torch.inference_mode()
-def trained_log_probs(model: PreTrainedModel | PeftModel, example: Example) -> torch.Tensor:
-    """Return the model's log-probabilities at the example's trained tokens, fp32 (trained tokens, vocabulary)."""
-    before = [n - 1 for n, label in enumerate(example.labels) if label != NOT_TRAINED]
-    ids = torch.tensor([example.input_ids], device=model.device)
-    output = model(input_ids=ids, logits_to_keep=torch.tensor(before, device=model.device), use_cache=False)
-    log_probs: torch.Tensor = output.logits[0].float().log_softmax(-1).cpu()
-    return log_probs
-
-
-def score(
-    model: PreTrainedModel | PeftModel,
-    examples: Sequence[Example],
-    on_example: OnExample,
-) -> Scores:
+def score(engine: TokenEngine, examples: Sequence[Example], on_example: OnExample) -> Scores:
     """Score every example, and call `on_example` with its full distributions.
 
     Raises ModelFault if a log-probability is NaN or Inf.
     """
-    scores = Scores()
-    for number, example in enumerate(examples):
-        log_probs = trained_log_probs(model, example)
-        labels = torch.tensor([label for label in example.labels if label != NOT_TRAINED])
-        found = log_probs.gather(1, labels[:, None])[:, 0]
-        if not found.isfinite().all():
-            raise not_finite(model)
-        scores.log_probs.append(found)
-        scores.top.append(log_probs.argmax(-1))
-        on_example(number, log_probs)
-    return scores
+    requests = [
+        ScoreRequest(
+            tokens=example.input_ids,
+            positions=[n for n, label in enumerate(example.labels) if label != NOT_TRAINED],
+        )
+        for example in examples
+    ]
+    found = engine.score(requests, on_example)
+    return Scores([each.log_probs for each in found], [each.top for each in found])

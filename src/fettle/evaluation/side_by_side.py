@@ -22,17 +22,15 @@ from fettle.adapters.model_ref import ModelRef, resolve
 from fettle.checkpoints.dtypes import Dtype
 from fettle.checkpoints.folder import weight_files
 from fettle.data import Example, Row, read_rows, tokenize_rows
-from fettle.engine.decode import Model
 from fettle.engine.llama_cpp.gguf_file import GGUFFile
 from fettle.engine.llama_cpp.model import LlamaCppForCausalLM
 from fettle.engine.load import load_ref
+from fettle.engine.text import Engine, Model
 from fettle.errors import UserError, option, reason_of
 from fettle.evaluation.answers import Answer, Question, answer, exact_share, questions
 from fettle.evaluation.comparison import Comparison, Side
 from fettle.evaluation.scoring import Distributions, Gap, OnExample, Scores, score
 from fettle.evaluation.speed import measure_speed
-
-QUESTIONS_AT_ONCE = 16
 
 Stage: TypeAlias = Callable[[str, int], Callable[[int], None]]
 """Starts a stage with a title and a number of steps; returns a function to call with the number of steps done."""
@@ -64,16 +62,16 @@ def compare(
     rows = read if len(read) <= samples else Random(seed).sample(read, samples)
     with _progress(console or terminal.console(stderr=True)) as stage:
         opened = _open(refs[0], str(a), rows, max_length, dtype, device)
-        distributions = Distributions(opened.examples, opened.model.config.vocab_size)
+        distributions = Distributions(opened.examples, opened.engine.tokens.vocab_size)
         first = opened.read(stage, distributions.keep)
         examples = opened.examples
         del opened
         gc.collect()
         torch.cuda.empty_cache()  # the second may run in llama.cpp, which cannot use PyTorch's cached memory
         opened = _open(refs[1], str(b), rows, max_length, dtype, device)
-        gap = Gap((examples, first.scores, distributions), opened.examples, opened.model.config.vocab_size)
+        gap = Gap((examples, first.scores, distributions), opened.examples, opened.engine.tokens.vocab_size)
         second = opened.read(stage, gap.add)
-    shared, equal, before_difference = _answers_alike(first.answers, second.answers, opened.tokenizer)
+    shared, equal, before_difference = _answers_alike(first.answers, second.answers, opened.engine.tokenizer)
     return Comparison(
         rows=len(rows),
         a=first.side(str(a), size_bytes(refs[0])),
@@ -131,7 +129,7 @@ class _Opened:
 
     name: str
     model: Model
-    tokenizer: PreTrainedTokenizerBase
+    engine: Engine
     examples: list[Example]
     asked: dict[int, Question]
 
@@ -143,11 +141,11 @@ class _Opened:
             on_example(number, log_probs)
             advance(1)
 
-        scores = score(self.model, self.examples, on_scored)
+        scores = score(self.engine.tokens, self.examples, on_scored)
         answers = self._answers(stage(f"answers of {self.name}", len(self.asked)))
         longest = max(self.examples, key=lambda example: len(example.input_ids))
         advance = stage(f"timing {self.name}", 1)
-        speed = measure_speed(self.model, longest.input_ids)
+        speed = measure_speed(self.engine.tokens, longest.input_ids)
         advance(1)
         return _Reading(
             runtime=_runtime(self.model),
@@ -158,15 +156,9 @@ class _Opened:
         )
 
     def _answers(self, advance: Callable[[int], None]) -> dict[int, Answer]:
-        numbers = list(self.asked)
-        found: dict[int, Answer] = {}
-        for start in range(0, len(numbers), QUESTIONS_AT_ONCE):
-            chosen = numbers[start : start + QUESTIONS_AT_ONCE]
-            given = answer(self.model, self.tokenizer, [self.asked[number] for number in chosen])
-            by_question = {item.question: item for item in given}
-            found |= {n: by_question[self.asked[n]] for n in chosen if self.asked[n] in by_question}
-            advance(len(chosen))
-        return found
+        given = answer(self.engine, list(self.asked.values()), lambda: advance(1))
+        by_question = {item.question: item for item in given}
+        return {n: by_question[asked] for n, asked in self.asked.items() if asked in by_question}
 
 
 def _open(
@@ -180,7 +172,7 @@ def _open(
     except UserError as error:
         raise UserError(f"{name}: {reason_of(error)}") from error
     asked = {number: q for number, row in enumerate(rows) for q in questions([row], tokenizer)}
-    return _Opened(name, model, tokenizer, examples, asked)
+    return _Opened(name, model, Engine(model, tokenizer), examples, asked)
 
 
 def _answers_alike(

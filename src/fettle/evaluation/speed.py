@@ -1,12 +1,11 @@
 """Tokens per second for a single request: prompt processing, and generation token by token."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel
+from fettle.engine.base import TokenEngine
+from fettle.engine.request import Request, Sampling
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 32
 REPETITIONS = 3
@@ -20,31 +19,23 @@ class Speed:
     generation: float
 
 
-@torch.inference_mode()
-def measure_speed(model: PreTrainedModel | PeftModel, ids: Sequence[int]) -> Speed:
+def measure_speed(engine: TokenEngine, ids: Sequence[int]) -> Speed:
     """Time the model on a prompt of at most PROMPT_TOKENS of `ids`, and on NEW_TOKENS generated after a few of them."""
-    room = model.config.max_position_embeddings - NEW_TOKENS
-    given = torch.tensor([list(ids)[: max(1, min(PROMPT_TOKENS, room))]], device=model.device)
-    start = given[:, :8]
-    config = GenerationConfig(
-        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-    )
-
-    def read() -> None:
-        model(input_ids=given, logits_to_keep=1, use_cache=False).logits.sum().item()
-
-    def write() -> None:
-        model.generate(start, attention_mask=torch.ones_like(start), generation_config=config).sum().item()
-
-    return Speed(given.shape[1] / _seconds(read), NEW_TOKENS / _seconds(write))
+    room = engine.context_tokens - NEW_TOKENS
+    prompt = list(ids)[: max(1, min(PROMPT_TOKENS, room))]
+    times = [_times(engine, prompt, number) for number in range(REPETITIONS + 1)][1:]  # the first warms up
+    return Speed(len(prompt) / min(t for t, _ in times), (NEW_TOKENS - 1) / min(t for _, t in times))
 
 
-def _seconds(work: Callable[[], None]) -> float:
-    """Return the shortest of several times, after one warm-up run."""
-    work()
-    times = []
-    for _ in range(REPETITIONS):
-        begun = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begun)
-    return min(times)
+def _times(engine: TokenEngine, prompt: list[int], number: int) -> tuple[float, float]:
+    """Return the seconds for the prompt's first new token, and for the tokens after the first of a short prompt."""
+    fresh = [(prompt[0] + number) % engine.vocab_size, *prompt[1:]]  # nothing of it is in the cache
+    begun = time.perf_counter()
+    engine.generate([Request(tokens=fresh, sampling=Sampling(max_new_tokens=1))])
+    read = time.perf_counter() - begun
+    stream = engine.stream(Request(tokens=prompt[:8], sampling=Sampling(max_new_tokens=NEW_TOKENS)))
+    next(stream)
+    begun = time.perf_counter()
+    for _ in stream:
+        pass
+    return read, time.perf_counter() - begun

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from fettle.adapters.lora import TensorShapes, is_plain_lora, require_whole
 from fettle.adapters.model_ref import ModelRef, resolve
 from fettle.checkpoints.folder import ADAPTER_WEIGHTS, Checkpoint, is_nf4
-from fettle.engine.decode import stop_ids
+from fettle.engine.text import stop_ids
 from fettle.errors import UserError, option
 from fettle.export.merge import load_merged, write_down_context
 from fettle.models.load import empty_model, read_generation

@@ -6,9 +6,9 @@ rotation, as the paged cache rotates and stores a key in one pass.
 Shapes: B batch, N tokens per row, H heads, K key-value heads, D channels per head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 import torch
 from transformers.cache_utils import Cache
@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fettle.models.rope import DecoderRotaryEmbedding
 from fettle.ops import Documents, apply_rotary, packed_attention, softcap_attention
 from fettle.ops.attention import KeptAttention
+from fettle.ops.paged_attention import decode_attention, prefill_attention, rotate_and_cache, write_cache
 
 if TYPE_CHECKING:
     from fettle.models.layer import DecoderAttention
@@ -121,6 +122,52 @@ class MaskedBatch:
             **self.options,
         )
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class PagedTokens:
+    """New tokens of several sequences in one row (B = 1), whose keys and values are added to a paged cache.
+
+    cache: keys and values of each layer; slots: where the tokens go; page_table and lengths: of the sequences, with the
+    new tokens; all as in ops/paged_attention.py. bounds: where each sequence's new tokens begin; None if every sequence
+    has one. documents: the same, if the new tokens are the sequences' first, which then need nothing from the cache.
+    """
+
+    rotation: Rotation
+    cache: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    slots: torch.Tensor
+    page_table: torch.Tensor
+    lengths: torch.Tensor
+    bounds: torch.Tensor | None = None
+    documents: Documents | None = None
+
+    def attend(
+        self,
+        layer: "DecoderAttention",
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kept: KeptAttention | None,
+    ) -> torch.Tensor:
+        keys, values = self.cache[layer.layer_idx]
+        rules: Rules = {"scale": layer.scaling, "window": layer.sliding_window, "softcap": layer.softcap}
+        if self.documents is not None:
+            query, key = apply_rotary(query, *self.rotation), apply_rotary(key, *self.rotation)
+            query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))  # (N, H or K, D)
+            write_cache(key, value, keys, values, self.slots)
+            return packed_attention(query, key, value.contiguous(), self.documents, **rules)
+        query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+        cos, sin = self.rotation
+        query = rotate_and_cache(query, key, value, cos[0], sin[0], keys, values, self.slots)
+        if self.bounds is None:
+            return decode_attention(query, keys, values, self.page_table, self.lengths, **rules)
+        return prefill_attention(query, keys, values, self.page_table, self.bounds, self.lengths, **rules)
+
+
+class Rules(TypedDict):
+    scale: float
+    window: int | None
+    softcap: float | None
 
 
 def written_out_attention(

@@ -25,6 +25,7 @@ from fettle.models.graphs import LayerGraphs, active_adapters
 from fettle.models.layer import DecoderLayer, DecoderRMSNorm
 from fettle.models.offloaded_embedding import OffloadedEmbedding
 from fettle.models.packing import find_documents, row_documents
+from fettle.models.projections import project
 from fettle.models.rope import DecoderRotaryEmbedding
 from fettle.recompute.policies import Policy
 
@@ -245,10 +246,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        cap = option(self.config, "final_logit_softcapping")
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
+        logits = self.logits(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
@@ -258,6 +256,12 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """x: the decoder's output (..., E) -> (..., vocabulary)."""
+        (logits,) = project(x, self.lm_head)
+        cap: float | None = option(self.config, "final_logit_softcapping")
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _make_class(family: Family) -> type[DecoderForCausalLM]:

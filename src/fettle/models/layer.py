@@ -17,6 +17,7 @@ from fettle.models.mlp import DecoderMLP
 from fettle.models.projections import project
 from fettle.ops import rms_norm
 from fettle.ops.attention import KeptAttention
+from fettle.ops.rms_norm import add_rms_norm
 from fettle.recompute.policies import Keeping, Policy, run_layer
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ class DecoderRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps, offset=self.offset)
+
+    def after_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + residual and its norm, for inference."""
+        return add_rms_norm(x, residual, self.weight, self.eps, offset=self.offset)
 
 
 class DecoderAttention(nn.Module):
@@ -70,7 +75,7 @@ class DecoderAttention(nn.Module):
         """x: (B, N, E) -> query (B, H, N, D), key and value (B, K, N, D), before the rotation."""
         if self.is_fused:
             query_size, key_size = self.heads * self.head_dim, self.key_value_heads * self.head_dim
-            query, key, value = self.qkv_proj(x).split((query_size, key_size, key_size), dim=-1)
+            query, key, value = project(x, self.qkv_proj)[0].split((query_size, key_size, key_size), dim=-1)
         else:
             query, key, value = project(x, self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (t.view(*t.shape[:-1], -1, self.head_dim) for t in (query, key, value))
@@ -88,7 +93,7 @@ class DecoderAttention(nn.Module):
     ) -> torch.Tensor:
         """x: (B, N, E) -> (B, N, E). context: what the pass attends to. kept: see `recompute/policies.py`."""
         attended = context.attend(self, *self.project(x), kept)
-        return self.o_proj(attended.reshape(*x.shape[:-1], -1))
+        return project(attended.reshape(*x.shape[:-1], -1), self.o_proj)[0]
 
 
 class DecoderLayer(nn.Module):
@@ -124,5 +129,8 @@ class DecoderLayer(nn.Module):
             return x + self.residual_dropout(
                 self.post_feedforward_layernorm(mlp(keeping.recomputed(self.pre_feedforward_layernorm, x)))
             )
+        if not self.training and not torch.is_grad_enabled():
+            x, normalized = self.post_attention_layernorm.after_sum(attended, x)
+            return x + self.mlp(normalized)
         x = x + self.residual_dropout(attended)
         return x + self.residual_dropout(mlp(keeping.recomputed(self.post_attention_layernorm, x)))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fettle.models.families import Family, option
-from fettle.models.projections import projection_of
+from fettle.models.projections import project, projection_of
 from fettle.ops import gated_activation
 from fettle.ops.gated_activation import ACTIVATIONS, Activation, activation_name_of
 from fettle.ops.lora_mlp import MLP, Keep, lora_mlp
@@ -34,10 +34,11 @@ class DecoderMLP(nn.Module):
         mlp = self.as_function() if torch.is_grad_enabled() else None
         if mlp is not None:
             return lora_mlp(x, mlp, keep=keep, skip_output=skip_output)
-        gate, up = (
-            self.gate_up_proj(x).chunk(2, -1) if self.is_fused else (self.gate_proj(x), self.up_proj(x))
-        )
-        return self.down_proj(gated_activation(gate, up, self.activation))
+        if self.is_fused:
+            gate, up = project(x, self.gate_up_proj)[0].chunk(2, -1)
+        else:
+            gate, up = project(x, self.gate_proj, self.up_proj)
+        return project(gated_activation(gate, up, self.activation), self.down_proj)[0]
 
     def as_function(self) -> MLP | None:
         """Return the input of `lora_mlp`, or None if a matrix is trained or has a feature that it does not cover."""

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fettle.ops.lora_linear import Projection, lora_linears
+from fettle.ops.dispatch import product_dtype
+from fettle.ops.lora_linear import Projection, frozen_linear, lora_linears
 from fettle.quantization.layers import matrix_of
 from fettle.quantization.nf4 import Nf4Linear
 
@@ -24,8 +25,20 @@ def projection_of(layer: Any) -> Projection | None:
 
 def project(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
     """Return the layers' outputs for the shared input x (..., inputs), fused in training if all of them allow it."""
-    if torch.is_grad_enabled():
-        known = [found for layer in layers if (found := projection_of(layer)) is not None]
-        if len(known) == len(layers) and any(projection.update for projection in known):
-            return lora_linears(x, known)
+    if not torch.is_grad_enabled():
+        return tuple(_infer(layer, x) for layer in layers)
+    known = [found for layer in layers if (found := projection_of(layer)) is not None]
+    if len(known) == len(layers) and any(projection.update for projection in known):
+        return lora_linears(x, known)
     return tuple(layer(x) for layer in layers)
+
+
+def _infer(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return layer(x); a plain product uses the kernel for one row, and fp32 if the CPU would emulate x's dtype."""
+    if type(layer) is nn.Linear and not layer._forward_hooks and not layer.weight.is_meta:
+        rows = x.reshape(-1, x.shape[-1])
+        dtype = product_dtype(rows, has_gradient=False)
+        if layer.weight.dtype == x.dtype and (dtype != x.dtype or (x.is_cuda and len(rows) == 1)):
+            output = frozen_linear(rows.to(dtype), layer.weight, layer.bias)
+            return output.to(x.dtype).view(*x.shape[:-1], -1)
+    return layer(x)

@@ -80,10 +80,15 @@ class DecoderRotaryEmbedding(nn.Module):
 
     def changes_factors(self, seen_tokens: int, tokens: int) -> bool:
         """Whether a text of `seen_tokens` gets different factors when it grows to `tokens`."""
-        if self.rope_type != "longrope" or self.context_tokens is not None:
-            return False
+        return seen_tokens > 0 and self.factors_for(seen_tokens) != self.factors_for(tokens)
+
+    def factors_for(self, tokens: int) -> tuple[bool, float]:
+        """Return whether a text of `tokens` gets LongRoPE's long factors, and up to how many tokens that holds."""
+        if self.rope_type != "longrope":
+            return False, math.inf
         original: int = self.config.rope_parameters["original_max_position_embeddings"]
-        return 0 < seen_tokens <= original < tokens
+        is_long = (self.context_tokens or tokens) > original
+        return is_long, original if self.context_tokens is None and not is_long else math.inf
 
     def _frequencies_for(
         self, device: torch.device, position_ids: torch.Tensor, document_lengths: torch.Tensor | None

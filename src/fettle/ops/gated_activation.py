@@ -43,6 +43,8 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: Activatio
     name = activation_name_of(activation)
     if name is None or gate.dtype != up.dtype:
         return gated_activation_reference(gate, up, activation)
+    if not torch.is_grad_enabled():
+        return gated_activation_forward(gate, up, name)
     output: torch.Tensor = _GatedActivation.apply(gate, up, name)
     return output
 

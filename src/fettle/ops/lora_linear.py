@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fettle.ops.dispatch import product_dtype
+from fettle.ops.matvec import MOST_ROWS, matvec
 from fettle.ops.nf4 import Nf4
 from fettle.ops.scratch import dense_weights
 
@@ -100,10 +101,29 @@ def lora_linear(
 
 def lora_linears(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
     """Return the outputs of layers that share the input x (..., inputs); only x and the adapters get gradients."""
+    if not torch.is_grad_enabled():
+        return _compute(x, _rows(x, has_gradient=False), layers)[0]
     updates = [layer.update for layer in layers if layer.update is not None]
     adapters = [update.a for update in updates] + [update.b for update in updates]
     outputs: tuple[torch.Tensor, ...] = _LoraLinears.apply(x, tuple(layers), *adapters)
     return outputs
+
+
+def _compute(
+    x: torch.Tensor, rows: torch.Tensor, layers: Sequence[Projection]
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """Return the layers' outputs, shaped and typed as x (..., inputs), and the middles of their updates.
+
+    rows: x as `_rows` returns it.
+    """
+    middles = _middles(rows, _updates(layers))
+    remaining, outputs = iter(middles), []
+    for layer in layers:
+        output = frozen_linear(rows, layer.weight, layer.bias)
+        if layer.update is not None:
+            layer.update.add_to(output, next(remaining))
+        outputs.append(output.to(x.dtype).view(*x.shape[:-1], output.shape[-1]))
+    return tuple(outputs), middles
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -111,17 +131,10 @@ class _LoraLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, layers: tuple[Projection, ...], *adapters: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        rows = _rows(x, has_gradient=any(ctx.needs_input_grad))
-        middles = _middles(rows, _updates(layers))
-        remaining, outputs = iter(middles), []
-        for layer in layers:
-            output = frozen_linear(rows, layer.weight, layer.bias)
-            if layer.update is not None:
-                layer.update.add_to(output, next(remaining))
-            outputs.append(output.to(x.dtype).view(*x.shape[:-1], output.shape[-1]))
+        outputs, middles = _compute(x, _rows(x, has_gradient=any(ctx.needs_input_grad)), layers)
         ctx.layers = layers
         ctx.save_for_backward(x, *adapters, *(middle.to(x.dtype) for middle in middles))
-        return tuple(outputs)
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -156,6 +169,8 @@ def frozen_linear(
     rows: torch.Tensor, weight: torch.Tensor | Nf4, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return rows W^T + bias, (T, outputs), in the dtype of `rows` (T, inputs)."""
+    if not torch.is_grad_enabled() and bias is None and len(rows) <= MOST_ROWS:
+        return matvec(rows, weight)
     with dense_weights([weight], rows.dtype) as (matrix,):
         return F.linear(rows, matrix, None if bias is None else bias.to(rows.dtype))
 

@@ -35,6 +35,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: bool 
     """
     if weight.dtype != x.dtype:  # leave type promotion to PyTorch
         return rms_norm_reference(x, weight, eps, offset=offset)
+    if not torch.is_grad_enabled():
+        return _normalize(x, weight, eps, offset)[0]
     output: torch.Tensor = _RMSNorm.apply(x, weight, eps, offset)
     return output
 
@@ -53,19 +55,27 @@ def add_rms_norm(
     return total, rms_norm(total, weight, eps, offset=offset)
 
 
+def _normalize(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output, shaped as x, and rstd, (rows,)."""
+    rows = x.reshape(-1, x.shape[-1])
+    if uses_triton(x):
+        from fettle.ops.kernels.rms_norm import rms_norm_forward
+
+        output, rstd = rms_norm_forward(rows, weight, eps, offset)
+    else:
+        output, rstd = _forward(rows, weight, eps, offset)
+    return output.view(x.shape), rstd
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: bool) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if uses_triton(x):
-            from fettle.ops.kernels.rms_norm import rms_norm_forward
-
-            output, rstd = rms_norm_forward(rows, weight, eps, offset)
-        else:
-            output, rstd = _forward(rows, weight, eps, offset)
+        output, rstd = _normalize(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, rstd)
         ctx.offset = offset
-        return output.view(x.shape)
+        return output
 
     @staticmethod
     @once_differentiable

@@ -32,6 +32,8 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     """
     if cos.dtype != x.dtype:  # leave type promotion to PyTorch
         return apply_rotary_reference(x, cos, sin)
+    if not torch.is_grad_enabled():
+        return _rotate(x, cos, sin, is_inverse=False)
     output: torch.Tensor = _Rotary.apply(x, cos, sin)
     return output
 

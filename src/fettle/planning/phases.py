@@ -5,7 +5,8 @@ A run's peak is that of its largest phase. Memory is returned to the system betw
 than their gradients, and is not counted. On a GPU only training is counted.
 """
 
-from fettle.ops.attention import QUERIES_AT_ONCE
+from fettle.engine.pages import PAGE_SIZE
+from fettle.engine.scheduler import MOST_RUNNING, STEP_TOKENS
 from fettle.ops.lora_mlp import TILE_TOKENS
 from fettle.planning.costs import (
     Workload,
@@ -14,9 +15,6 @@ from fettle.planning.costs import (
     weight_bytes,
 )
 from fettle.planning.shapes import Shapes
-
-MOST_ANSWERS = 64
-"""The most questions answered in one batch."""
 
 
 def other_phases(shapes: Shapes, work: Workload, base: int) -> dict[str, int]:
@@ -51,31 +49,40 @@ def evaluation_bytes(shapes: Shapes, work: Workload) -> int:
     return passing + scratch_bytes(shapes, work) + hidden_states
 
 
-def answers_bytes(shapes: Shapes, work: Workload, count: int) -> int:
-    """Return the bytes to answer `count` of the longest questions in one batch.
+def cache_bytes(shapes: Shapes, work: Workload, count: int) -> int:
+    """Return the bytes of the keys and values of `count` of the longest questions with their answers."""
+    tokens = -(-max(1, work.answered_tokens) // PAGE_SIZE) * PAGE_SIZE
+    return 2 * shapes.layers * shapes.key * count * tokens * work.item
 
-    The key-value cache of every layer, twice because it is copied as it grows; the working memory of one layer on the
-    prompts; attention masks and, with softcapping, scores; and the logits of the last tokens.
+
+def answers_bytes(shapes: Shapes, work: Workload, count: int) -> int:
+    """Return the bytes to answer questions, `count` of the longest at a time.
+
+    The key-value cache; then the larger of a step of prompts and a step of new tokens. Prompts: the working memory of
+    one layer and, behind an earlier chunk, the mask of their scores. New tokens: one layer's keys and values gathered
+    from their pages, the scores if they are capped, and the logits.
     """
-    tokens = count * work.answered_tokens
-    cache = 2 * 2 * shapes.layers * shapes.key * tokens * work.item
-    pairs = tokens * work.answered_tokens
-    attention = pairs * (1 + work.item)  # a boolean mask and its additive form
-    if shapes.caps_logits:  # and the mask of the sliding window; bf16 scores, capped scores and fp32 weights
-        queries = count * min(work.answered_tokens, QUERIES_AT_ONCE)
-        attention += pairs * work.item + 12 * shapes.heads * queries * work.answered_tokens
-    attention += 2 * tokens * shapes.query * work.item if shapes.key < shapes.query else 0
+    step = STEP_TOKENS[work.device_type]
+    tokens = min(count * work.answered_tokens, step)
+    prompts = _layer_forward(shapes, work, tokens)
+    if work.answered_tokens > step:
+        prompts += tokens * work.answered_tokens * (1 + work.product_item)
+    gathered = count * work.answered_tokens * (2 * shapes.key * work.product_item + 5)
+    if shapes.caps_logits:  # scores in two dtypes, capped scores and fp32 weights
+        gathered += 12 * count * shapes.heads * work.answered_tokens
     logits = count * shapes.vocabulary * 4 * (5 if shapes.caps_logits else 3)
-    scratch = scratch_bytes(shapes, work)
-    return cache + _layer_forward(shapes, work, tokens) + attention + logits + scratch
+    # a head in 16 bits is widened, or rearranged by a CPU that multiplies in 16 bits
+    head = shapes.vocabulary * shapes.hidden * work.product_item if work.item < 4 else 0
+    scratch = max(scratch_bytes(shapes, work), head)
+    return cache_bytes(shapes, work, count) + max(prompts, gathered) + logits + scratch
 
 
 def most_answers(shapes: Shapes, work: Workload, base: int, peak: int) -> int:
-    """Return how many questions to answer in one batch: as many as fit into `peak` bytes, at least one."""
-    if work.device_type != "cpu" or not work.answered_tokens:
-        return MOST_ANSWERS
+    """Return how many questions to answer at a time: as many as fit into `peak` bytes, at least one."""
+    if not work.answered_tokens:
+        return 1
     free = peak - base - weight_bytes(shapes, work) - trained_bytes(shapes, work)[0]
-    fitting = (n for n in range(MOST_ANSWERS, 1, -1) if answers_bytes(shapes, work, n) <= free)
+    fitting = (n for n in range(MOST_RUNNING, 1, -1) if answers_bytes(shapes, work, n) <= free)
     return next(fitting, 1)
 
 

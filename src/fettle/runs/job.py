@@ -13,7 +13,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fettle.engine.decode import BATCH_SIZE
+from fettle.engine.text import Engine
 from fettle.errors import Interrupted
 from fettle.files import lasting_name, only_process, require_free_space, shell_path
 from fettle.options import write
@@ -164,15 +164,14 @@ def _before(job: Job, trainer: Run) -> Measurement:
 
 def _measure(job: Job, trainer: Run, when: str) -> Measurement:
     held_out = trainer.held_out(when, job.console)
+    memory = {} if job.run_plan is None else job.run_plan.engine_memory
     measurement = measure(
-        job.model,
-        job.tokenizer,
+        Engine(job.model, job.tokenizer, **memory),
         held_out,
         job.data.held_out_questions,
         job.data.keep_questions,
         job.console,
         when,
-        batch_size=BATCH_SIZE if job.run_plan is None else job.run_plan.answer_batch_size,
     )
     release_unused()  # so that this phase's memory does not fragment the next one's
     return measurement

@@ -1,15 +1,14 @@
 """The measurements taken before and after training: loss, and answers to rows that are not trained on."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fettle.engine.decode import BATCH_SIZE
-from fettle.evaluation import Question, answer, exact_share
+from fettle.engine.text import Engine
+from fettle.evaluation import Answer, Question, answer, exact_share
 from fettle.runs.progress import task_progress
 from fettle.runs.report import Sample, Score
 
@@ -55,33 +54,28 @@ class Measurement:
 
 
 def measure(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
     held_out: dict[str, float],
     held_out_questions: Sequence[Question],
     keep_questions: Sequence[Question],
     console: Console,
     when: str,
-    *,
-    batch_size: int = BATCH_SIZE,
 ) -> Measurement:
     """Answer the questions and add the held-out scores, which the trainer computes.
 
-    when: for the progress line, such as "before training". batch_size: how many questions are answered at a time.
+    when: for the progress line, such as "before training".
     """
-    answers, kept_answers = [], []
+    answers: list[Answer] = []
+    kept_answers: list[Answer] = []
     first, second = len(held_out_questions), len(keep_questions)
     if total := first + second:
         parts = [f"{first} held-out rows"] if first else []
         parts += [f"{second} rows of old skills"] if second else []
         with task_progress(f"{when}: answering {' and '.join(parts)}", console) as advance:
-            answers = answer(
-                *(model, tokenizer, held_out_questions, lambda count: advance(count / total)),
-                at_once=batch_size,
-            )
-            kept_answers = answer(
-                *(model, tokenizer, keep_questions, lambda count: advance((first + count) / total)),
-                at_once=batch_size,
+            count = itertools.count(1)
+            answers, kept_answers = (
+                answer(engine, asked, lambda: advance(next(count) / total))
+                for asked in (held_out_questions, keep_questions)
             )
     return Measurement(
         held_out=held_out,

@@ -19,7 +19,7 @@ from fettle.models.config import StoredModel
 from fettle.models.device import device_of, maps_embedding, training_dtype
 from fettle.planning.budget import free_bytes, parse_bytes
 from fettle.planning.costs import Workload
-from fettle.planning.phases import most_answers
+from fettle.planning.phases import cache_bytes, most_answers
 from fettle.planning.plan import Plan, Planner, allowed_policies, least_peak
 from fettle.planning.program import peak_memory_bytes, program_bytes
 from fettle.planning.report import as_dict, refusal, rounded_seconds, show_plan
@@ -184,9 +184,11 @@ class RunPlan:
     model: "DecoderForCausalLM | None" = None
 
     @property
-    def answer_batch_size(self) -> int:
-        """How many questions can be answered at a time within the planned peak."""
-        return most_answers(self.planner.shapes, self.work, self.planner.base, self.plan.peak)
+    def engine_memory(self) -> dict[str, int]:
+        """The engine's arguments for answering questions within the planned peak."""
+        shapes, work = self.planner.shapes, self.work
+        count = most_answers(shapes, work, self.planner.base, self.plan.peak)
+        return {"running": count, "cache_bytes": cache_bytes(shapes, work, count)}
 
     def apply_to(self, model: "DecoderForCausalLM") -> None:
         """Set the policy of every layer. The model must already have its adapters."""

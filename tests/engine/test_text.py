@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fettle.engine.decode import Sampling, complete, generate, prompt_text, stop_ids, stream
 from fettle.engine.load import load
+from fettle.engine.request import Sampling
+from fettle.engine.text import Engine, generate, stop_ids
 from fettle.errors import UserError
 
 PROMPTS = ["Say 3.", "What is the capital of France?", "Be brief, please. The quick brown fox"]
@@ -27,48 +28,32 @@ def stock(small_model):
     return AutoModelForCausalLM.from_pretrained(small_model).eval()
 
 
-def test_a_batch_of_unequal_prompts_is_answered_as_each_alone(loaded, stock):
+def test_prompts_together_are_answered_as_each_alone(loaded, stock):
     model, tokenizer = loaded
-    texts = [prompt_text(tokenizer, prompt) for prompt in PROMPTS * 2]
     expected = []
-    for text in texts:
+    for prompt in PROMPTS * 2:
+        text = Engine(model, tokenizer).text_of(prompt)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         stops = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
         output = stock.generate(ids, do_sample=False, max_new_tokens=10, eos_token_id=stops)
         expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     assert len(set(expected)) == len(PROMPTS)
-    assert complete(model, tokenizer, texts, SHORT, is_rendered=True) == expected
-    assert complete(model, tokenizer, texts, SHORT, is_rendered=True, at_once=2) == expected
+    assert Engine(model, tokenizer).generate(PROMPTS * 2, SHORT) == expected
+    assert Engine(model, tokenizer, running=2).generate(PROMPTS * 2, SHORT) == expected
 
 
-def test_progress_is_told_and_changes_nothing(loaded):
-    model, tokenizer = loaded
-    texts, counts = [prompt_text(tokenizer, prompt) for prompt in PROMPTS], []
-    told = complete(model, tokenizer, texts, SHORT, is_rendered=True, on_progress=counts.append, at_once=2)
-    assert told == complete(model, tokenizer, texts, SHORT, is_rendered=True)
-    assert counts == sorted(counts)
-    assert counts[0] == pytest.approx(2 / SHORT.max_new_tokens), "a token of two texts"
-    assert len(PROMPTS) - 2 < counts[-1] <= len(PROMPTS)
+def test_every_finished_text_is_told(loaded):
+    engine, finished = Engine(*loaded), []
+    texts = [engine.text_of(prompt) for prompt in PROMPTS]
+    engine.complete(texts, SHORT, is_rendered=True, on_finished=lambda: finished.append(1))
+    assert len(finished) == len(PROMPTS)
 
 
 @pytest.mark.parametrize("sampling", [SHORT, Sampling(max_new_tokens=10, temperature=1.3, top_p=0.9, seed=4)])
 def test_streamed_pieces_are_the_whole_answer(loaded, sampling):
-    model, tokenizer = loaded
+    engine = Engine(*loaded)
     for prompt in PROMPTS:
-        text = prompt_text(tokenizer, prompt)
-        pieces = list(stream(model, tokenizer, text, sampling, is_rendered=True))
-        assert "".join(pieces) == generate(model, tokenizer, prompt, sampling=sampling)
-
-
-def test_what_goes_wrong_while_streaming_is_raised_here(loaded, monkeypatch):
-    model, tokenizer = loaded
-
-    def fail(**_: object) -> None:
-        raise MemoryError("too much")
-
-    monkeypatch.setattr(model, "generate", fail)
-    with pytest.raises(MemoryError, match="too much"):
-        list(stream(model, tokenizer, "Say 3.", SHORT, is_rendered=False))
+        assert "".join(engine.stream(prompt, sampling)) == engine.generate([prompt], sampling)[0]
 
 
 def test_an_answer_ends_at_the_end_of_turn_even_where_the_checkpoint_forgot_it(loaded):
@@ -76,7 +61,7 @@ def test_an_answer_ends_at_the_end_of_turn_even_where_the_checkpoint_forgot_it(l
     model, tokenizer = loaded
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     assert stop_ids(model.generation_config.eos_token_id, tokenizer) == [tokenizer.eos_token_id, end]
-    forced = torch.full((1, 1, model.config.vocab_size), -1e4)
+    forced = torch.full((1, model.config.vocab_size), -1e4)
     forced[..., end] = 1e4
     hook = model.lm_head.register_forward_hook(lambda *_: forced)
     try:
@@ -102,7 +87,7 @@ def test_the_space_before_the_first_word_is_kept(loaded):
     answers = iter([*space, tokenizer.eos_token_id])
 
     def say(*_: object) -> torch.Tensor:
-        forced = torch.full((1, 1, model.config.vocab_size), -1e4)
+        forced = torch.full((1, model.config.vocab_size), -1e4)
         forced[..., next(answers)] = 1e4
         return forced
 
@@ -132,12 +117,9 @@ def test_greedy_is_greedy_whatever_the_checkpoint_asks_for(small_model, trained,
         settings["base_model_name_or_path"] = str(folder)
         (insistent / "adapter_config.json").write_text(json.dumps(settings))
     model, tokenizer = load(insistent, device="cpu")
-    texts = [prompt_text(tokenizer, prompt) for prompt in PROMPTS]
     sampling = Sampling(max_new_tokens=40)
-    expected = complete(*load(plain, device="cpu"), texts, sampling, is_rendered=True)
-    assert complete(model, tokenizer, texts, sampling, is_rendered=True) == expected
-    for text, answer in zip(texts, expected, strict=True):
-        assert "".join(stream(model, tokenizer, text, sampling, is_rendered=True)) == answer
+    expected = Engine(*load(plain, device="cpu")).generate(PROMPTS, sampling)
+    assert Engine(model, tokenizer).generate(PROMPTS, sampling) == expected
     kept = [model.generation_config, *([model.get_base_model().generation_config] if is_adapter else [])]
     assert {(config.repetition_penalty, config.no_repeat_ngram_size) for config in kept} == {(8.0, 2)}
 

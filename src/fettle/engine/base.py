@@ -1,0 +1,109 @@
+"""What every engine offers: token ids in, token ids and log-probabilities out."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeAlias
+
+import torch
+
+from fettle.engine.request import LONGEST_COMPLETION, Answer, Event, Request, Sampling, ScoreRequest, Scores
+from fettle.errors import ModelFault, UserError, option
+
+OnEvent: TypeAlias = Callable[[Event], None]
+OnDistribution: TypeAlias = Callable[[int, torch.Tensor], None]
+"""Called with a text's number and its log-probabilities, fp32 (positions, vocabulary) on the CPU."""
+
+
+class TokenEngine(ABC):
+    """Runs requests. Each is independent of the others: the same tokens and seed give the same answer."""
+
+    name: str
+    """Of the model, for messages."""
+    context_tokens: int
+    vocab_size: int
+
+    @abstractmethod
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its number. Raises UserError if it can never run."""
+
+    @abstractmethod
+    def step(self) -> list[Event]:
+        """Compute one step for the queued requests; return their new tokens."""
+
+    @abstractmethod
+    def cancel(self, number: int) -> None:
+        """Forget a request that has not finished."""
+
+    @abstractmethod
+    def score(
+        self, requests: Sequence[ScoreRequest], on_distribution: OnDistribution | None = None
+    ) -> list[Scores]:
+        """Return the scores of each text, in order. Raises ModelFault for NaN or Inf."""
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Prepare the model for several steps; `step` does it by itself, but each time."""
+        return nullcontext()
+
+    def generate(self, requests: Sequence[Request], on_event: OnEvent | None = None) -> list[Answer]:
+        """Return the answer of each request, in order. on_event: called for every new token.
+
+        If it ends early (Ctrl-C), unfinished requests are cancelled. Raises UserError for a request that can never
+        run, before any of them runs.
+        """
+        answers: dict[int, Answer] = {}
+        try:
+            for request in requests:
+                answers[self.submit(request)] = Answer()
+            left = len(answers)
+            with self.ready():
+                while left:
+                    for event in self.step():
+                        if event.request in answers:
+                            answers[event.request].add(event)
+                            left -= event.finish is not None
+                        if on_event is not None:
+                            on_event(event)
+        finally:
+            for number, answer in answers.items():
+                if answer.finish is None:
+                    self.cancel(number)
+        return list(answers.values())
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """Yield the new tokens of one request as they are computed; closing the iterator cancels it."""
+        number, is_finished = self.submit(request), False
+        try:
+            with self.ready():
+                while not is_finished:
+                    for event in self.step():
+                        if event.request == number:
+                            is_finished = event.finish is not None
+                            yield event
+        finally:
+            if not is_finished:
+                self.cancel(number)
+
+    def new_tokens(self, prompt_tokens: int, sampling: Sampling) -> int:
+        """Return how many tokens may follow the prompt. Raises UserError if the context is too short for them."""
+        if prompt_tokens == 0:
+            raise UserError("The prompt has no tokens; give at least one word.")
+        left = self.context_tokens - prompt_tokens
+        wanted = sampling.max_new_tokens or max(1, min(left, LONGEST_COMPLETION))
+        if wanted > left:
+            raise UserError(
+                f"The prompt's {prompt_tokens} tokens and {wanted} new tokens ({option('max_new_tokens')}) exceed "
+                f"the model's context of {self.context_tokens} tokens; reduce one of them."
+            )
+        return wanted
+
+
+def not_finite(model: Any) -> ModelFault:
+    """Return the error for a PyTorch model whose logits are NaN or Inf."""
+    cure = "fetch or export it again"
+    if model.dtype == torch.float16:
+        cure += f", or use {option('dtype')} float32, as float16 may overflow"
+    whose = " or those of its adapter" if hasattr(model, "peft_config") else ""
+    return ModelFault(
+        f"{model.name_or_path}: the model's logits are NaN or Inf, so its weights{whose} are damaged: {cure}."
+    )
