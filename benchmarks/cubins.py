@@ -15,7 +15,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fettle.ops.kernels import attention, gated_activation, matvec, nf4, paged_attention, rms_norm, rotary
+from fettle.ops.kernels import (
+    attention,
+    cache,
+    gated_activation,
+    matvec,
+    nf4,
+    paged_attention,
+    rms_norm,
+    rotary,
+)
 
 TARGETS = {75: "fp16", 80: "bf16", 90: "bf16"}
 SHARED_LIMIT = {75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
@@ -25,7 +34,7 @@ FLOATS = "scale eps nested_offset".split()
 FP32_POINTERS = "rstd partials table absmax code_book nested_absmax logsumexp delta".split()
 INT_POINTERS = "starts ends bounds lengths slots page_table words".split()
 HALF_POINTERS = """x weight output grad grad_x gate up grad_gate grad_up product cos sin query key value out
-    grad_query grad_key grad_value keys values rotated residual total""".split()
+    grad_query grad_key grad_value keys values rotated residual total norm""".split()
 POINTERS = dict.fromkeys(FP32_POINTERS, "*fp32") | dict.fromkeys(INT_POINTERS, "*i32") | {"packed": "*u8"}
 
 
@@ -74,18 +83,21 @@ def cases(capability: int) -> Iterator[Case]:
     sizes = {"BLOCK": nf4.BLOCK, "NESTED_BLOCK": nf4.NESTED_BLOCK, "BLOCKS": nf4.BLOCKS}
     for nested in (False, True):
         yield Case(nf4.nf4_dequantize_kernel, "nested" if nested else "plain", {"IS_NESTED": nested, **sizes})
-    layout = matvec.matvec_layout(3072)
-    warps = layout.pop("num_warps")
-    yield Case(matvec.matvec_kernel, "3072", {"HAS_RESIDUAL": True, **layout}, warps)
-    for nested in (False, True):
-        size = "nested" if nested else "plain"
-        common = {"IS_NESTED": nested, "SHUFFLES": True, "NESTED": nf4.NESTED_BLOCK}
-        layout = matvec.nf4_matvec_layout(3072)
+    common = {"SHUFFLES": True, "NESTED": nf4.NESTED_BLOCK}
+    around = {"HAS_NORM": True, "OFFSET": False, "GATE": 0, "HAS_RESIDUAL": False}
+    for size, changed in (("norm", {}), ("norm, gate", {"GATE": 1})):
+        layout = matvec.matvec_layout(8192, "GATE" in changed, 4096)
         warps = layout.pop("num_warps")
-        yield Case(matvec.nf4_matvec_kernel, size, common | {"HAS_RESIDUAL": True, **layout}, warps)
+        yield Case(matvec.matvec_kernel, size, around | changed | layout, warps)
+        layout = matvec.nf4_matvec_layout(8192, "GATE" in changed, 4096)
+        warps = layout.pop("num_warps")
+        constants = common | {"IS_NESTED": True, "IS_EVEN": True} | around | changed | layout
+        yield Case(matvec.nf4_matvec_kernel, size, constants, warps)
+    for nested in (False, True):
         layout = matvec.nf4_few_rows_layout()
         warps = layout.pop("num_warps")
-        constants = common | {"ROWS": matvec.MOST_ROWS, **layout}
+        constants = common | {"IS_NESTED": nested, "ROWS": matvec.MOST_ROWS, **layout}
+        size = "nested" if nested else "plain"
         yield Case(matvec.nf4_few_rows_kernel, size, constants, warps, may_spill=capability < 80)
     yield from _attention(capability)
     yield from _paged_attention(capability)
@@ -105,17 +117,21 @@ def _attention(capability: int) -> Iterator[Case]:
 
 def _paged_attention(capability: int) -> Iterator[Case]:
     for group, channels in ((1, 96), (2, 256), (4, 128), (4, 64)):
-        common = {"D": channels, "PADDED": triton.next_power_of_2(channels), "HEADS": paged_attention.HEADS}
+        common = {"D": channels, "PADDED": triton.next_power_of_2(channels), "HEADS": cache.HEADS}
         size = f"{group} x {channels}"
-        yield Case(paged_attention.write_cache_kernel, size, common)
+        yield Case(cache.write_cache_kernel, size, common)
         constants = common | {"ROTARY": channels, "HALF": common["PADDED"] // 2, "REST": 1}
-        yield Case(paged_attention.rotate_and_cache_kernel, size, constants)
+        yield Case(cache.rotate_and_cache_kernel, size, constants)
         del common["HEADS"]
         read = common | {"GROUP": group, "PAGE": 16, "SOFTCAP": 50.0 if channels == 256 else 0.0}
         layout = paged_attention.decode_layout(group, channels, 2, capability)
         warps, stages = layout.pop("num_warps"), layout.pop("num_stages")
-        constants = read | layout | {"IS_WHOLE": False}
-        yield Case(paged_attention.decode_kernel, size, constants, warps, stages)
+        for turned in (0, channels):
+            constants = read | layout | {"IS_WHOLE": False, "ROTARY": turned}
+            name = f"{size}, rotary" if turned else size
+            yield Case(
+                paged_attention.decode_kernel, name, constants, warps, stages, may_spill=capability < 80
+            )
         constants = common | {"PARTS": 64, "KEYS": 32}
         yield Case(paged_attention.merge_kernel, size, constants, 16)
         layout = paged_attention.prefill_layout(group, channels, 2, capability)

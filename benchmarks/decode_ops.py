@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from fettle.ops.gated_activation import gated_activation_forward
 from fettle.ops.kernels import matvec as matvec_kernels
-from fettle.ops.matvec import matvec
+from fettle.ops.matvec import Norm, matvec, matvec_reference
 from fettle.ops.nf4 import Nf4, nf4_dequantize, nf4_quantize
 from fettle.ops.paged_attention import (
     decode_attention,
@@ -27,6 +27,7 @@ from fettle.ops.paged_attention import (
     prefill_attention,
     prefill_attention_reference,
     rotate_and_cache,
+    rotate_and_decode,
     write_cache,
 )
 from fettle.ops.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
@@ -127,6 +128,7 @@ def check_paged() -> None:
         for splits in (None, 1, 7):
             found = decode_attention(query, keys, values, table, lengths, scale=0.1, splits=splits, **rules)
             agree(f"decode {heads}/{shared} x {channels} {rules} splits {splits}", found, expected)
+        check_fused(heads, keys, values, table, lengths, rules)
         new = [1, 0, 17, 333, 130]
         bounds = torch.tensor([0, *new], device=DEVICE).cumsum(0).int()
         query = torch.randn(sum(new) + 3, heads, channels, device=DEVICE).to(DTYPE)
@@ -135,14 +137,47 @@ def check_paged() -> None:
         agree(f"prefill {heads}/{shared} x {channels} {rules}", found, expected)
 
 
+def check_fused(
+    heads: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    rules: dict[str, Any],
+) -> None:
+    """rotate_and_decode against its two halves; the newest token's slot holds NaN before."""
+    shared, channels = keys.shape[2:]
+    query, key, value = random(5, heads + 2 * shared, channels).split([heads, shared, shared], 1)
+    cos, sin = random(2, 5, channels - channels // 4)  # partial
+    place = (lengths - 1).clamp(min=0).long()
+    slots = table.gather(1, place[:, None] // PAGE)[:, 0] * PAGE + place % PAGE
+    slots = torch.where(lengths > 0, slots, -1)
+    whole = keys.clone(), values.clone()
+    for cache in whole:
+        cache.flatten(0, 1)[slots[slots >= 0]] = torch.nan
+    open_caches = [(keys.clone(), values.clone()) for _ in range(2)]
+    turned = rotate_and_cache(query, key, value, cos, sin, *whole, slots)
+    wide = (x.double() for x in (turned, *whole))
+    expected = decode_attention_reference(*wide, table, lengths, scale=0.1, **rules)
+    for splits, caches in zip((None, 7), open_caches, strict=True):
+        found = rotate_and_decode(
+            *(query, key, value, cos, sin, *caches, table, lengths),
+            **{"scale": 0.1, "splits": splits, **rules},
+        )
+        agree(f"rotate_and_decode {heads}/{shared} x {channels} {rules} splits {splits}", found, expected)
+        for mine, theirs in zip(caches, whole, strict=True):
+            agree("  its cache", mine.nan_to_num(), theirs.nan_to_num())
+
+
 def check_captured() -> None:
     """One captured decode step serves other lengths, tokens and pages."""
     if DEVICE.type == "cpu":
         return
     first, second = (cache_of(lengths, 8, 128) for lengths in ([900, 3, 0, 64], [17, 888, 65, 1]))
-    pages = min(len(first[0]), len(second[0]))
-    keys, values, table, lengths = (x[:pages].clone() if i < 2 else x.clone() for i, x in enumerate(first))
-    table = torch.zeros(4, 64, dtype=torch.int32, device=DEVICE)
+    keys, values = torch.zeros(
+        2, max(len(first[0]), len(second[0])), PAGE, 8, 128, device=DEVICE, dtype=DTYPE
+    )
+    table, lengths = torch.zeros(4, 64, dtype=torch.int32, device=DEVICE), first[3].clone()
     query = torch.randn(4, 32, 128, device=DEVICE).to(DTYPE)
     decode_attention(query, keys, values, table, torch.ones_like(lengths), scale=0.1)
     torch.cuda.synchronize()
@@ -150,8 +185,8 @@ def check_captured() -> None:
     with torch.cuda.graph(graph):
         found = decode_attention(query, keys, values, table, lengths, scale=0.1)
     for other in (first, second):
-        keys[: len(other[0])], values[: len(other[1])] = other[0][:pages], other[1][:pages]
-        table[:, : other[2].shape[1]] = other[2].clamp(max=pages - 1)
+        keys[: len(other[0])], values[: len(other[1])] = other[:2]
+        table[:, : other[2].shape[1]] = other[2]
         lengths.copy_(other[3])
         query.normal_()
         graph.replay()
@@ -169,22 +204,29 @@ def check_products() -> None:
             x, residual = (torch.randn(rows, n, device=DEVICE).to(DTYPE) for n in (inputs, outputs))
             dense = nf4_dequantize(packed, torch.float64)
             expected = F.linear(x.double(), dense) + residual.double()
-            agree(f"nf4 {rows} x ({outputs}, {inputs})", matvec(x, packed, residual), expected)
+            agree(f"nf4 {rows} x ({outputs}, {inputs})", matvec(x, packed, residual=residual), expected)
             if rows == 1:
                 expected = F.linear(x.double(), plain.double())
                 agree(f"matvec ({outputs}, {inputs})", matvec(x, plain), expected)
                 expected += residual
-                agree(f"matvec ({outputs}, {inputs}) with residual", matvec(x, plain, residual), expected)
-    x, weight = (
-        torch.randn(2, 1, 3072, device=DEVICE).to(DTYPE),
-        nf4_quantize(torch.randn(64, 3072, device=DEVICE)),
-    )
-    weight = Nf4(weight.packed, torch.rand(64 * 48, device=DEVICE), weight.shape, weight.dtype)
-    agree(
-        "nf4 with plain scales",
-        matvec(x[0], weight),
-        F.linear(x[0].double(), nf4_dequantize(weight, torch.float64)),
-    )
+                agree(
+                    f"matvec ({outputs}, {inputs}) with residual",
+                    matvec(x, plain, residual=residual),
+                    expected,
+                )
+    x, scale, plain = random(1, 3072), random(3072), random(1000, 3072)
+    packed = nf4_quantize(plain)
+    unnested = Nf4(packed.packed, torch.rand(1000 * 48, device=DEVICE), packed.shape, DTYPE)
+    for name, weight in (("bf16", plain), ("nf4", packed), ("nf4 with plain scales", unnested)):
+        dense = nf4_dequantize(weight, torch.float64) if isinstance(weight, Nf4) else weight.double()
+        for activation_name, has_norm in itertools.product(
+            (None, "silu", "gelu_pytorch_tanh"), (False, True)
+        ):
+            around = {"activation_name": activation_name}
+            found = matvec(x, weight, norm=Norm(scale, 1e-5) if has_norm else None, **around)
+            norm = Norm(scale.double(), 1e-5) if has_norm else None
+            expected = matvec_reference(x.double(), dense, norm=norm, **around)
+            agree(f"{name} {activation_name} {'with' if has_norm else 'without'} norm", found, expected)
 
 
 def check_small() -> None:
@@ -272,6 +314,47 @@ def time_matvec() -> None:
             line(f"{model} ({outputs}, {inputs})", size, *times)
             sums = [a + b for a, b in zip(sums, times[:2], strict=True)] if outputs != 32064 else sums
         print(f"  {model}: one layer {sums[0]:.1f} us, torch {sums[1]:.1f} us")
+    print("phi-3.5 with norm, activation and residual; torch: F.linear and separate launches")
+    time_around(lambda plain: plain, DTYPE.itemsize)
+
+
+def time_around(stored: Callable[[torch.Tensor], torch.Tensor | Nf4], bytes_each: float) -> None:
+    """The products of one layer as an engine calls them."""
+    sums, norm = [0.0, 0.0], Norm(random(3072), 1e-5)
+    kinds = ((True, None), (False, None), (True, "silu"), (False, None))
+    for (outputs, inputs), (has_norm, activation_name) in zip(MODELS["phi-3.5"][4][:4], kinds, strict=True):
+        size = outputs * inputs * bytes_each
+        weights = [stored(random(outputs, inputs)) for _ in range(copies(size))]
+        x = random(1, inputs)
+        around = {
+            "norm": norm if has_norm else None,
+            "activation_name": activation_name,
+            "residual": None if has_norm else random(1, outputs),
+        }
+        times = [
+            microseconds([functools.partial(run, x, w, **around) for w in weights]) for run in (matvec, apart)
+        ]
+        line(f"({outputs}, {inputs})", size, *times)
+        sums = [a + b for a, b in zip(sums, times, strict=True)]
+    print(f"  one layer {sums[0]:.1f} us, apart {sums[1]:.1f} us")
+
+
+def apart(
+    x: torch.Tensor,
+    weight: torch.Tensor | Nf4,
+    *,
+    norm: Norm | None,
+    activation_name: str | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return what `matvec` does, in several launches."""
+    if norm is not None:
+        x = rms_norm(x, norm.weight, norm.eps, offset=norm.offset)
+    y = matvec(x, weight) if isinstance(weight, Nf4) else F.linear(x, weight)
+    if activation_name is not None:
+        gate, up = y.chunk(2, 1)
+        y = gated_activation_forward(gate, up, activation_name)
+    return y if residual is None else y + residual
 
 
 def time_nf4() -> None:
@@ -293,6 +376,8 @@ def time_nf4() -> None:
             line(f"{model} {rows:2} x ({outputs}, {inputs})", size, ours, theirs)
             total += ours if rows == 1 else 0
         print(f"  {model}: one layer, one row {total:.1f} us")
+    print("phi-3.5 with norm, activation and residual; torch: the same kernel and separate launches")
+    time_around(nf4_quantize, 0.5 + 1 / 64)
 
 
 def nested_of(weight: Nf4) -> tuple[Any, ...]:
@@ -329,6 +414,25 @@ def time_decode() -> None:
         theirs = microseconds([functools.partial(attend, query[:, :, None], *d) for d in dense])
         line(f"{model} {batch:2} x {length}", size, ours, theirs)
         del caches, dense
+
+    print("rotate_and_decode; torch: rotate_and_cache and decode_attention")
+    for model, (heads, shared, channels, rules, _) in MODELS.items():
+        pages = 128
+        caches = [random(2, pages, PAGE, shared, channels) for _ in range(16)]
+        table, lengths = (torch.arange(n, device=DEVICE).int() for n in (pages, 1))
+        lengths += 500
+        query, key, value = random(1, heads + 2 * shared, channels).split([heads, shared, shared], 1)
+        cos, sin = random(2, 1, channels)
+        step = functools.partial(rotate_and_decode, query, key, value, cos, sin)
+        ours = [functools.partial(step, *c, table[None], lengths, scale=0.1, **rules) for c in caches]
+
+        def in_turn(keys: torch.Tensor, values: torch.Tensor) -> None:
+            turned = rotate_and_cache(query, key, value, cos, sin, keys, values, lengths)  # noqa: B023
+            decode_attention(turned, keys, values, table[None], lengths, scale=0.1, **rules)  # noqa: B023
+
+        apart = [functools.partial(in_turn, *c) for c in caches]
+        size = 2 * 500 * shared * channels * DTYPE.itemsize
+        line(f"{model}  1 x 500", size, microseconds(ours), microseconds(apart))
 
 
 def time_prefill() -> None:
@@ -444,7 +548,7 @@ def tune() -> None:
             ]  # fmt: skip
             results = []
             for layout in layouts:
-                setattr(matvec_kernels, f"{name}_layout", lambda _, layout=layout: dict(layout))
+                setattr(matvec_kernels, f"{name}_layout", lambda *_, layout=layout: dict(layout))
                 results.append((microseconds([functools.partial(matvec, x, w) for w in weights]), layout))
             results.sort(key=lambda pair: pair[0])
             print(f"{name} ({outputs}, {inputs})")

@@ -91,8 +91,10 @@ def main() -> None:
         figures["transformers"] = measure_stock(options, cases, tokens, model, device)
         print(json.dumps({"transformers": figures["transformers"]}), flush=True)
     if options.out:
-        earlier = json.loads(options.out.read_text()) if options.out.exists() else []
-        options.out.write_text(json.dumps([*earlier, {**circumstances(), **figures}], indent=1))
+        earlier = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+        gpu = {"gpu": torch.cuda.get_device_name()} if device.type == "cuda" else {}
+        content = {"kind": "generation", **circumstances(), **gpu, "rows": [*earlier, figures]}
+        options.out.write_text(json.dumps(content, indent=1))
 
 
 def build(options: argparse.Namespace, device: torch.device) -> Any:
@@ -145,26 +147,27 @@ def measure(
     """Return tokens per second of `one` and `many`, milliseconds of `prompt`, requests per second of `choices`."""
     found = {}
     if "one" in cases:
-        first = best(options.rounds, lambda: generate([tokens(PROMPT)], 1))
-        rest = best(options.rounds, lambda: generate([tokens(PROMPT)], NEW)) - first
+        first = best(options.rounds, generate, lambda: ([tokens(PROMPT)], 1))
+        rest = best(options.rounds, generate, lambda: ([tokens(PROMPT)], NEW)) - first
         found["one"] = (NEW - 1) / rest
     if "many" in cases:
         seconds = best(options.rounds, lambda: generate([tokens(PROMPT) for _ in range(options.many)], NEW))
         found["many"] = options.many * NEW / seconds
     if "prompt" in cases:
-        found["prompt_ms"] = 1000 * best(options.rounds, lambda: generate([tokens(options.prompt)], 1))
+        found["prompt_ms"] = 1000 * best(options.rounds, generate, lambda: ([tokens(options.prompt)], 1))
     if "choices" in cases:
         choices = [tokens(CHOICE) for _ in range(CHOICES)]
-        found["choices"] = CHOICES / best(1, lambda: score(tokens(PREFIX), choices))
+        found["choices"] = CHOICES / best(1, score, lambda: (tokens(PREFIX), choices))
     return found
 
 
-def best(rounds: int, work: Callable[[], Any]) -> float:
-    """Return the least seconds of `rounds` runs after one to warm up."""
+def best(rounds: int, work: Callable[..., Any], inputs: Callable[[], tuple[Any, ...]] = tuple) -> float:
+    """Return the least seconds of `rounds` runs after one to warm up, each with inputs of its own."""
     times = []
     for _ in range(rounds + 1):
+        given = inputs()
         begun = time.perf_counter()
-        work()
+        work(*given)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begun)

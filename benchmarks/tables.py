@@ -191,7 +191,32 @@ def plan_memory_table(content: dict[str, Any]) -> str:
     return table(["", "peak, MB", "predicted by train", "predicted by plan"], rows)
 
 
+def generation_table(content: dict[str, Any]) -> str:
+    rows = []
+    for row in content["rows"]:
+        ceiling, name = row["ceiling"], row["model"] + (", NF4" if row["nf4"] else ", bf16")
+        rows.append([
+            f"{name}: the hardware's limit",
+            f"{ceiling['one']:.0f}",
+            "",
+            f"{ceiling['prompt_ms']:.0f}" if "prompt_ms" in ceiling else "",
+            "",
+        ])  # fmt: skip
+        for contender in ("fettle", "transformers"):
+            if contender in row:
+                found = row[contender]
+                many = f"{found['many']:,.0f}"
+                if "many_continuous" in found:
+                    many += f" ({found['many_continuous']:,.0f})"
+                prompt = f"{found['prompt_ms']:.0f}" if "prompt_ms" in found else ""
+                choices = f"{found['choices']:,.0f}" if "choices" in found else ""
+                rows.append([f"{name}: {contender}", f"{found['one']:.0f}", many, prompt, choices])
+    head = ["", "1 request, tokens/s", "64 requests, tokens/s", "4,096-token prompt, ms", "choices/s"]
+    return table(head, rows)
+
+
 TABLES = {
+    "generation": generation_table,
     "export": watched_table,
     "loading": watched_table,
     "comparison": comparison_table,
@@ -203,6 +228,9 @@ TABLES = {
 
 
 def circumstances_line(content: dict[str, Any]) -> str:
+    if content["kind"] == "generation" and "gpu" in content:
+        versions = f"torch {content['versions']['torch']}, transformers {content['versions']['transformers']}"
+        return f"{content['gpu']}; {versions}; commit {content['commit']}."
     if content["kind"] == "gpu":
         return f"{content['gpu']}; torch {content['torch']}; commit {content['commit']}."
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())

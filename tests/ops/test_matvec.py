@@ -1,10 +1,10 @@
-"""A few rows times a frozen matrix on a CPU."""
+"""A few rows times a frozen matrix on a CPU, with what surrounds the product in a decoder layer."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fettle.ops.matvec import matvec
+from fettle.ops.matvec import Norm, matvec, matvec_reference
 from fettle.ops.nf4 import nf4_dequantize, nf4_quantize
 
 
@@ -21,4 +21,24 @@ def test_matvec(rows: int, inputs: int, dtype: torch.dtype) -> None:
         found = matvec(x, weight)
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), expected, **tolerance)
-        torch.testing.assert_close(matvec(x, weight, residual).double(), expected + residual, **tolerance)
+        torch.testing.assert_close(
+            matvec(x, weight, residual=residual).double(), expected + residual, **tolerance
+        )
+
+
+@pytest.mark.parametrize("activation_name", [None, "silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("offset", [False, True])
+def test_what_is_around(offset: bool, activation_name: str | None) -> None:
+    x, weight, scale = torch.randn(3, 2, 50), torch.randn(8, 50), torch.randn(50)
+    residual = torch.randn(3, 2, 8 if activation_name is None else 4)
+    found = matvec(
+        x, weight, norm=Norm(scale, 0.01, offset), activation_name=activation_name, residual=residual
+    )
+    expected = matvec_reference(
+        x.double(),
+        weight.double(),
+        norm=Norm(scale.double(), 0.01, offset),
+        activation_name=activation_name,
+        residual=residual.double(),
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)

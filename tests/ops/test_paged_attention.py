@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from fettle.ops.paged_attention import decode_attention, prefill_attention, rotate_and_cache, write_cache
+from fettle.ops.paged_attention import (
+    decode_attention,
+    prefill_attention,
+    rotate_and_cache,
+    rotate_and_decode,
+    write_cache,
+)
 from fettle.ops.rotary import apply_rotary_reference
 
 PAGE = 4
@@ -141,3 +147,18 @@ def test_rotate_and_cache_takes_views_of_a_fused_projection(rotary_dim: int) -> 
     torch.testing.assert_close(keys.view(-1, 2, 6)[[5, 2]], rotated(key)[[0, 2]])
     assert torch.equal(values.view(-1, 2, 6)[[5, 2]], value[[0, 2]])
     assert int(keys.view(-1, 12).any(1).sum()) == 2
+
+
+def test_rotate_and_decode_is_both_in_turn() -> None:
+    lengths = [9, 0, 3]
+    _, _, keys, values, table = filled_cache(lengths, 2, 6)
+    query, key, value = torch.randn(3, 8, 6).split([4, 2, 2], 1)
+    cos, sin = torch.randn(2, 3, 4)
+    counts = torch.tensor(lengths).int()
+    slots = torch.tensor([int(table[0, 2]) * PAGE, -1, int(table[2, 0]) * PAGE + 2])
+    others = keys.clone(), values.clone()
+    found = rotate_and_decode(query, key, value, cos, sin, keys, values, table, counts, scale=0.6)
+    turned = rotate_and_cache(query, key, value, cos, sin, *others, slots)
+    assert torch.equal(found, decode_attention(turned, *others, table, counts, scale=0.6))
+    for mine, theirs in zip((keys, values), others, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)

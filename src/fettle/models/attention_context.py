@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fettle.models.rope import DecoderRotaryEmbedding
 from fettle.ops import Documents, apply_rotary, packed_attention, softcap_attention
 from fettle.ops.attention import KeptAttention
-from fettle.ops.paged_attention import decode_attention, prefill_attention, rotate_and_cache, write_cache
+from fettle.ops.paged_attention import prefill_attention, rotate_and_cache, rotate_and_decode, write_cache
 
 if TYPE_CHECKING:
     from fettle.models.layer import DecoderAttention
@@ -155,12 +155,13 @@ class PagedTokens:
             query, key = apply_rotary(query, *self.rotation), apply_rotary(key, *self.rotation)
             query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))  # (N, H or K, D)
             write_cache(key, value, keys, values, self.slots)
-            return packed_attention(query, key, value.contiguous(), self.documents, **rules)
+            return packed_attention(query, key, value, self.documents, **rules)
         query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
-        cos, sin = self.rotation
-        query = rotate_and_cache(query, key, value, cos[0], sin[0], keys, values, self.slots)
+        cos, sin = self.rotation[0][0], self.rotation[1][0]
         if self.bounds is None:
-            return decode_attention(query, keys, values, self.page_table, self.lengths, **rules)
+            new = (query, key, value, cos, sin)
+            return rotate_and_decode(*new, keys, values, self.page_table, self.lengths, **rules)
+        query = rotate_and_cache(query, key, value, cos, sin, keys, values, self.slots)
         return prefill_attention(query, keys, values, self.page_table, self.bounds, self.lengths, **rules)
 
 

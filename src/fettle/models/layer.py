@@ -14,10 +14,9 @@ from torch import nn
 
 from fettle.models.families import Family, head_dim_of, option, sliding_window_of
 from fettle.models.mlp import DecoderMLP
-from fettle.models.projections import project
+from fettle.models.projections import infer, project
 from fettle.ops import rms_norm
 from fettle.ops.attention import KeptAttention
-from fettle.ops.rms_norm import add_rms_norm
 from fettle.recompute.policies import Keeping, Policy, run_layer
 
 if TYPE_CHECKING:
@@ -35,10 +34,6 @@ class DecoderRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps, offset=self.offset)
-
-    def after_sum(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x + residual and its norm, for inference."""
-        return add_rms_norm(x, residual, self.weight, self.eps, offset=self.offset)
 
 
 class DecoderAttention(nn.Module):
@@ -71,13 +66,19 @@ class DecoderAttention(nn.Module):
             self.k_norm = DecoderRMSNorm(self.head_dim, config.rms_norm_eps, family.has_norm_offset)
         self.has_qk_norm = family.has_qk_norm
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x: (B, N, E) -> query (B, H, N, D), key and value (B, K, N, D), before the rotation."""
+    def project(
+        self, x: torch.Tensor, norm: DecoderRMSNorm | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x: (B, N, E) -> query (B, H, N, D), key and value (B, K, N, D), before the rotation.
+
+        norm: to apply to x first, without gradients.
+        """
+        multiply = project if norm is None else partial(infer, norm=norm)
         if self.is_fused:
             query_size, key_size = self.heads * self.head_dim, self.key_value_heads * self.head_dim
-            query, key, value = project(x, self.qkv_proj)[0].split((query_size, key_size, key_size), dim=-1)
+            query, key, value = multiply(x, self.qkv_proj)[0].split((query_size, key_size, key_size), dim=-1)
         else:
-            query, key, value = project(x, self.q_proj, self.k_proj, self.v_proj)
+            query, key, value = multiply(x, self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (t.view(*t.shape[:-1], -1, self.head_dim) for t in (query, key, value))
         if self.has_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
@@ -114,6 +115,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x: torch.Tensor, context: "AttentionContext") -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
             return run_layer(self.policy, partial(self.compute, context=context), x)
+        if not self.training and not torch.is_grad_enabled() and not self.has_sandwich_norms:
+            return self.infer(x, context)
         return self.compute(x, Keeping(), context)
 
     def compute(self, x: torch.Tensor, keeping: Keeping, context: "AttentionContext") -> torch.Tensor:
@@ -129,8 +132,12 @@ class DecoderLayer(nn.Module):
             return x + self.residual_dropout(
                 self.post_feedforward_layernorm(mlp(keeping.recomputed(self.pre_feedforward_layernorm, x)))
             )
-        if not self.training and not torch.is_grad_enabled():
-            x, normalized = self.post_attention_layernorm.after_sum(attended, x)
-            return x + self.mlp(normalized)
         x = x + self.residual_dropout(attended)
         return x + self.residual_dropout(mlp(keeping.recomputed(self.post_attention_layernorm, x)))
+
+    def infer(self, x: torch.Tensor, context: "AttentionContext") -> torch.Tensor:
+        """`compute` without gradients: norms and sums go with the products, which for one token fuse them."""
+        attention = self.self_attn
+        attended = context.attend(attention, *attention.project(x, norm=self.input_layernorm), None)
+        (x,) = infer(attended.reshape(*x.shape[:-1], -1), attention.o_proj, residual=x)
+        return self.mlp.infer(x, norm=self.post_attention_layernorm)

@@ -6,13 +6,19 @@ import torch
 from torch import nn
 
 from fettle.models.families import Family, option
-from fettle.models.projections import project, projection_of
+from fettle.models.projections import infer, project, projection_of, row_weights
 from fettle.ops import gated_activation
 from fettle.ops.gated_activation import ACTIVATIONS, Activation, activation_name_of
 from fettle.ops.lora_mlp import MLP, Keep, lora_mlp
+from fettle.ops.matvec import Norm, matvec
+
+if TYPE_CHECKING:
+    pass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from fettle.models.layer import DecoderRMSNorm
 
 
 class DecoderMLP(nn.Module):
@@ -39,6 +45,21 @@ class DecoderMLP(nn.Module):
         else:
             gate, up = project(x, self.gate_proj, self.up_proj)
         return project(gated_activation(gate, up, self.activation), self.down_proj)[0]
+
+    def infer(self, x: torch.Tensor, norm: "DecoderRMSNorm") -> torch.Tensor:
+        """Return x + the MLP's output for norm(x), without gradients."""
+        name = activation_name_of(self.activation)
+        weights = row_weights(x, self.gate_up_proj) if self.is_fused and name is not None else None
+        if weights is not None:
+            rule = Norm(norm.weight, norm.eps, norm.offset)
+            product = matvec(x, weights[0], norm=rule, activation_name=name)
+        else:
+            if self.is_fused:
+                gate, up = infer(x, self.gate_up_proj, norm=norm)[0].chunk(2, -1)
+            else:
+                gate, up = infer(x, self.gate_proj, self.up_proj, norm=norm)
+            product = gated_activation(gate, up, self.activation)
+        return infer(product, self.down_proj, residual=x)[0]
 
     def as_function(self) -> MLP | None:
         """Return the input of `lora_mlp`, or None if a matrix is trained or has a feature that it does not cover."""

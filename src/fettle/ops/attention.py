@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fettle.ops.attention_cpu import Rules, tiled_backward, tiled_forward
-from fettle.ops.attention_flash import flash_backward, flash_forward
-from fettle.ops.dispatch import product_dtype, uses_flash_attention, uses_triton
+from fettle.ops.attention_flash import cudnn_forward, flash_backward, flash_forward
+from fettle.ops.dispatch import product_dtype, uses_cudnn_attention, uses_flash_attention, uses_triton
 
 SMALLEST_GROUP = 16
 """Documents shorter than this share one group, as separate calls would cost more than the padding."""
@@ -170,8 +170,21 @@ def packed_attention(
     rules = Rules(scale, window, softcap)
     if dropout:
         return _with_dropout(query, key, value, documents, rules, dropout)
+    if not torch.is_grad_enabled():
+        return _infer(query, key, value, documents, rules)
     output: torch.Tensor = _PackedAttention.apply(query, key, value, documents, rules, kept)
     return output
+
+
+def _infer(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, rules: Rules
+) -> torch.Tensor:
+    """Return the attention without what backward needs: of a single document by cuDNN, if it can."""
+    is_whole = rules.window is None or rules.window >= len(query)
+    is_single = len(documents.bounds) == 2 and rules.softcap is None and is_whole
+    if is_single and query.shape == key.shape and uses_cudnn_attention(query):
+        return cudnn_forward(query, key, value, rules.scale)
+    return _forward(query, key, value, documents, rules)[0]
 
 
 class _PackedAttention(torch.autograd.Function):

@@ -72,6 +72,14 @@ def has_bf16_products() -> bool:
     return not is_x86 or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def uses_cudnn_attention(query: torch.Tensor) -> bool:
+    """Whether cuDNN's attention supports `query` (T, H, D) and is faster: on Hopper and later, D up to 128."""
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or query.shape[0] < 2:
+        return False
+    channels = query.shape[-1]
+    return channels <= 128 and channels % 8 == 0 and _capability(query.device) >= (9, 0)
+
+
 def uses_flash_attention(query: torch.Tensor) -> bool:
     """Whether PyTorch's FlashAttention-2 supports `query` (..., D): 16 bits, D up to 256, Ampere or later."""
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):

@@ -71,7 +71,7 @@ def nf4_quantize(weight: torch.Tensor) -> Nf4:
     packed = torch.empty((len(flat) + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-len(flat) // BLOCK), dtype=torch.float32, device=flat.device)
     for start in range(0, len(flat), SLAB):
-        codes, largest = _blockwise_codes(flat[start : start + SLAB].float(), BLOCK, table_on(flat.device))
+        codes, largest = _blockwise_codes(flat[start : start + SLAB].float(), BLOCK, _table(flat.device))
         if len(codes) % 2:  # as in bitsandbytes, the last byte's second half is a weight of zero
             codes = torch.cat((codes, codes.new_full((1,), TABLE.index(0.0))))
         packed[start // 2 : start // 2 + len(codes) // 2] = (codes[::2] << 4) | codes[1::2]
@@ -122,7 +122,7 @@ def _middles(table: torch.Tensor) -> torch.Tensor:
 @cache
 def _cells(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the number of midpoints below each cell, and the next midpoint."""
-    middles = _middles(table_on(device))
+    middles = _middles(_table(device))
     below = torch.bucketize(torch.arange(CELLS, device=device) / (CELLS / 2) - 1, middles)
     beyond = torch.cat((middles, middles.new_tensor([torch.inf])))
     return below.to(torch.uint8), beyond[below]
@@ -158,7 +158,7 @@ def nf4_dequantize_reference(weight: Nf4, dtype: torch.dtype | None = None) -> t
     packed = weight.packed.flatten()
     codes = torch.stack((packed >> 4, packed & 15), 1).flatten()[: weight.shape.numel()]
     scales = block_scales(weight).repeat_interleave(BLOCK)[: len(codes)]
-    values = table_on(packed.device)[codes.int()] * scales
+    values = _table(packed.device)[codes.int()] * scales
     return values.to(dtype or weight.dtype).view(weight.shape)
 
 
@@ -195,16 +195,22 @@ def nf4_dequantize(
 def _by_kernel(weight: Nf4, dtype: torch.dtype) -> torch.Tensor:
     from fettle.ops.kernels import nf4 as kernels
 
+    packed, absmax, table, nested = stored(weight)
+    return kernels.nf4_dequantize(packed, absmax, table, weight.shape, dtype, nested=nested)
+
+
+def stored(
+    weight: Nf4,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, float] | None]:
+    """Return what the kernels take: packed, absmax, the table, and what absmax is quantized with."""
     nested = None
     if weight.nested_absmax is not None and weight.nested_quant_map is not None:
         nested = (weight.nested_quant_map, weight.nested_absmax, weight.offset)
-    table = table_on(weight.packed.device)
-    return kernels.nf4_dequantize(weight.packed, weight.absmax, table, weight.shape, dtype, nested=nested)
+    return weight.packed, weight.absmax, _table(weight.packed.device), nested
 
 
 @cache
-def table_on(device: torch.device) -> torch.Tensor:
-    """Return TABLE in fp32."""
+def _table(device: torch.device) -> torch.Tensor:
     return torch.tensor(TABLE, device=device)
 
 
@@ -212,4 +218,4 @@ def table_on(device: torch.device) -> torch.Tensor:
 def _pair_table(device: torch.device) -> torch.Tensor:
     """Return the two fp32 values of each byte as one int64, so that one lookup gives two weights."""
     codes = torch.arange(256, device=device)
-    return table_on(device)[torch.stack((codes >> 4, codes & 15), 1)].view(torch.int64).flatten()
+    return _table(device)[torch.stack((codes >> 4, codes & 15), 1)].view(torch.int64).flatten()

@@ -33,7 +33,7 @@ def write_cache(
     slots: (T,) int32 or int64; tokens with a negative slot (padding) are skipped.
     """
     if uses_triton(keys):
-        from fettle.ops.kernels import paged_attention as kernels
+        from fettle.ops.kernels import cache as kernels
 
         kernels.write_cache(key, value, keys, values, slots)
         return
@@ -59,7 +59,7 @@ def rotate_and_cache(
     see `ops.rotary`. slots: as in `write_cache`.
     """
     if uses_triton(keys):
-        from fettle.ops.kernels import paged_attention as kernels
+        from fettle.ops.kernels import cache as kernels
 
         return kernels.rotate_and_cache(query, key, value, cos, sin, keys, values, slots)
     turned, key = (apply_rotary(x.transpose(0, 1)[None], cos[None], sin[None])[0] for x in (query, key))
@@ -97,6 +97,47 @@ def decode_attention(
             softcap=softcap,
             splits=splits,
         )
+    return decode_attention_reference(
+        query, keys, values, page_table, lengths, scale=scale, window=window, softcap=softcap
+    )
+
+
+def rotate_and_decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    page_table: torch.Tensor,
+    lengths: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """Return `decode_attention` of the rotated query, and write the rotated key and the value to the cache: (S, H, D).
+
+    All of a decode step between the projections, in one launch on a GPU (two if sequences are split). query: (S, H, D);
+    key, value: (S, K, D), of each sequence's newest token, at position lengths - 1; cos, sin: (S, rotary_dim).
+    """
+    if uses_triton(query):
+        from fettle.ops.kernels import paged_attention as kernels
+
+        return kernels.decode_attention(
+            *(query, keys, values, page_table, lengths),
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            splits=splits,
+            new=(key, value, cos, sin),
+        )
+    last, page_size = (lengths.long() - 1).clamp(min=0), keys.shape[1]
+    slots = page_table.gather(1, last[:, None] // page_size)[:, 0] * page_size + last % page_size
+    slots = torch.where(lengths > 0, slots, -1)
+    query = rotate_and_cache(query, key, value, cos, sin, keys, values, slots)
     return decode_attention_reference(
         query, keys, values, page_table, lengths, scale=scale, window=window, softcap=softcap
     )

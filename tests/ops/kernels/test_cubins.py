@@ -40,7 +40,7 @@ def test_no_kernel_is_forgotten(cubins: ModuleType) -> None:
     from triton.runtime import JITFunction
 
     listed = {case.kernel.__name__ for case in cubins.cases(90)}
-    names = "attention gated_activation matvec nf4 paged_attention rms_norm rotary".split()
+    names = "attention cache gated_activation matvec nf4 paged_attention rms_norm rotary".split()
     modules = [getattr(cubins, name) for name in names]
     written = {
         name

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from fettle.ops.dispatch import uses_triton
-from fettle.ops.matvec import matvec, matvec_reference
+from fettle.ops.matvec import Norm, matvec, matvec_reference
 from fettle.ops.nf4 import Nf4, block_scales, nf4_quantize
 
 
@@ -15,11 +16,25 @@ def test_the_kernels_agree_in_the_interpreter(run_interpreted: Callable[[str], N
     run_interpreted(__file__)
 
 
-@pytest.mark.parametrize("has_residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 33), (5, 1100)])
-def test_plain(kernel_device: str, outputs: int, inputs: int, has_residual: bool) -> None:
-    weight = torch.randn(outputs, inputs, device=kernel_device)
-    check(weight, 1, kernel_device, has_residual)
+AROUND: list[dict[str, Any]] = [
+    {},
+    {"residual": True},
+    {"norm": "plain"},
+    {"norm": "offset", "activation_name": "gelu_pytorch_tanh"},
+    {"norm": "plain", "activation_name": "silu", "residual": True},
+]
+
+
+@pytest.mark.parametrize("around", AROUND, ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(2, 1), (6, 33), (10, 1100)])
+def test_plain(kernel_device: str, outputs: int, inputs: int, around: dict[str, Any]) -> None:
+    check(torch.randn(outputs, inputs, device=kernel_device), 1, kernel_device, **around)
+
+
+@pytest.mark.parametrize("around", AROUND, ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_nf4_and_what_is_around(kernel_device: str, rows: int, around: dict[str, Any]) -> None:
+    check(nf4_quantize(torch.randn(14, 64 * 17, device=kernel_device)), rows, kernel_device, **around)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
@@ -29,7 +44,7 @@ def test_nf4(kernel_device: str, outputs: int, inputs: int, rows: int, nested: b
     weight = nf4_quantize(torch.randn(outputs, inputs, device=kernel_device))
     if not nested:
         weight = Nf4(weight.packed, block_scales(weight), weight.shape, weight.dtype)
-    check(weight, rows, kernel_device, has_residual=rows != 2)
+    check(weight, rows, kernel_device)
 
 
 def test_nf4_uses_its_scales(kernel_device: str) -> None:
@@ -44,13 +59,29 @@ def test_nf4_uses_its_scales(kernel_device: str) -> None:
         assert int(found.isnan().sum()) == rows
 
 
-def check(weight: torch.Tensor | Nf4, rows: int, device: str, has_residual: bool) -> None:
-    outputs, inputs = weight.shape
-    x, residual = torch.randn(rows, 1, inputs, device=device), torch.randn(rows, 1, outputs, device=device)
-    added = residual if has_residual else None
+def check(
+    weight: torch.Tensor | Nf4,
+    rows: int,
+    device: str,
+    *,
+    norm: str | None = None,
+    activation_name: str | None = None,
+    residual: bool = False,
+) -> None:
+    outputs, inputs = weight.shape[0] // (1 if activation_name is None else 2), weight.shape[1]
+    x, added = torch.randn(rows, 1, inputs, device=device), torch.randn(rows, 1, outputs, device=device)
+    scale = torch.randn(inputs, device=device)
     assert uses_triton(x)
-    found = matvec(x, weight, added)
-    wide = weight.double() if isinstance(weight, torch.Tensor) else weight
-    expected = matvec_reference(x.double(), wide, None if added is None else added.double())
+
+    def run(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        return function(
+            x.to(dtype),
+            weight.to(dtype) if isinstance(weight, torch.Tensor) else weight,
+            norm=None if norm is None else Norm(scale.to(dtype), 0.01, norm == "offset"),
+            activation_name=activation_name,
+            residual=added.to(dtype) if residual else None,
+        )
+
+    found, expected = run(matvec, torch.float32), run(matvec_reference, torch.float64)
     assert found.shape == expected.shape
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)

@@ -12,6 +12,7 @@ from fettle.ops.paged_attention import (
     prefill_attention,
     prefill_attention_reference,
     rotate_and_cache,
+    rotate_and_decode,
     write_cache,
 )
 from fettle.ops.rotary import apply_rotary_reference
@@ -56,6 +57,35 @@ def test_decode(kernel_device: str, heads: tuple[int, int, int], splits: int, ru
     expected = decode_attention_reference(*wide, table, lengths, scale=0.3, **rules)
     assert not expected[1].any()
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rules", [{}, {"softcap": 0.8, "window": 40}, {"window": 1}], ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_rotate_and_decode(kernel_device: str, heads: tuple[int, int, int], rules: dict) -> None:
+    """The slot of the newest token is written, and not read before."""
+    query_heads, shared, channels = heads
+    keys, values, table, lengths = filled_cache([1, 0, 8, 100], shared, channels, kernel_device)
+    fused = torch.randn(4, query_heads + 2 * shared, channels, device=kernel_device)
+    query, key, value = fused.split([query_heads, shared, shared], 1)
+    cos, sin = torch.randn(2, 4, channels // 4 * 2, device=kernel_device)
+    place = (lengths - 1).clamp(min=0).long()
+    slots = table.gather(1, place[:, None] // PAGE)[:, 0] * PAGE + place % PAGE
+    slots[1] = -1
+    expected_keys, expected_values = keys.clone(), values.clone()
+    for cache in (keys, values):
+        cache.flatten(0, 1)[slots[slots >= 0]] = torch.nan
+    turned = rotate_and_cache(query, key, value, cos, sin, expected_keys, expected_values, slots)
+    wide = [x.double() for x in (turned, expected_keys, expected_values)]
+    expected = decode_attention_reference(*wide, table, lengths, scale=0.3, **rules)
+    for splits in (1, 3):
+        found_keys, found_values = keys.clone(), values.clone()
+        found = rotate_and_decode(
+            *(query, key, value, cos, sin, found_keys, found_values, table, lengths),
+            **{"scale": 0.3, "splits": splits, **rules},
+        )
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found_keys, expected_keys, equal_nan=True)
+        torch.testing.assert_close(found_values, expected_values, equal_nan=True)
 
 
 @pytest.mark.parametrize("rules", RULES, ids=str)

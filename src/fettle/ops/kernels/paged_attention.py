@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Attention over a paged cache in Triton: new tokens written to their slots, and read by decode and prefill.
+"""Attention over a paged cache in Triton, for decode and prefill. See `fettle.ops.paged_attention`.
 
 Decode is bound by the bytes of keys and values. Flash-decoding (Dao et al., 2023): several programs share a sequence,
 each with one part of its keys, and a second kernel merges their results by logsumexp. The number of parts is fixed by
@@ -18,158 +18,13 @@ import triton
 import triton.language as tl
 
 from fettle.ops.kernels.attention import block_size
+from fettle.ops.kernels.cache import dense_channels, strides
 
-HEADS = 8  # heads of one token per program, when writing
 LEAST_ROWS = 16  # of a product on the matrix units
-LOWEST = tl.constexpr(
-    -1.0e30
-)  # finite, so that a row without visible keys gives exp2(-inf - LOWEST) = 0, not NaN
-LOG2_E = tl.constexpr(1.4426950408889634)  # scores are in units of log 2, as exp2 is faster than exp
-
-# --- write -------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _copy(
-    source,
-    source_head,
-    target,
-    first,
-    heads,
-    start,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Copy the channels from `start` of HEADS heads; in `target` they are contiguous."""
-    head = (first + tl.arange(0, HEADS))[:, None]
-    channel = start + tl.arange(0, BLOCK)[None, :]
-    mask = (head < heads) & (channel < D)
-    x = tl.load(source + head * source_head + channel, mask, 0.0)
-    tl.store(target + head * D + channel, x.to(target.dtype.element_ty), mask)
-
-
-@triton.jit
-def _rotate(
-    source, source_head, target, first, heads, cos, sin,
-    D: tl.constexpr, ROTARY: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    """Rotate HEADS heads as `kernels.rotary` does; channels from ROTARY on are copied."""
-    head = (first + tl.arange(0, HEADS))[:, None]
-    channel = tl.arange(0, HALF)[None, :]
-    in_half = channel < ROTARY // 2
-    mask = (head < heads) & in_half
-    dtype = cos.dtype.element_ty
-    cos_first = tl.load(cos + channel, in_half, 0.0).to(tl.float32)
-    cos_second = tl.load(cos + ROTARY // 2 + channel, in_half, 0.0).to(tl.float32)
-    sin_first = tl.load(sin + channel, in_half, 0.0).to(tl.float32)
-    sin_second = tl.load(sin + ROTARY // 2 + channel, in_half, 0.0).to(tl.float32)
-    x = source + head * source_head + channel
-    a = tl.load(x, mask, 0.0).to(tl.float32)
-    b = tl.load(x + ROTARY // 2, mask, 0.0).to(tl.float32)
-    # Each product is rounded before the sum, as PyTorch rounds it.
-    turned_a = (a * cos_first).to(dtype).to(tl.float32) - (b * sin_first).to(dtype).to(tl.float32)
-    turned_b = (b * cos_second).to(dtype).to(tl.float32) + (a * sin_second).to(dtype).to(tl.float32)
-    y = target + head * D + channel
-    tl.store(y, turned_a.to(target.dtype.element_ty), mask)
-    tl.store(y + ROTARY // 2, turned_b.to(target.dtype.element_ty), mask)
-    if ROTARY < D:
-        _copy(source, source_head, target, first, heads, ROTARY, D, HEADS, REST)
-
-
-@triton.jit
-def write_cache_kernel(
-    key, value, keys, values, slots, key_token, key_head, value_token, value_head, K,
-    D: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    token, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
-    slot = tl.load(slots + token).to(tl.int64)
-    if slot >= 0:
-        _copy(key + token * key_token, key_head, keys + slot * K * D, first, K, 0, D, HEADS, PADDED)
-        _copy(value + token * value_token, value_head, values + slot * K * D, first, K, 0, D, HEADS, PADDED)
-
-
-@triton.jit
-def rotate_and_cache_kernel(
-    query, key, value, cos, sin, rotated, keys, values, slots,
-    query_token, query_head, key_token, key_head, value_token, value_head, cos_token, sin_token, H, K,
-    D: tl.constexpr, ROTARY: tl.constexpr, PADDED: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    token, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
-    cos += token * cos_token
-    sin += token * sin_token
-    slot = tl.load(slots + token).to(tl.int64)
-    queries, shared = tl.cdiv(H, HEADS) * HEADS, tl.cdiv(K, HEADS) * HEADS
-    if first < queries:
-        target = rotated + token * H * D
-        _rotate(
-            query + token * query_token, query_head, target, first, H, cos, sin, D, ROTARY, HEADS, HALF, REST
-        )
-    elif slot >= 0:
-        first -= queries
-        if first < shared:
-            target = keys + slot * K * D
-            _rotate(
-                key + token * key_token, key_head, target, first, K, cos, sin, D, ROTARY, HEADS, HALF, REST
-            )
-        else:
-            target = values + slot * K * D
-            _copy(value + token * value_token, value_head, target, first - shared, K, 0, D, HEADS, PADDED)
-
-
-def write_cache(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """Copy key and value, (T, K, D), to their slots. See `fettle.ops.paged_attention` for all functions here."""
-    key, value = _dense_channels(key, value)
-    tokens, shared, channels = key.shape
-    if tokens:
-        with torch.cuda.device_of(keys):
-            write_cache_kernel[(tokens, triton.cdiv(shared, HEADS))](
-                *(key, value, keys.view(-1), values.view(-1), slots.contiguous(), *_strides(key, value)),
-                *(shared, channels, triton.next_power_of_2(channels), HEADS),
-                num_warps=4,
-            )
-
-
-def rotate_and_cache(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    slots: torch.Tensor,
-) -> torch.Tensor:
-    """Return the rotated query, (T, H, D); write the rotated key and the value to their slots."""
-    query, key, value = _dense_channels(query, key, value)
-    cos, sin = (x if x.stride(1) == 1 else x.contiguous() for x in (cos, sin))
-    (tokens, heads, channels), shared, rotary = query.shape, key.shape[1], cos.shape[1]
-    rotated = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    if tokens:
-        with torch.cuda.device_of(keys):
-            programs = triton.cdiv(heads, HEADS) + 2 * triton.cdiv(shared, HEADS)
-            rotate_and_cache_kernel[(tokens, programs)](
-                *(query, key, value, cos, sin, rotated, keys.view(-1), values.view(-1), slots.contiguous()),
-                *(
-                    *_strides(query, key, value),
-                    cos.stride(0),
-                    sin.stride(0),
-                    heads,
-                    shared,
-                    channels,
-                    rotary,
-                ),
-                *(triton.next_power_of_2(channels), HEADS),
-                *(triton.next_power_of_2(rotary // 2), triton.next_power_of_2(max(1, channels - rotary))),
-                num_warps=4,
-            )
-    return rotated
-
-
-# --- read --------------------------------------------------------------------------------------------------
+# Finite, so that a row without visible keys gives exp2(-inf - LOWEST) = 0 instead of NaN.
+LOWEST = tl.constexpr(-1.0e30)
+# Scores are in units of log 2, as exp2 is faster than exp.
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -195,18 +50,57 @@ def _capped(scores, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _decode_by_rows(
-    query, query_head, keys, values, page_table, begin, end, K, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr,
-    KEYS: tl.constexpr,
+def _rotated(x, x_head, head, channel, mask, cos, sin, dtype: tl.constexpr, ROTARY: tl.constexpr):
+    """Return the channels of `x + head * x_head`, rotated as `ops.rotary` does and rounded to `dtype`, in fp32."""
+    is_first, is_turned = channel < ROTARY // 2, channel < ROTARY
+    x += head * x_head
+    own = tl.load(x + channel, mask, 0.0).to(tl.float32)
+    partner = tl.where(is_first, channel + ROTARY // 2, channel - ROTARY // 2)
+    other = tl.load(x + partner, mask & is_turned, 0.0).to(tl.float32)
+    # Each product is rounded before the sum, as PyTorch rounds it.
+    rounded = cos.dtype.element_ty
+    own = (own * tl.load(cos + channel, is_turned, 1.0).to(tl.float32)).to(rounded).to(tl.float32)
+    other = (other * tl.load(sin + channel, is_turned, 0.0).to(tl.float32)).to(rounded).to(tl.float32)
+    return (own + tl.where(is_first, -other, other)).to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _store_new(
+    key, value, key_head, value_head, cos, sin, keys, values, page_table, position, shared, K,
+    D: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, ROTARY: tl.constexpr,
 ):  # fmt: skip
-    """Return maximum, sum and result of the softmax, (GROUP,) twice and (GROUP, PADDED)."""
-    head, channel = tl.arange(0, GROUP)[:, None, None], tl.arange(0, PADDED)[None, None, :]
-    q = tl.load(query + head * query_head + channel, channel < D, 0.0).to(tl.float32)
-    highest = tl.full((GROUP, KEYS), LOWEST, tl.float32)
-    total = tl.zeros((GROUP, KEYS), tl.float32)
-    result = tl.zeros((GROUP, KEYS, PADDED), tl.float32)
-    for block in range(begin, end, KEYS):
+    """Write the new token's rotated key and its value to the cache, and return them, fp32 (PADDED,)."""
+    channel = tl.arange(0, PADDED)
+    dtype = keys.dtype.element_ty
+    mask = channel < D
+    k = _rotated(key, key_head, shared, channel, mask, cos, sin, dtype, ROTARY)
+    v = tl.load(value + shared * value_head + channel, mask, 0.0)
+    slot = tl.load(page_table + position // PAGE).to(tl.int64) * PAGE + position % PAGE
+    tl.store(keys + slot * K * D + channel, k.to(dtype), mask)
+    tl.store(values + slot * K * D + channel, v.to(dtype), mask)
+    return k, v.to(tl.float32)
+
+
+@triton.jit
+def _decode_by_rows(
+    q, new_key, new_value, has_new, keys, values, page_table, begin, end, K, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Return maximum, sum and result of the softmax, (GROUP,) twice and (GROUP, PADDED).
+
+    q: fp32 (GROUP, 1, PADDED). If `has_new`, the key and value of a token that is not read from the cache are in the
+    softmax of the first row of the tile.
+    """
+    channel = tl.arange(0, PADDED)[None, None, :]
+    holds_new = has_new & (tl.arange(0, KEYS)[None, :] == 0)
+    score = _capped(tl.sum(q * new_key[None, None, :], 2), scale, SOFTCAP)
+    highest = tl.where(holds_new, score, tl.full((GROUP, KEYS), LOWEST, tl.float32))
+    total = tl.where(holds_new, 1.0, tl.zeros((GROUP, KEYS), tl.float32))
+    result = tl.where(
+        holds_new[:, :, None], new_value[None, None, :], tl.zeros((GROUP, KEYS, PADDED), tl.float32)
+    )
+    for block in tl.range(begin, end, KEYS, num_stages=STAGES):
         j = block + tl.arange(0, KEYS)
         offsets = (_slots(page_table, j, end, PAGE) * K * D)[None, :, None] + channel
         seen = (j < end)[None, :, None] & (channel < D)
@@ -226,18 +120,15 @@ def _decode_by_rows(
 
 @triton.jit
 def _attend(
-    q, queries_end, keys, values, page_table, begin, end, window, K, scale,
+    q, highest, total, result, queries_end, keys, values, page_table, begin, end, window, K, scale,
     ROWS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Return maximum, sum and result of the softmax, (ROWS,) twice and (ROWS, PADDED), on the matrix units.
+    """Continue a softmax of which maximum, sum and result are given, (ROWS,) twice and (ROWS, PADDED).
 
     q: (ROWS, PADDED). queries_end: (ROWS,), the position after each query: it attends to the last `window` keys before.
     """
     channel = tl.arange(0, PADDED)[None, :]
-    highest = tl.full((ROWS,), LOWEST, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    result = tl.zeros((ROWS, PADDED), tl.float32)
     for block in range(begin, end, KEYS):
         j = block + tl.arange(0, KEYS)
         offsets = (_slots(page_table, j, end, PAGE) * K * D)[:, None] + channel
@@ -257,33 +148,54 @@ def _attend(
 
 @triton.jit(do_not_specialize=["splits"])
 def decode_kernel(
-    query, keys, values, page_table, lengths, out, partials, logsumexp,
-    query_sequence, query_head, table_sequence, window, scale, K, splits,
+    query, key, value, cos, sin, keys, values, page_table, lengths, out, partials, logsumexp,
+    query_sequence, query_head, key_sequence, key_head, value_sequence, value_head, cos_sequence, sin_sequence,
+    table_sequence, window, scale, K, splits,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr,
-    IS_WHOLE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BY_ROWS: tl.constexpr,
+    ROTARY: tl.constexpr, IS_WHOLE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BY_ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
+    """ROTARY: 0 if the newest token is in the cache; otherwise query and key are to be rotated, and key and value
+    to be written to the cache by the program whose part ends with them."""
     split, shared, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    begin, end, step = _part(lengths, sequence, window, splits, KEYS)
+    begin, length, step = _part(lengths, sequence, window, splits, KEYS)
     begin += split * step
-    if split > 0 and begin >= end:
+    if split > 0 and begin >= length:
         return
-    end = tl.minimum(begin + step, end)
+    end = tl.minimum(begin + step, length)
+    has_new = (ROTARY > 0) & (length > 0) & (end == length)
     query += sequence * query_sequence + shared * GROUP * query_head
     keys += shared * D
     values += shared * D
     page_table += sequence * table_sequence
     row, channel = tl.arange(0, ROWS), tl.arange(0, PADDED)[None, :]
     mask = (row < GROUP)[:, None] & (channel < D)
+    new_key, new_value = tl.zeros((PADDED,), tl.float32), tl.zeros((PADDED,), tl.float32)
+    if ROTARY > 0:
+        cos += sequence * cos_sequence
+        sin += sequence * sin_sequence
+        q = _rotated(query, query_head, row[:, None], channel, mask, cos, sin, keys.dtype.element_ty, ROTARY)
+        if has_new:
+            new_key, new_value = _store_new(
+                key + sequence * key_sequence, value + sequence * value_sequence, key_head, value_head, cos, sin,
+                keys, values, page_table, length - 1, shared, K, D, PADDED, PAGE, ROTARY,
+            )  # fmt: skip
+            end -= 1
+    else:
+        q = tl.load(query + row[:, None] * query_head + channel, mask, 0.0).to(tl.float32)
     if BY_ROWS:
         highest, total, result = _decode_by_rows(
-            query, query_head, keys, values, page_table, begin, end, K, scale,
-            GROUP, D, PADDED, PAGE, SOFTCAP, KEYS,
+            q[:, None, :], new_key, new_value, has_new, keys, values, page_table, begin, end, K, scale,
+            GROUP, D, PADDED, PAGE, SOFTCAP, KEYS, STAGES,
         )  # fmt: skip
     else:
-        q = tl.load(query + row[:, None] * query_head + channel, mask, 0.0)
+        score = _capped(tl.sum(q * new_key[None, :], 1), scale, SOFTCAP)
+        highest = tl.where(has_new, score, tl.full((ROWS,), LOWEST, tl.float32))
+        total = tl.where(has_new, 1.0, tl.zeros((ROWS,), tl.float32))
+        result = tl.where(has_new, new_value[None, :], tl.zeros((ROWS, PADDED), tl.float32))
         highest, total, result = _attend(
-            q, tl.zeros_like(row) + end, keys, values, page_table, begin, end, window, K, scale,
-            ROWS, D, PADDED, PAGE, SOFTCAP, KEYS,
+            q.to(keys.dtype.element_ty), highest, total, result, tl.zeros_like(row) + end,
+            keys, values, page_table, begin, end, window, K, scale, ROWS, D, PADDED, PAGE, SOFTCAP, KEYS,
         )  # fmt: skip
     total = tl.where(total > 0, total, 1.0)  # padding, without keys: the result is zero
     result = result / total[:, None]
@@ -348,7 +260,8 @@ def prefill_kernel(
     keys_end = tl.minimum(before + first + TOKENS, length)
     keys_begin = tl.maximum(before + first + 1 - window, 0)
     _, total, result = _attend(
-        q, queries_end, keys + shared * D, values + shared * D,
+        q, tl.full((ROWS,), LOWEST, tl.float32), tl.zeros((ROWS,), tl.float32),
+        tl.zeros((ROWS, PADDED), tl.float32), queries_end, keys + shared * D, values + shared * D,
         page_table + sequence.to(tl.int64) * table_sequence, keys_begin, keys_end, window, K, scale,
         ROWS, D, PADDED, PAGE, SOFTCAP, KEYS,
     )  # fmt: skip
@@ -372,15 +285,19 @@ def splits_for(pairs: int, longest: int) -> int:
 
 
 def decode_layout(group: int, channels: int, item_bytes: int, capability: int) -> dict[str, int | bool]:
-    """Return the constants of `decode_kernel` that depend on the heads, its warps and stages."""
+    """Return the constants of `decode_kernel` that depend on the heads, its warps and stages.
+
+    By rows: the best of 44 on one H200 for 32 heads of 96 channels in bf16, 64 sequences of 200 tokens: 53 us.
+    """
     by_rows = group <= 2
-    size = 4096 // group if by_rows else 8192 if capability >= 80 else 4096  # of a tile in 16 bits
-    keys = size * 2 // item_bytes // triton.next_power_of_2(channels)
+    size = 8192 if capability >= 80 else 4096  # of a tile in 16 bits
+    keys = 16 if by_rows else size * 2 // item_bytes // triton.next_power_of_2(channels)
     return {
         "ROWS": group if by_rows else max(LEAST_ROWS, triton.next_power_of_2(group)),
         "KEYS": max(16, min(64, keys)),
         "BY_ROWS": by_rows,
-        "num_warps": 4,
+        "STAGES": 3 if item_bytes == 2 else 2,
+        "num_warps": 2 if by_rows and group * channels <= 128 else 4,
         "num_stages": 3 if item_bytes == 2 else 2,
     }
 
@@ -396,9 +313,18 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     splits: int | None = None,
+    new: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Return the attention of one query per sequence to its cached tokens, (S, H, D)."""
-    (query,) = _dense_channels(query)
+    """Return the attention of one query per sequence to its cached tokens, (S, H, D).
+
+    new: key, value, cos and sin of the newest tokens, if they are still to be rotated, as the query, and cached.
+    """
+    (query,) = dense_channels(query)
+    rotary, key, value, cos, sin = 0, query, query, query, query
+    if new is not None:
+        key, value = dense_channels(*new[:2])
+        cos, sin = (x if x.stride(1) == 1 else x.contiguous() for x in new[2:])
+        rotary = cos.shape[1]
     (sequences, heads, channels), (_, page, shared, _) = query.shape, keys.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if not sequences:
@@ -420,9 +346,11 @@ def decode_attention(
     )
     with torch.cuda.device_of(query):
         decode_kernel[(splits, shared, sequences)](
-            *(query, keys.view(-1), values.view(-1), page_table, lengths, out, partials, logsumexp),
-            *(*_strides(query), page_table.stride(0), window, scale, shared, splits),
-            *(heads // shared, channels, padded, page, softcap or 0.0, splits == 1),
+            *(query, key, value, cos, sin, keys.view(-1), values.view(-1)),
+            *(page_table, lengths, out, partials, logsumexp),
+            *(*strides(query, key, value), cos.stride(0), sin.stride(0)),
+            *(page_table.stride(0), window, scale, shared, splits),
+            *(heads // shared, channels, padded, page, softcap or 0.0, rotary, splits == 1),
             **options,
         )
         if splits > 1:
@@ -468,7 +396,7 @@ def prefill_attention(
     softcap: float | None = None,
 ) -> torch.Tensor:
     """Return the attention of several new tokens per sequence to its cached tokens, (T, H, D)."""
-    (query,) = _dense_channels(query)
+    (query,) = dense_channels(query)
     (tokens, heads, channels), (_, page, shared, _) = query.shape, keys.shape
     sequences, group = len(lengths), heads // shared
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
@@ -487,18 +415,9 @@ def prefill_attention(
                 lengths.contiguous(),
                 out,
             ),
-            *(*_strides(query), page_table.stride(0), window or EVERYTHING, scale, sequences, shared),
+            *(*strides(query), page_table.stride(0), window or EVERYTHING, scale, sequences, shared),
             *(group, channels, triton.next_power_of_2(channels), page, softcap or 0.0),
             max(256, triton.next_power_of_2(sequences)),
             **options,
         )
     return out
-
-
-def _strides(*tensors: torch.Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
-
-
-def _dense_channels(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors with contiguous channels; tokens and heads may have any stride."""
-    return [tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in tensors]
