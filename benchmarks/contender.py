@@ -262,9 +262,9 @@ def trl_trainer(options: argparse.Namespace, device: torch.device, clock: Clock)
 
 
 def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clock) -> tuple[Any, Any]:
-    from rich.console import Console
-
+    from fettle import terminal
     from fettle.adapters.lora import adapt
+    from fettle.cli.display import Display
     from fettle.models.config import StoredModel
     from fettle.models.load import empty_model
     from fettle.recompute.allocator import restored_heap, set_heap
@@ -283,7 +283,7 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
         quantization=options.quantization,
     )  # fmt: skip
     stored = StoredModel(config, torch.bfloat16, is_nf4=False)
-    run_plan = plan_run(run, stored, device, lengths, Console(stderr=True))
+    run_plan = plan_run(run, stored, device, lengths, Display(terminal.console(stderr=True)))
     model = empty_model(config).to(torch.bfloat16)
     with restored_heap():
         set_heap("return")  # as load_model has it

@@ -19,12 +19,14 @@ ORDER = (
     *("methods", "runs", "evaluation", "export"),
     *("planning", "engine", "adapters", "models", "checkpoints", "data"),
     *("recompute", "quantization", "tiny", "ops"),
-    *("options", "terminal", "files", "errors", "threads", "version"),
+    *("options", "terminal", "files", "errors", "events", "threads", "version"),
 )
 HEIGHT = {name: -place for place, name in enumerate(ORDER)}
 GROUND = ORDER[ORDER.index("options") :]
 LINES = 450
 TRICKS = {"sys.path", "importlib.import_module"}
+FACES = ("cli", "options", "terminal")
+"""Only these print; a job reports events."""
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate"}
 
 
@@ -52,6 +54,8 @@ def _faults(source: Path, place: Path, tree: ast.Module) -> Iterator[str]:
         target = _top_name(source, imported)
         if target is not None and HEIGHT.get(target, -len(ORDER)) > HEIGHT[name]:
             yield f"line {line} imports {imported}, which is above"
+        elif name not in FACES and (target == "terminal" or imported.partition(".")[0] == "rich"):
+            yield f"line {line} imports {imported}, which only a face may"
     if name != "__init__":
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and ast.unparse(node) in (
@@ -153,6 +157,8 @@ def test_a_sound_tree_passes(tmp_path: Path, files: dict[str, str]) -> None:
         ({"methods__sft": "import sys\nsys.path.insert(0, '..')\n"}, "line 2 uses sys.path"),
         ({"methods__sft": "import importlib\nimportlib.import_module('x')\n"}, "line 2 uses importlib"),
         ({"errors": "try:\n    import torch\nexcept ImportError:\n    pass\n"}, "below everything"),
+        ({"methods__sft": "from rich.console import Console\n"}, "which only a face may"),
+        ({"methods__sft": "from fettle import terminal\n", "terminal": ""}, "which only a face may"),
         ({"utils": ""}, "utils has no place"),
         ({"helpers__misc": ""}, "helpers has no place"),
         ({"models__decoder": "x = 1\n" * 451}, "451 lines"),

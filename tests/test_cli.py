@@ -358,7 +358,7 @@ def test_a_disk_that_takes_no_more_leaves_nothing(small_model, tmp_path, form):
 
 
 def test_being_told_to_end_is_ctrl_c(cli, monkeypatch):
-    monkeypatch.setattr(export_job, "export", lambda options: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(export_job, "export", lambda options, report: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert cli("export", "--model", "a/b", "--to", "there")[::2] == (130, "fettle: interrupted\n")
     assert signal.getsignal(signal.SIGTERM) is before

@@ -64,6 +64,9 @@ _HOME = {
     "train": "fettle.methods.sft",
 }
 
+_JOBS = ("compare", "export_gguf", "pretrain", "resume_pretraining", "resume_training", "train")
+"""Their events are shown in the terminal unless the caller passes `report`."""
+
 __all__ = [  # the keys of _HOME, spelled out for type checkers
     "Comparison",
     "Engine",
@@ -101,7 +104,13 @@ def __getattr__(name: str) -> Any:
         return __version__
     if name not in _HOME:
         raise AttributeError(f"module 'fettle' has no attribute '{name}'")
-    return getattr(import_module(_HOME[name]), name)
+    found = getattr(import_module(_HOME[name]), name)
+    if name in _JOBS:
+        from fettle.cli.display import displayed
+
+        found = displayed(found, progress_to_stderr=name in ("compare", "export_gguf"))
+        found.__module__ = __name__  # where pickle finds it
+    return globals().setdefault(name, found)
 
 
 def __dir__() -> list[str]:

@@ -13,18 +13,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from rich.console import Console
-
-from fettle import terminal
 from fettle.checkpoints.locate import EMBEDDED
 from fettle.engine.load import load
 from fettle.engine.text import generate
+from fettle.events import Message, Report, ignore
 from fettle.export.checkpoint import export_safetensors
 from fettle.export.gguf import export_gguf
 from fettle.files import require_new_folder, shell_path
 from fettle.methods.sft import train
 from fettle.runs.options import TrainOptions
-from fettle.runs.outcome import Outcome, show
+from fettle.runs.outcome import Outcome
 from fettle.runs.resume import REPORT
 from fettle.tiny.lessons import lessons, orders
 
@@ -33,12 +31,11 @@ ORDERS, REHEARSED, ASKED = 1550, 1200, 80
 """Rows of the new skill; rows of old skills mixed in, so that they are not forgotten; questions of each kind."""
 
 
-def quickstart(output: Path, *, console: Console | None = None) -> Outcome:
+def quickstart(output: Path, *, report: Report = ignore) -> Outcome:
     """Teach the embedded model to turn an order into JSON; write data, adapter, merged model, GGUF and report."""
     output = output.expanduser()
     require_new_folder(output, "the quickstart")
-    console = console or terminal.console()
-    console.print("Teaching fettle-tiny to turn an order into JSON.\n", highlight=False)
+    report(Message("Teaching fettle-tiny to turn an order into JSON.\n"))
     data = output / "data"
     rehearsed = lessons(REHEARSED, seed=1, split="train")
     _write(data / "train.jsonl", _shuffled(chain(orders(ORDERS, seed=1, split="train"), rehearsed)))
@@ -57,19 +54,17 @@ def quickstart(output: Path, *, console: Console | None = None) -> Outcome:
             eval_steps=100,
             samples=ASKED,
         ),
-        console=console,
+        report=report,
     )
-    console.print("merging the adapter and verifying the merged model")
+    report(Message("merging the adapter and verifying the merged model"))
     merged = export_safetensors(outcome.output, output / "merged")
-    console.print("exporting to GGUF and running it in llama.cpp:")
+    report(Message("exporting to GGUF and running it in llama.cpp:"))
     (file,) = export_gguf(
-        outcome.output, output / "model.gguf", quantizations=["q8_0"], ollama=True, console=console
+        outcome.output, output / "model.gguf", quantizations=["q8_0"], ollama=True, report=report
     )
     model, tokenizer = load(file)
-    console.print(f"> {ORDER}\n{generate(model, tokenizer, ORDER)}\n", markup=False, highlight=False)
-    outcome = _with_next_steps(outcome, merged, file)
-    show(outcome, console)
-    return outcome
+    report(Message(f"> {ORDER}\n{generate(model, tokenizer, ORDER)}\n"))
+    return _with_next_steps(outcome, merged, file)
 
 
 def _with_next_steps(outcome: Outcome, merged: Path, gguf: Path) -> Outcome:

@@ -1,12 +1,10 @@
 """A new model from nothing: a full checkpoint that stock transformers opens."""
 
-import io
 import json
 import math
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -41,7 +39,7 @@ def outcome(chats, tmp_path_factory):
         save_dtype="float32",
         **SIZES,
     )
-    return pretrain(options, console=Console(file=io.StringIO()))
+    return pretrain(options)
 
 
 def test_it_learns(outcome):

@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fettle.cli.display import Display
 from fettle.data import read_rows, tokenize_rows
 from fettle.engine.load import load
 from fettle.methods.sft import fixed_context, resume_training, train
@@ -22,17 +23,13 @@ from fettle.runs.options import TrainOptions
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=200)
-
-
 def run(model: Path, data: Path, output: Path, **options):
     settings = {"max_steps": 4, "learning_rate": 0.02, "samples": 2, "device": "cpu"} | options
-    console = quiet()
+    display = Display(Console(file=io.StringIO(), width=200))
     outcome = train(
-        TrainOptions(model=str(model), data=str(data), output=str(output), **settings), console=console
+        TrainOptions(model=str(model), data=str(data), output=str(output), **settings), report=display
     )
-    return outcome, console.file.getvalue()
+    return outcome, display.out.file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +178,7 @@ def test_held_out_rows_of_ones_own(small_model, chats, kept, tmp_path):
 
 
 def test_a_finished_run_is_not_done_again(outcome):
-    assert resume_training(outcome.output, console=quiet()) is None
+    assert resume_training(outcome.output) is None
 
 
 def test_longrope_is_fixed_for_rows_that_may_pass_the_original_context(small_model, tmp_path):

@@ -1,14 +1,13 @@
 """A device is measured once; what it means for a model follows from the model's shapes."""
 
-import io
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import LlamaConfig
 
+from fettle.events import Event, Message
 from fettle.planning import speed, speed_cache
 from fettle.planning.costs import Workload
 from fettle.planning.cpu_speed import CpuSpeed, Pass
@@ -57,11 +56,14 @@ BF16 = Workload(tokens=64)
 
 
 def told(work: Workload = BF16, *, remeasure: bool = False) -> str:
-    """What the console is told when the rates are asked for."""
-    console = Console(file=io.StringIO(), width=200)
-    found = device_rates(lambda: CONFIG, Shapes.of(CONFIG), work, CPU, remeasure=remeasure, console=console)
+    """What is reported when the rates are asked for."""
+    reported: list[Event] = []
+    found = device_rates(
+        lambda: CONFIG, Shapes.of(CONFIG), work, CPU, remeasure=remeasure, report=reported.append
+    )
     assert found == MEASURED.rates(Shapes.of(CONFIG), work)
-    return console.file.getvalue()
+    assert all(isinstance(event, Message) and event.about == "machine" for event in reported)
+    return "\n".join(event.text for event in reported if isinstance(event, Message))
 
 
 def test_a_device_is_measured_once_for_each_dtype(machine):

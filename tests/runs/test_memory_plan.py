@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from fettle.cli.display import Display
 from fettle.errors import UserError
 from fettle.methods import sft
 from fettle.methods.sft import train
@@ -33,9 +34,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is de
 
 def run(model, data, output, **options) -> str:
     settings = {"max_steps": 3, "learning_rate": 0.02, "samples": 1, "device": "cpu"} | options
-    console = Console(file=io.StringIO(), width=200)
-    train(TrainOptions(model=str(model), data=str(data), output=str(output), **settings), console=console)
-    return console.file.getvalue()
+    display = Display(Console(file=io.StringIO(), width=200))
+    train(TrainOptions(model=str(model), data=str(data), output=str(output), **settings), report=display)
+    return display.out.file.getvalue()
 
 
 def run_layers_with(monkeypatch, function) -> None:
@@ -190,7 +191,7 @@ def test_the_plan_is_put_into_effect_once_and_on_the_adapters(small_model, chats
 def test_a_run_leaves_the_heap_as_it_was(small_model, chats, tmp_path):
     allocator.set_heap("default")
     run(small_model, chats, tmp_path / "out", max_steps=1)
-    plan(PlanOptions(model=str(small_model), device="cpu"), Console(file=io.StringIO()))
+    plan(PlanOptions(model=str(small_model), device="cpu"))
     assert allocator._current == "default"
 
 

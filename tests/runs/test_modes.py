@@ -4,12 +4,9 @@ One flag does not speak for the whole tree: PEFT's wrapper says "training" over 
 mode, in which recompute policies, CUDA graphs and dropout are off.
 """
 
-import io
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from trl import SFTTrainer
 
 from fettle.adapters.lora import adapt, attach
@@ -47,14 +44,10 @@ def train_options(small_model, chats, output, **changes) -> TrainOptions:
     return TrainOptions(model=str(small_model), data=str(chats), output=str(output), **options)
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO())
-
-
 @pytest.mark.parametrize("eval_fraction", [0.0, 0.2])
 def test_in_training(small_model, chats, tmp_path, passes, eval_fraction):
     options = train_options(small_model, chats, tmp_path / "out", eval_fraction=eval_fraction)
-    train(options, console=quiet())
+    train(options)
     require_right_modes(passes, evaluates=eval_fraction > 0)
 
 
@@ -62,9 +55,9 @@ def test_in_training(small_model, chats, tmp_path, passes, eval_fraction):
 def test_after_a_resume(small_model, chats, tmp_path, passes, killed_at_save, eval_fraction):
     options = train_options(small_model, chats, tmp_path / "out", eval_fraction=eval_fraction)
     with killed_at_save(2):
-        train(options, console=quiet())
+        train(options)
     passes.clear()
-    resume_training(tmp_path / "out", console=quiet())
+    resume_training(tmp_path / "out")
     require_right_modes(passes, evaluates=eval_fraction > 0)
 
 
@@ -75,10 +68,10 @@ def test_in_pretraining_and_after_its_resume(chats, tmp_path, passes, killed_at_
         data=str(chats), output=str(tmp_path / "out"), eval_fraction=0.2, **sizes, **loop
     )
     with killed_at_save(2):
-        pretrain(options, console=quiet())
+        pretrain(options)
     require_right_modes(passes, evaluates=True)
     passes.clear()
-    resume_pretraining(tmp_path / "out", console=quiet())
+    resume_pretraining(tmp_path / "out")
     require_right_modes(passes, evaluates=True)
 
 

@@ -1,4 +1,4 @@
-"""Progress: real runs of the stock trainer, watched on a console that is a terminal and one that is not."""
+"""Progress: what real runs of the stock trainer report, and how a terminal and a file show it."""
 
 import io
 import json
@@ -9,15 +9,10 @@ import torch
 from rich.console import Console
 from transformers import Phi3Config, Phi3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from fettle.runs.progress import (
-    Point,
-    ProgressCallback,
-    _Pace,
-    peak_memory_bytes,
-    points,
-    show_progress,
-    task_progress,
-)
+from fettle.cli.display import Display
+from fettle.events import Training, ignore
+from fettle.events import progress as task_progress
+from fettle.runs.progress import Point, _Pace, peak_memory_bytes, points, report_progress
 
 TOKENS_PER_STEP = 2 * 8  # batch x length, in the runs below
 
@@ -30,12 +25,15 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def console(*, is_terminal: bool) -> Console:
-    return Console(file=io.StringIO(), force_terminal=is_terminal, width=90, legacy_windows=False)
+def display(*, is_terminal: bool, line_seconds: float = 5.0) -> Display:
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=90, legacy_windows=False)
+    found = Display(console)
+    found.line_seconds = line_seconds
+    return found
 
 
-def shown(progress: ProgressCallback) -> str:
-    return progress.console.file.getvalue()
+def shown(screen: Display) -> str:
+    return screen.out.file.getvalue()
 
 
 def make_trainer(folder, max_steps: int = 4, **arguments) -> Trainer:
@@ -69,11 +67,10 @@ def make_trainer(folder, max_steps: int = 4, **arguments) -> Trainer:
 
 def test_lines_where_there_is_no_terminal(tmp_path, capsys):
     trainer = make_trainer(tmp_path)
-    progress = show_progress(trainer, console(is_terminal=False))
-    progress.line_seconds = 0.0
-    with progress:
-        trainer.train()
-    lines = shown(progress).splitlines()
+    screen = display(is_terminal=False, line_seconds=0.0)
+    report_progress(trainer, screen)
+    trainer.train()
+    lines = shown(screen).splitlines()
     assert lines[-1].startswith("step 4/4") and lines[-1].endswith("done")
     first_with_loss = next(line for line in lines if "loss" in line)
     assert re.fullmatch(
@@ -81,34 +78,33 @@ def test_lines_where_there_is_no_terminal(tmp_path, capsys):
         r"  0:00:\d\d elapsed  \d:\d\d:\d\d left",
         first_with_loss,
     )
-    assert "\x1b" not in shown(progress)
+    assert "\x1b" not in shown(screen)
     printed = capsys.readouterr()  # and the trainer's own display is gone
     assert "{'loss'" not in printed.out and "%|" not in printed.err
 
 
 def test_lines_are_seconds_apart(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=12)
-    progress = show_progress(trainer, console(is_terminal=False))
-    progress.line_seconds = 3600.0
-    with progress:
-        trainer.train()
-    assert [line.split("  ")[0] for line in shown(progress).splitlines()] == ["step 1/12", "step 12/12"]
+    screen = display(is_terminal=False, line_seconds=3600.0)
+    report_progress(trainer, screen)
+    trainer.train()
+    assert [line.split("  ")[0] for line in shown(screen).splitlines()] == ["step 1/12", "step 12/12"]
 
 
 def test_a_bar_on_a_terminal(tmp_path):
     trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2)
-    progress = show_progress(trainer, console(is_terminal=True))
-    with progress:
-        trainer.train()
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(progress))
+    screen = display(is_terminal=True)
+    report_progress(trainer, screen)
+    trainer.train()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown(screen))
     last = text[text.rindex("training") :]
     assert "━" in last and "4/4" in last and "tokens/s" in last and "eval loss" in last and "memory" in last
-    assert shown(progress).count("\x1b[?25l") == shown(progress).count("\x1b[?25h") == 1  # the cursor is back
+    assert shown(screen).count("\x1b[?25l") == shown(screen).count("\x1b[?25h") == 1  # the cursor is back
 
 
 def test_history_holds_every_logged_figure(tmp_path):
     trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=2)
-    progress = show_progress(trainer, console(is_terminal=False))
+    progress = report_progress(trainer, ignore)
     trainer.train()
     assert [point.step for point in progress.history] == [1, 2, 3, 4]
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -121,32 +117,45 @@ def test_history_holds_every_logged_figure(tmp_path):
 
 
 def test_evaluation_is_shown_and_not_counted_as_training(tmp_path):
-    seen = []
-
-    class Watch(TrainerCallback):
-        def on_prediction_step(self, *args, **kwargs):
-            seen.append((progress._phase, progress._done, progress._total))
-
-        def on_step_begin(self, *args, **kwargs):
-            seen.append((progress._phase, progress._done, progress._total))
-
     trainer = make_trainer(
         tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=2
     )
-    progress = show_progress(trainer, console(is_terminal=False))
-    progress.line_seconds = 0.0
-    trainer.add_callback(Watch())
+    reported = []
+    report_progress(trainer, reported.append)
     trainer.train()
-    batches = [("evaluating", n, 3) for n in (1, 2, 3)]
-    assert seen == [("training", 0, 2), *batches, ("training", 1, 2), *batches]
-    assert "evaluating 2/3" in shown(progress)
+    assert all(isinstance(event, Training) for event in reported)
+    batches = [(n, 3) for n in (1, 2, 3)]
+    seen = [(event.step, event.batch, event.batches) for event in reported]
+    assert list(dict.fromkeys(seen)) == [
+        (0, None, 0),
+        *((step, *each) for step in (1, 2) for each in ((None, 0), *batches)),
+    ]
+    assert [event.is_over for event in reported] == [False] * (len(reported) - 1) + [True]
+    assert reported[-1].eval_loss is not None and reported[-1].seconds_left is None
+
+    screen = display(is_terminal=False, line_seconds=0.0)
+    for event in reported:
+        screen(event)
+    assert "evaluating 2/3" in shown(screen)
+
+
+def test_an_evaluation_ends_in_a_line_of_its_own(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+    screen = display(is_terminal=False, line_seconds=3600.0)
+    report_progress(trainer, screen)
+    trainer.train()
+    lines = shown(screen).splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 1/2", "step 1/2", "step 2/2", "step 2/2"]
+    assert ["eval loss" in line for line in lines] == [False, True, True, True]
 
 
 def test_evaluation_alone_gives_the_terminal_back(tmp_path):
     trainer = make_trainer(tmp_path)
-    progress = show_progress(trainer, console(is_terminal=True))
-    trainer.evaluate()
-    assert "evaluating" in shown(progress) and progress._live is None
+    screen = display(is_terminal=True)
+    report_progress(trainer, screen)
+    with screen:
+        trainer.evaluate()
+    assert "evaluating" in shown(screen) and screen._live is None
 
 
 def test_a_resumed_run_goes_on_where_it_stopped(tmp_path):
@@ -157,18 +166,17 @@ def test_a_resumed_run_goes_on_where_it_stopped(tmp_path):
                 control.should_training_stop = True
 
     first = make_trainer(tmp_path, max_steps=6)
-    before = show_progress(first, console(is_terminal=False))
+    before = report_progress(first, ignore)
     first.add_callback(StopAtTwo())
     first.train()
     state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert all(entry["memory_bytes"] > 0 for entry in state["log_history"] if "loss" in entry)
 
     second = make_trainer(tmp_path, max_steps=6)
-    progress = show_progress(second, console(is_terminal=False))
-    progress.line_seconds = 0.0
-    with progress:
-        second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert shown(progress).splitlines()[0] == "resumed at step 2/6"
+    screen = display(is_terminal=False, line_seconds=0.0)
+    progress = report_progress(second, screen)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert shown(screen).splitlines()[0] == "resumed at step 2/6"
     assert [point.step for point in progress.history] == [1, 2, 3, 4, 5, 6]
     assert progress.history[:2] == before.history
     assert second.state.num_input_tokens_seen == 6 * TOKENS_PER_STEP
@@ -182,22 +190,23 @@ def test_an_interrupted_run_gives_the_terminal_back(tmp_path):
                 raise KeyboardInterrupt
 
     trainer = make_trainer(tmp_path)
-    progress = show_progress(trainer, console(is_terminal=True))
+    screen = display(is_terminal=True)
+    progress = report_progress(trainer, screen)
     trainer.add_callback(Interrupt())
-    with pytest.raises(KeyboardInterrupt), progress:
+    with pytest.raises(KeyboardInterrupt), screen:
         trainer.train()
-    assert shown(progress).rstrip("\n").endswith("\x1b[?25h")
-    assert progress._live is None
+    assert shown(screen).rstrip("\n").endswith("\x1b[?25h")
+    assert screen._live is None
     assert [point.step for point in progress.history] == [1]
 
 
 def test_only_the_first_process_speaks(tmp_path):
     trainer = make_trainer(tmp_path)
-    progress = show_progress(trainer, console(is_terminal=False))
-    progress.line_seconds = 0.0
+    reported = []
+    progress = report_progress(trainer, reported.append)
     trainer.is_world_process_zero = lambda: False
     trainer.train()
-    assert shown(progress) == ""
+    assert reported == []
     assert len(progress.history) == 4
 
 
@@ -244,23 +253,34 @@ def test_peak_memory_grows_by_what_is_allocated_and_stays():
 
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_the_share_of_a_task_is_shown_with_the_time_left(is_terminal):
-    seconds, out = [0.0], io.StringIO()
-    console = Console(file=out, force_terminal=is_terminal, width=100)
-    with task_progress("answering 16 questions", console, clock=lambda: seconds[0]) as advance:
+    seconds, screen = [0.0], display(is_terminal=is_terminal)
+    with task_progress("answering 16 questions", screen, clock=lambda: seconds[0]) as advance:
         for seconds[0], share in ((1.0, 0.1), (6.0, 0.25), (7.0, 0.3), (12.0, 0.5)):
             advance(share)
         if not is_terminal:
-            assert out.getvalue().splitlines() == [
+            assert shown(screen).splitlines() == [
                 "answering 16 questions",
                 "answering 16 questions: 25%, 0:00:18 left",
                 "answering 16 questions: 50%, 0:00:12 left",
             ]
         seconds[0] = 24.0
-    assert "took 0:00:24" in out.getvalue()
+    assert "took 0:00:24" in shown(screen)
 
 
 def test_a_quick_task_takes_one_line():
-    out = io.StringIO()
-    with task_progress("answering 1 question", Console(file=out), clock=lambda: 0.0) as advance:
-        advance(1.0)
-    assert out.getvalue() == "answering 1 question\n"
+    screen = display(is_terminal=False)
+    for _ in range(2):
+        with task_progress("answering 1 question", screen, clock=lambda: 0.0) as advance:
+            advance(1.0)
+    assert shown(screen) == "answering 1 question\n" * 2
+
+
+def test_a_task_that_advances_with_every_token_is_not_reported_with_each():
+    seconds, reported = [0.0], []
+    with task_progress("answering", reported.append, clock=lambda: seconds[0]) as advance:
+        for n in range(1000):
+            seconds[0] += 0.001
+            advance(n / 1000, f"{n} of 1000")
+    assert 10 < len(reported) < 15
+    assert (reported[0].share, reported[-1].share, reported[-1].is_over) == (0.0, 1.0, True)
+    assert reported[1].done == "99 of 1000" and reported[1].seconds_left == pytest.approx(0.9, rel=0.02)

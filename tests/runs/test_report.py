@@ -1,21 +1,22 @@
 """The report: parsed back as a browser would, it must hold everything it was given, and nothing else."""
 
 import math
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import jinja2
 import pytest
 from rich.console import Console
 
+from fettle.cli.results import scores_table
+from fettle.events import Sample
 from fettle.runs.report import (
     RunReport,
-    Sample,
     Score,
     is_correct,
     line_chart,
     score_change,
     score_text,
-    scores_table,
     ticks,
     verdict,
     write_report,
@@ -266,7 +267,7 @@ def test_scores_in_words(score, before, after, change, which):
 
 def test_scores_on_the_terminal():
     console = Console(width=80, record=True)
-    console.print(scores_table(minimal(scores=[Score("exact [new] skill", 0.03, 0.94, "%")])))
+    console.print(scores_table([Score("exact [new] skill", 0.03, 0.94, "%")]))
     lines = console.export_text().splitlines()
     assert lines[0].split() == ["score", "before", "after", "change"]
     assert lines[1].split() == ["exact", "[new]", "skill", "3.0%", "94.0%", "+91.0", "points"]
@@ -277,4 +278,4 @@ def test_an_answer_is_correct_where_it_is_the_expected_one():
     assert is_correct(sample, sample.before) is True
     assert is_correct(sample, sample.after) is False
     assert is_correct(sample, None) is None
-    assert is_correct(sample._replace(expected=None), "yes") is None
+    assert is_correct(replace(sample, expected=None), "yes") is None

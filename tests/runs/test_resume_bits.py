@@ -4,12 +4,10 @@ Here the end is an exception that no code catches, in this process; tests/runs/t
 """
 
 import dataclasses
-import io
 import json
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -42,10 +40,6 @@ def dropping_model(small_model, tmp_path_factory):
     return folder
 
 
-def quiet() -> Console:
-    return Console(file=io.StringIO())
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_it_ends_in_the_same_bits(dropping_model, chats, tmp_path, killed_at_save, way):
     loop = {"max_steps": STEPS, "eval_steps": 4, "save_steps": 1, "samples": 1, "dropout": 0.1}
@@ -58,18 +52,18 @@ def test_it_ends_in_the_same_bits(dropping_model, chats, tmp_path, killed_at_sav
         model=str(dropping_model), data=str(chats), output=str(tmp_path / "whole"), device="cpu",
         **(loop | changes),
     )  # fmt: skip
-    train(options, console=quiet())
+    train(options)
     whole = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     assert any(tensor.any() for name, tensor in whole.items() if "lora_B" in name), "nothing was learned"
 
     # one run that ends abruptly after every step, and is resumed each time
     output = tmp_path / "killed"
     with killed_at_save(1):
-        train(dataclasses.replace(options, output=str(output)), console=quiet())
+        train(dataclasses.replace(options, output=str(output)))
     for step in range(2, STEPS):
         with killed_at_save(step):
-            resume_training(output, console=quiet())
-    resume_training(output, console=quiet())
+            resume_training(output)
+    resume_training(output)
     resumed = load_file(output / "adapter_model.safetensors")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

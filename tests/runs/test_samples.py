@@ -4,13 +4,13 @@ import io
 
 from rich.console import Console
 
-from fettle.runs.outcome import MAX_SHOWN_CHARACTERS, show_samples
-from fettle.runs.report import Sample
+from fettle.cli.display import MAX_SHOWN_CHARACTERS, show_sample
+from fettle.events import Sample
 
 
 def shown(sample: Sample) -> list[str]:
     console = Console(file=io.StringIO(), width=80)
-    show_samples([sample], console)
+    show_sample(sample, console)
     return console.file.getvalue().splitlines()
 
 

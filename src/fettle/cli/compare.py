@@ -26,12 +26,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
-    from fettle.evaluation.comparison import show
+    from fettle.cli.display import displayed
+    from fettle.cli.results import show_comparison
     from fettle.evaluation.side_by_side import compare
 
     as_json = options.pop("json")
-    comparison = compare(**options)
+    comparison = displayed(compare, progress_to_stderr=True)(**options)
     if as_json:
         terminal.print_result(comparison.as_json())
     else:
-        show(comparison)
+        show_comparison(comparison)

@@ -48,7 +48,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
+    from fettle.cli.display import displayed
     from fettle.export.job import export
 
-    for path in export(ExportOptions(**options)):
+    for path in displayed(export, progress_to_stderr=True)(ExportOptions(**options)):
         terminal.print_result(str(path))

@@ -1,8 +1,11 @@
 """`fettle plan`: predict a run's memory and time."""
 
 import argparse
+import json
 from typing import Any
 
+from fettle import terminal
+from fettle.events import Event, Planned
 from fettle.options import add_options, resolve
 from fettle.runs.options import PlanOptions
 
@@ -18,6 +21,15 @@ def run(options: dict[str, Any]) -> None:
     from fettle.runs.defaults import require_valid
 
     require_valid(chosen)
+    from fettle.cli.display import Display
     from fettle.runs.memory_plan import plan
 
-    plan(chosen)
+    display = Display()
+
+    def report(event: Event) -> None:
+        if chosen.json and isinstance(event, Planned):
+            terminal.print_result(json.dumps(event.figures, indent=2))
+        else:
+            display(event)
+
+    plan(chosen, report)

@@ -12,6 +12,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
+    from fettle.cli.display import displayed
+    from fettle.cli.results import show_outcome
     from fettle.quickstart import quickstart
 
-    quickstart(Path(options["output"]))
+    show_outcome(displayed(quickstart)(Path(options["output"])))

@@ -40,10 +40,12 @@ def start_or_resume(
     typed: dict[str, Any], options: Any, start: Callable[..., Any], resume: Callable[..., Any]
 ) -> None:
     """Start a run, or resume one if `options` is None, and print the outcome."""
-    from fettle.runs.outcome import show
+    from fettle.cli.display import displayed
+    from fettle.cli.results import show_outcome
 
+    start, resume = displayed(start), displayed(resume)
     outcome = resume(Path(typed["output"])) if options is None else start(options)
     if outcome is None:
         terminal.print_message(f"the run in {typed['output']} has already finished", file=sys.stdout)
     else:
-        show(outcome)
+        show_outcome(outcome)

@@ -5,19 +5,15 @@ are compared token by token; answers are compared as text, which works across to
 """
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TypeAlias
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
-from fettle import terminal
 from fettle.adapters.model_ref import ModelRef, resolve
 from fettle.checkpoints.dtypes import Dtype
 from fettle.checkpoints.folder import weight_files
@@ -31,9 +27,7 @@ from fettle.evaluation.answers import Answer, Question, answer, exact_share, que
 from fettle.evaluation.comparison import Comparison, Side
 from fettle.evaluation.scoring import Distributions, Gap, OnExample, Scores, score
 from fettle.evaluation.speed import measure_speed
-
-Stage: TypeAlias = Callable[[str, int], Callable[[int], None]]
-"""Starts a stage with a title and a number of steps; returns a function to call with the number of steps done."""
+from fettle.events import Report, ignore, progress
 
 
 def compare(
@@ -46,12 +40,12 @@ def compare(
     dtype: Dtype = "auto",
     device: str | None = None,
     seed: int = 0,
-    console: Console | None = None,
+    report: Report = ignore,
 ) -> Comparison:
     """Compare two models on at most `samples` rows of `data`, each truncated to `max_length` tokens.
 
     a, b: names as for `fettle.load`. dtype and device: of models that run in PyTorch. The models are loaded one at a
-    time. Progress is shown on `console` (default: standard error). Raises UserError for faults that the user can fix.
+    time. Raises UserError for faults that the user can fix.
     """
     if samples < 1:
         raise UserError(f"{option('samples')} is {samples}; expected 1 or more.")
@@ -60,17 +54,16 @@ def compare(
         _require_sound(ref)
     read = read_rows(data)
     rows = read if len(read) <= samples else Random(seed).sample(read, samples)
-    with _progress(console or terminal.console(stderr=True)) as stage:
-        opened = _open(refs[0], str(a), rows, max_length, dtype, device)
-        distributions = Distributions(opened.examples, opened.engine.tokens.vocab_size)
-        first = opened.read(stage, distributions.keep)
-        examples = opened.examples
-        del opened
-        gc.collect()
-        torch.cuda.empty_cache()  # the second may run in llama.cpp, which cannot use PyTorch's cached memory
-        opened = _open(refs[1], str(b), rows, max_length, dtype, device)
-        gap = Gap((examples, first.scores, distributions), opened.examples, opened.engine.tokens.vocab_size)
-        second = opened.read(stage, gap.add)
+    opened = _open(refs[0], str(a), rows, max_length, dtype, device)
+    distributions = Distributions(opened.examples, opened.engine.tokens.vocab_size)
+    first = opened.read(report, distributions.keep)
+    examples = opened.examples
+    del opened
+    gc.collect()
+    torch.cuda.empty_cache()  # the second may run in llama.cpp, which cannot use PyTorch's cached memory
+    opened = _open(refs[1], str(b), rows, max_length, dtype, device)
+    gap = Gap((examples, first.scores, distributions), opened.examples, opened.engine.tokens.vocab_size)
+    second = opened.read(report, gap.add)
     shared, equal, before_difference = _answers_alike(first.answers, second.answers, opened.engine.tokenizer)
     return Comparison(
         rows=len(rows),
@@ -133,20 +126,20 @@ class _Opened:
     examples: list[Example]
     asked: dict[int, Question]
 
-    def read(self, stage: Stage, on_example: OnExample) -> _Reading:
+    def read(self, report: Report, on_example: OnExample) -> _Reading:
         """Score the examples, answer the questions, measure the speed."""
-        advance = stage(f"scoring {self.name}", len(self.examples))
+        with progress(f"scoring {self.name}", report) as advance:
 
-        def on_scored(number: int, log_probs: torch.Tensor) -> None:
-            on_example(number, log_probs)
-            advance(1)
+            def on_scored(number: int, log_probs: torch.Tensor) -> None:
+                on_example(number, log_probs)
+                advance((number + 1) / len(self.examples))
 
-        scores = score(self.engine.tokens, self.examples, on_scored)
-        answers = self._answers(stage(f"answers of {self.name}", len(self.asked)))
+            scores = score(self.engine.tokens, self.examples, on_scored)
+        with progress(f"answers of {self.name}", report) as advance:
+            answers = self._answers(advance)
         longest = max(self.examples, key=lambda example: len(example.input_ids))
-        advance = stage(f"timing {self.name}", 1)
-        speed = measure_speed(self.engine.tokens, longest.input_ids)
-        advance(1)
+        with progress(f"timing {self.name}", report):
+            speed = measure_speed(self.engine.tokens, longest.input_ids)
         return _Reading(
             runtime=_runtime(self.model),
             scores=scores,
@@ -155,8 +148,10 @@ class _Opened:
             generated_tokens_per_second=speed.generation,
         )
 
-    def _answers(self, advance: Callable[[int], None]) -> dict[int, Answer]:
-        given = answer(self.engine, list(self.asked.values()), lambda: advance(1))
+    def _answers(self, advance: Callable[[float], None]) -> dict[int, Answer]:
+        count = itertools.count(1)
+        posed = list(self.asked.values())
+        given = answer(self.engine, posed, lambda: advance(next(count) / len(posed)))
         by_question = {item.question: item for item in given}
         return {n: by_question[asked] for n, asked in self.asked.items() if asked in by_question}
 
@@ -216,23 +211,3 @@ def _notes(gap: Gap, examples: int, answers: int) -> tuple[str, ...]:
     if not answers:
         notes.append("No row has both a prompt and an answer, so no answers are compared.")
     return tuple(notes)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Stage]:
-    """Show a progress bar per stage on a terminal; elsewhere print the title of each stage."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-
-        def stage(text: str, steps: int) -> Callable[[int], None]:
-            task = progress.add_task(text, total=steps)
-            if not console.is_terminal:
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
-            return lambda done: progress.advance(task, done)
-
-        yield stage

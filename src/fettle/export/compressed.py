@@ -8,7 +8,7 @@ four-bit group size.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fettle.errors import UserError, option
+from fettle.events import Message, Report
 from fettle.export.calibration import Rows, curvatures_by_layer, first_rows, mean_loss, split
 from fettle.export.checkpoint import Packing, export_folder, require_place, require_room
 from fettle.export.merge import load_merged, write_down_context
@@ -35,8 +36,6 @@ FOUR_BITS_BYTES = 0.52
 
 Stored = dict[str, torch.Tensor]
 """A layer's tensors under their names in the format."""
-
-Report = Callable[[str], None]
 
 
 def export_fp8(name: str, to: Path, *, data: str | None, report: Report, overwrite: bool = False) -> Path:
@@ -99,7 +98,8 @@ def _loss_before(model: DecoderForCausalLM, rows: Rows, name: str) -> float:
 
 
 def _tell_loss(before: float, after: float, report: Report) -> None:
-    report(f"loss on held-out rows: {before:.4f} before, {after:.4f} after ({after - before:+.4f})")
+    change = after - before
+    report(Message(f"loss on held-out rows: {before:.4f} before, {after:.4f} after ({change:+.4f})"))
 
 
 @torch.no_grad()
@@ -130,9 +130,8 @@ def _in_four_bits(
             assert isinstance(linear, nn.Linear)
             if linear.in_features % GROUP:
                 narrow.append(full)
-                report(
-                    f"{full} is not quantized: its {linear.in_features} inputs are not a multiple of {GROUP}"
-                )
+                text = f"its {linear.in_features} inputs are not a multiple of {GROUP}"
+                report(Message(f"{full} is not quantized: {text}"))
                 continue
             found = gptq(linear.weight.data, curvature, linear.weight.dtype)
             linear.weight.data.copy_(found.dense())

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 
-from fettle import terminal
 from fettle.data import Row, end_of_turn
 from fettle.errors import UserError, option
+from fettle.events import Report, ignore
 from fettle.files import shell_path
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.device import device_of
@@ -21,30 +20,30 @@ from fettle.runs.defaults import complete, length_limit, require_valid
 from fettle.runs.job import Job, run
 from fettle.runs.options import Device, PretrainOptions
 from fettle.runs.outcome import Outcome
-from fettle.runs.rows import fingerprints, prepare, read_data, show_data
+from fettle.runs.rows import fingerprints, prepare, read_data, summary_of
 from fettle.tiny.tokenizer import train_tokenizer
 
 
-def pretrain(options: PretrainOptions, *, console: Console | None = None) -> Outcome:
+def pretrain(options: PretrainOptions, *, report: Report = ignore) -> Outcome:
     """Train a tokenizer and a new model on `options.data`; write a full checkpoint to `options.output`.
 
     Raises UserError for an error the user can fix, before anything is written.
     """
     require_valid(options)
     options = dataclasses.replace(options, output=resume.new_output(options.output))
-    return run(_prepare(options, {}, console or terminal.console()))
+    return run(_prepare(options, {}, report))
 
 
-def resume_pretraining(output: str | Path, *, console: Console | None = None) -> Outcome | None:
+def resume_pretraining(output: str | Path, *, report: Report = ignore) -> Outcome | None:
     """Resume the interrupted run in `output`; return None if it has already finished."""
     output = Path(output).expanduser()
     options = resume.options_to_resume(output, PretrainOptions)
     if options is None:
         return None
-    return run(_prepare(options, resume.read_facts(output), console or terminal.console()))
+    return run(_prepare(options, resume.read_facts(output), report))
 
 
-def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) -> Job:
+def _prepare(options: PretrainOptions, facts: dict[str, Any], report: Report) -> Job:
     asked_steps = options.max_steps
     rows = read_data(options.data)
     seen = fingerprints(options)
@@ -52,7 +51,7 @@ def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) 
     longest = length_limit(options, options.context)
     tokenizer = _tokenizer(rows, options)
     data = prepare(options, tokenizer, longest, rows)
-    show_data(data, options, console)
+    report(summary_of(data, options))
     device = cast(Device, device_of(options.device).type)
     set_seed(options.seed)
     model = new_model(options, tokenizer).to(torch.device(device))
@@ -82,7 +81,7 @@ def _prepare(options: PretrainOptions, facts: dict[str, Any], console: Console) 
             f'fettle generate --model {output} --prompt "..."',
             f"fettle train --model {output} --data my_chats.jsonl --output my-model",
         ],
-        console=console,
+        report=report,
     )
 
 

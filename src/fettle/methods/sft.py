@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftModel
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from fettle import terminal
 from fettle.adapters.lora import adapt
 from fettle.adapters.model_ref import resolve
 from fettle.checkpoints.adapter_facts import AdapterFacts, write_facts
@@ -16,6 +14,7 @@ from fettle.checkpoints.dtypes import name_of
 from fettle.checkpoints.fingerprint import fingerprint, tokenizer_fingerprint
 from fettle.errors import UserError, option
 from fettle.evaluation import longest_exchange
+from fettle.events import Report, ignore
 from fettle.files import shell_path, sibling
 from fettle.models.decoder import DecoderForCausalLM
 from fettle.models.device import device_of
@@ -31,10 +30,10 @@ from fettle.runs.job import Job, run
 from fettle.runs.memory_plan import plan_run
 from fettle.runs.options import Device, Quantization, TrainOptions
 from fettle.runs.outcome import Outcome
-from fettle.runs.rows import fingerprints, prepare, read_data, show_data
+from fettle.runs.rows import fingerprints, prepare, read_data, summary_of
 
 
-def train(options: TrainOptions, *, console: Console | None = None) -> Outcome:
+def train(options: TrainOptions, *, report: Report = ignore) -> Outcome:
     """Fine-tune `options.model` on `options.data`; write adapter, tokenizer, options and report to `options.output`.
 
     The folder is a plain PEFT adapter. Raises UserError for an error the user can fix, before anything is written.
@@ -44,10 +43,10 @@ def train(options: TrainOptions, *, console: Console | None = None) -> Outcome:
     options = dataclasses.replace(options, output=resume.new_output(options.output))
     note_program()
     with restored_heap():
-        return run(_prepare(options, {}, console or terminal.console()))
+        return run(_prepare(options, {}, report))
 
 
-def resume_training(output: str | Path, *, console: Console | None = None) -> Outcome | None:
+def resume_training(output: str | Path, *, report: Report = ignore) -> Outcome | None:
     """Resume the interrupted run in `output` with its original options; return None if it has already finished.
 
     The final weights are bit-identical to those of an uninterrupted run.
@@ -57,10 +56,10 @@ def resume_training(output: str | Path, *, console: Console | None = None) -> Ou
     if options is None:
         return None
     with restored_heap():
-        return run(_prepare(options, resume.read_facts(output), console or terminal.console()))
+        return run(_prepare(options, resume.read_facts(output), report))
 
 
-def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> Job:
+def _prepare(options: TrainOptions, facts: dict[str, Any], report: Report) -> Job:
     """Read the data, choose the remaining options, plan the memory, load the model."""
     asked_steps = options.max_steps
     ref = resolve(options.model)
@@ -78,7 +77,7 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
     tokenizer = ref.tokenizer
     longest = length_limit(options, stored.config.max_position_embeddings)
     data = prepare(options, tokenizer, longest, rows)
-    show_data(data, options, console)
+    report(summary_of(data, options))
     options = complete(
         dataclasses.replace(options, device=cast(Device, device.type), max_length=longest),
         packs=len(data.train),
@@ -89,7 +88,7 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
         stored,
         device,
         data.train_lengths,
-        console,
+        report,
         data.held_out_lengths,
         longest_exchange(
             [*data.held_out_questions, *data.keep_questions], tokenizer, stored.config.max_position_embeddings
@@ -126,7 +125,7 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], console: Console) -> 
             f"fettle export --model {output} --format gguf --to {gguf} --verify --ollama",
             f"vllm serve {merged}",
         ],
-        console=console,
+        report=report,
         run_plan=run_plan,
     )
 

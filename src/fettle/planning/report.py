@@ -1,14 +1,12 @@
-"""The plan as a table and as JSON, and the error with advice if nothing fits."""
+"""The plan in figures and in words, and the error with advice if nothing fits."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from fettle.checkpoints.dtypes import name_of
 from fettle.errors import UserError, option
+from fettle.events import Planned
 from fettle.files import human_bytes
 from fettle.planning.costs import Workload
 from fettle.planning.plan import Plan, allowed_policies, least_peak
@@ -38,19 +36,8 @@ def rows(plan: Plan) -> list[tuple[str, int]]:
     ]
 
 
-def show_plan(
-    plan: Plan, console: Console, *, work: Workload, budget: int, longest: int | None = None
-) -> None:
-    """Print the table, the policies and the expected speed."""
-    console.print(_title(work), style="bold", markup=False, highlight=False, soft_wrap=True)
-    table = Table(box=None, padding=(0, 2))
-    table.add_column("part")
-    table.add_column("", justify="right")
-    for name, size in rows(plan):
-        table.add_row(name, human_bytes(size))
-    table.add_section()
-    table.add_row("peak", f"{human_bytes(plan.peak)} of {human_bytes(budget)}", style="bold")
-    console.print(table)
+def planned(plan: Plan, *, work: Workload, budget: int, longest: int | None = None) -> Planned:
+    """Return the plan to report: its figures, the policies and the expected speed."""
     layers = ", ".join(f"{count} {NAMES[policy]}" for policy, count in plan.counts().items())
     limit = f"{100 * plan.share_of_limit:.0f}% of what bare matrix products would allow"
     lines = [
@@ -61,8 +48,7 @@ def show_plan(
     ]
     if longest is not None:
         lines.append(f"longest context that fits: {longest:,} tokens")
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return Planned(_title(work), as_dict(plan, budget=budget, longest=longest), tuple(lines))
 
 
 def _title(work: Workload) -> str:
@@ -87,7 +73,7 @@ def rounded_seconds(seconds: float) -> str:
     return f"{rounded:,.0f} s" if rounded >= 10 else f"{rounded:g} s"
 
 
-def as_dict(plan: Plan, *, budget: int, longest: int) -> dict[str, Any]:
+def as_dict(plan: Plan, *, budget: int, longest: int | None) -> dict[str, Any]:
     """Return the plan as data; bytes and seconds are plain numbers."""
     return {
         "budget_bytes": budget,

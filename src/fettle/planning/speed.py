@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from rich.console import Console
 
+from fettle.events import Message, Report
 from fettle.planning.costs import Workload
 from fettle.planning.cpu_speed import CpuSpeed, measure
 from fettle.planning.rates import Rates
@@ -34,9 +34,9 @@ def device_rates(
     device: torch.device,
     *,
     remeasure: bool,
-    console: Console,
+    report: Report,
 ) -> Rates:
-    """Return the rates for one model, from the cache or measured now, which is reported on `console`.
+    """Return the rates for one model, from the cache or measured now, which is reported.
 
     config: returns the model's transformers config, which only the GPU measurement needs.
     """
@@ -44,7 +44,7 @@ def device_rates(
         key = device_key(device, work.dtype)
         speed = _recalled(key, CpuSpeed.from_figures, remeasure=remeasure)
         if speed is None:
-            speed = _measured(key, lambda: measure(work.dtype), device, console)
+            speed = _measured(key, lambda: measure(work.dtype), device, report)
         return speed.rates(shapes, work)
     one_layer = dataclasses.replace(shapes, layers=1, windows=shapes.windows[:1])
     facts = (one_layer, work.dtype, work.is_nf4, work.rank, sorted(work.targets or ()))
@@ -56,7 +56,7 @@ def device_rates(
         probe,  # which imports PEFT: seconds that a plan on a CPU does not need
     )
 
-    return _measured(key, lambda: probe(config(), shapes, work, device), device, console)
+    return _measured(key, lambda: probe(config(), shapes, work, device), device, report)
 
 
 def _recalled(key: str, parse: Callable[[dict[str, Any]], Speed], *, remeasure: bool) -> Speed | None:
@@ -77,9 +77,9 @@ def _is_quiet() -> bool:
     return load.cores() < QUIET_CORES
 
 
-def _measured(key: str, measure_now: Callable[[], Speed], device: torch.device, console: Console) -> Speed:
+def _measured(key: str, measure_now: Callable[[], Speed], device: torch.device, report: Report) -> Speed:
     def tell(line: str) -> None:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        report(Message(line, about="machine"))
 
     tell(f"measuring the speed of this {device.type} ...")
     load = OthersLoad()

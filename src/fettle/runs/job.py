@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.engine.text import Engine
 from fettle.errors import Interrupted
+from fettle.events import Message, Report, Sample
 from fettle.files import lasting_name, only_process, require_free_space, shell_path
 from fettle.options import write
 from fettle.planning.program import peak_memory_bytes
@@ -23,8 +23,8 @@ from fettle.runs import resume
 from fettle.runs.measure import Measurement, measure
 from fettle.runs.memory_plan import RunPlan
 from fettle.runs.options import PretrainOptions, TrainOptions
-from fettle.runs.outcome import Outcome, describe, show_samples
-from fettle.runs.report import Sample, write_report
+from fettle.runs.outcome import Outcome, describe
+from fettle.runs.report import write_report
 from fettle.runs.rows import RunData
 from fettle.runs.trainer import Run, build
 
@@ -55,7 +55,7 @@ class Job:
     save: Callable[[Path], None]
     last_file: str
     next_commands: list[str]
-    console: Console
+    report: Report
     run_plan: RunPlan | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -85,33 +85,34 @@ def _run(job: Job) -> Outcome:
         job.data.held_out,
         job.options,
         job.output,
-        job.console,
+        job.report,
         job.run_plan,
     )
     is_resumed = "before" in job.facts
     before = _before(job, trainer)
     if is_resumed and resume.last_complete(job.output) is None:
-        job.console.print("no complete checkpoint found: training starts from step 1", highlight=False)
-    show_samples([Sample(a.prompt, a.expected, a.answer, None) for a in before.answers[:3]], job.console)
-    job.console.print(f"training {job.options.max_steps} steps: {job.method}", markup=False, highlight=False)
+        job.report(Message("no complete checkpoint found: training starts from step 1"))
+    for each in before.answers[:3]:
+        job.report(Sample(each.prompt, each.expected, each.answer, None))
+    job.report(Message(f"training {job.options.max_steps} steps: {job.method}"))
     job.begin()
     if not trainer.train():
         raise _interrupted(job)
-    _show_cost(job, trainer)
+    _report_cost(job, trainer)
     job.finish()
     after = _measure(job, trainer, "after training")
     _save(job)
     return _report(job, trainer, before, after)
 
 
-def _show_cost(job: Job, trainer: Run) -> None:
-    """Print predicted against measured memory and time."""
+def _report_cost(job: Job, trainer: Run) -> None:
+    """Report predicted against measured memory and time."""
     if job.run_plan is None:
         return
     speed = trainer.progress.tokens_per_second
     in_training = peak_memory_bytes(job.model.device)
     for line in job.run_plan.outcome(_peak_bytes(job, trainer), in_training, speed):
-        job.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        job.report(Message(line))
 
 
 def _peak_bytes(job: Job, trainer: Run) -> int:
@@ -163,14 +164,14 @@ def _before(job: Job, trainer: Run) -> Measurement:
 
 
 def _measure(job: Job, trainer: Run, when: str) -> Measurement:
-    held_out = trainer.held_out(when, job.console)
+    held_out = trainer.held_out(when, job.report)
     memory = {} if job.run_plan is None else job.run_plan.engine_memory
     measurement = measure(
         Engine(job.model, job.tokenizer, **memory),
         held_out,
         job.data.held_out_questions,
         job.data.keep_questions,
-        job.console,
+        job.report,
         when,
     )
     release_unused()  # so that this phase's memory does not fragment the next one's

@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console
-
 from fettle.engine.text import Engine
 from fettle.evaluation import Answer, Question, answer, exact_share
-from fettle.runs.progress import task_progress
-from fettle.runs.report import Sample, Score
+from fettle.events import Report, Sample, progress
+from fettle.runs.report import Score
 
 REPORTED_SAMPLES = 12
 """Samples in the report; more would be too long to read."""
@@ -58,7 +56,7 @@ def measure(
     held_out: dict[str, float],
     held_out_questions: Sequence[Question],
     keep_questions: Sequence[Question],
-    console: Console,
+    report: Report,
     when: str,
 ) -> Measurement:
     """Answer the questions and add the held-out scores, which the trainer computes.
@@ -67,11 +65,11 @@ def measure(
     """
     answers: list[Answer] = []
     kept_answers: list[Answer] = []
-    first, second = len(held_out_questions), len(keep_questions)
-    if total := first + second:
-        parts = [f"{first} held-out rows"] if first else []
-        parts += [f"{second} rows of old skills"] if second else []
-        with task_progress(f"{when}: answering {' and '.join(parts)}", console) as advance:
+    held, kept = len(held_out_questions), len(keep_questions)
+    if total := held + kept:
+        parts = [f"{held} held-out rows"] if held else []
+        parts += [f"{kept} rows of old skills"] if kept else []
+        with progress(f"{when}: answering {' and '.join(parts)}", report) as advance:
             count = itertools.count(1)
             answers, kept_answers = (
                 answer(engine, asked, lambda: advance(next(count) / total))

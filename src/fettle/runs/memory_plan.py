@@ -1,6 +1,5 @@
 """The memory plan of a run: from options to a plan, applying it to the model, predicted against measured."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -8,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from rich.console import Console
 from torch import nn
 
-from fettle import terminal
 from fettle.adapters.model_ref import resolve
 from fettle.errors import UserError, option
+from fettle.events import Message, Report, ignore
 from fettle.files import human_bytes
 from fettle.models.config import StoredModel
 from fettle.models.device import device_of, maps_embedding, training_dtype
@@ -22,7 +20,7 @@ from fettle.planning.costs import Workload
 from fettle.planning.phases import cache_bytes, most_answers
 from fettle.planning.plan import Plan, Planner, allowed_policies, least_peak
 from fettle.planning.program import peak_memory_bytes, program_bytes
-from fettle.planning.report import as_dict, refusal, rounded_seconds, show_plan
+from fettle.planning.report import planned, refusal, rounded_seconds
 from fettle.planning.shapes import Shapes
 from fettle.planning.speed import device_rates
 from fettle.recompute.allocator import release_unused, restored_heap, set_heap
@@ -49,13 +47,12 @@ TOKENIZER_BYTES = 400
 """Bytes per vocabulary entry of a tokenizer in memory: 256,000 took 96 MB."""
 
 
-def plan(options: PlanOptions, console: Console | None = None) -> Plan:
-    """Predict a run's memory and time from the model's config alone, and print them. Raises UserError if it cannot fit.
+def plan(options: PlanOptions, report: Report = ignore) -> Plan:
+    """Predict a run's memory and time from the model's config alone, and report them. UserError if it cannot fit.
 
     Training rows, held-out rows and questions with their answers are all assumed to be `context` tokens long. On a CPU
     the program is assumed to be as large as in the last run on this machine, without that run's tokenizer and rows.
     """
-    console = console or terminal.console()
     require_valid(options)
     device = device_of(options.device)
     ref = resolve(options.model, need="config")
@@ -74,14 +71,9 @@ def plan(options: PlanOptions, console: Console | None = None) -> Plan:
         answered_tokens=context,
     )
     with restored_heap():
-        chosen = _choose(options, stored.config, lambda: ref.stored_by_config().config, work, console)
+        chosen = _choose(options, stored.config, lambda: ref.stored_by_config().config, work, report)
     longest = chosen.planner.longest(work, chosen.budget, chosen.allowed)
-    if options.json:
-        terminal.print_result(
-            json.dumps(as_dict(chosen.plan, budget=chosen.budget, longest=longest), indent=2)
-        )
-    else:
-        show_plan(chosen.plan, console, work=work, budget=chosen.budget, longest=longest)
+    report(planned(chosen.plan, work=work, budget=chosen.budget, longest=longest))
     return chosen.plan
 
 
@@ -134,7 +126,7 @@ def _choose(
     config: "PreTrainedConfig",
     whole_config: Callable[[], "PreTrainedConfig"],
     work: Workload,
-    console: Console,
+    report: Report,
 ) -> "RunPlan":
     """Measure the device's speed and choose the fastest plan. Raises UserError first if nothing fits the budget."""
     device, shapes = torch.device(work.device_type), Shapes.of(config)
@@ -147,12 +139,11 @@ def _choose(
     if least_peak(shapes, work, allowed, base) > budget:
         length_option = "max_length" if is_running else "context"
         raise refusal(shapes, work, allowed, base=base, budget=budget, length_option=length_option)
-    to_stderr = terminal.console(stderr=True)
-    rates = device_rates(whole_config, shapes, work, device, remeasure=options.remeasure, console=to_stderr)
+    rates = device_rates(whole_config, shapes, work, device, remeasure=options.remeasure, report=report)
     planner = Planner(shapes, rates, options.gradient_accumulation_steps or 1, base, _reached_bytes(device))
     best = planner.best(work, budget, allowed)
     assert best is not None
-    return RunPlan(planner, work, best, budget, allowed, console)
+    return RunPlan(planner, work, best, budget, allowed, report)
 
 
 def _process_bytes(work: Workload, shapes: Shapes, *, is_running: bool) -> int:
@@ -180,7 +171,7 @@ class RunPlan:
     plan: Plan
     budget: int
     allowed: tuple[Policy, ...]
-    console: Console
+    report: Report
     model: "DecoderForCausalLM | None" = None
 
     @property
@@ -212,11 +203,9 @@ class RunPlan:
             leaner = self.planner.best(self.work, max(least, int(0.9 * self.plan.training)), self.allowed)
         if leaner is None:
             return False
-        self.console.print(
-            f"out of memory at a planned peak of {human_bytes(self.plan.peak)}: repeating the step with a planned peak "
-            f"of {human_bytes(leaner.peak)}",
-            highlight=False,
-        )
+        peak, less = human_bytes(self.plan.peak), human_bytes(leaner.peak)
+        text = f"out of memory at a planned peak of {peak}: repeating the step with a planned peak of {less}"
+        self.report(Message(text))
         self.plan = leaner
         self.apply_to(self.model)
         return True
@@ -261,11 +250,11 @@ def plan_run(
     stored: StoredModel,
     device: torch.device,
     lengths: Sequence[Sequence[int]],
-    console: Console,
+    report: Report,
     held_out_lengths: Sequence[int] = (),
     answered_tokens: int = 0,
 ) -> RunPlan:
-    """Plan the run before its model is loaded, and print the plan.
+    """Plan the run before its model is loaded, and report the plan.
 
     lengths: tokens of each document of each pack; held_out_lengths: tokens of each held-out pack. answered_tokens:
     tokens of the longest question with its answer.
@@ -281,14 +270,9 @@ def plan_run(
     )
     evaluated = options.batch_size * max(held_out_lengths, default=0)
     work = replace(work, evaluated_tokens=evaluated, answered_tokens=answered_tokens)
-    run_plan = _choose(options, stored.config, lambda: stored.config, work, console)
-    show_plan(run_plan.plan, console, work=work, budget=run_plan.budget)
+    run_plan = _choose(options, stored.config, lambda: stored.config, work, report)
+    report(planned(run_plan.plan, work=work, budget=run_plan.budget))
     if run_plan.budget > free:
-        console.print(
-            f"the memory budget of {options.memory} exceeds the {human_bytes(free)} of free memory: the system may "
-            "kill a run that uses more than is free",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        text = f"the memory budget of {options.memory} exceeds the {human_bytes(free)} of free memory"
+        report(Message(f"{text}: the system may kill a run that uses more than is free"))
     return run_plan

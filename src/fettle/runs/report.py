@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jinja2
-from rich.table import Table
-from rich.text import Text
 
+from fettle.events import Sample
 from fettle.files import human_bytes, write_aside
 
 Curve = Sequence[tuple[int, float]]  # (step, value)
@@ -36,15 +35,6 @@ class Score(NamedTuple):
     after: float | None
     unit: str = ""
     better: Literal["higher", "lower"] = "higher"
-
-
-class Sample(NamedTuple):
-    """A held-out prompt, the expected answer (None if unknown) and the model's answers."""
-
-    prompt: str
-    expected: str | None
-    before: str | None
-    after: str | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,20 +73,6 @@ def write_report(report: RunReport, path: Path) -> None:
     html = template.render(report=report, charts=[chart for chart in charts if chart is not None])
     with write_aside(Path(path), replace=True) as aside:
         aside.write_text(html, encoding="utf-8", errors="replace")  # a lone surrogate has no UTF-8
-
-
-def scores_table(report: RunReport) -> Table:
-    """Return the scores before and after as a table for the terminal."""
-    table = Table("score", box=None, pad_edge=False, header_style="dim")
-    for column in ("before", "after", "change"):
-        table.add_column(column, justify="right")
-    styles = {"better": "bold green", "worse": "bold red", "same": ""}
-    for score in report.scores:
-        change = Text(score_change(score), styles[verdict(score)])
-        # Text, not str, so that a name with [brackets] is not read as markup
-        name, before, after = Text(score.name), score_text(score, "before"), score_text(score, "after")
-        table.add_row(name, Text(before), Text(after), change)
-    return table
 
 
 # ---- formatting -------------------------------------------------------------------------------------------------

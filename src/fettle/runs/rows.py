@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from random import Random
 
 from datasets import Dataset
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from fettle.data import (
@@ -24,6 +23,7 @@ from fettle.data import (
 )
 from fettle.errors import UserError, option, reason_of
 from fettle.evaluation import Question, questions
+from fettle.events import DataSummary
 from fettle.runs.defaults import pack_length
 from fettle.runs.options import LoopOptions, PretrainOptions, TrainOptions
 
@@ -125,9 +125,8 @@ def fingerprints(options: TrainOptions | PretrainOptions) -> dict[str, str]:
     return {name: fingerprint(source) for name, source in sources.items() if source is not None}
 
 
-def show_data(data: RunData, options: LoopOptions, console: Console) -> None:
-    """Print a summary of the data."""
-    console.print("data", style="bold")
+def summary_of(data: RunData, options: LoopOptions) -> DataSummary:
+    """Return a summary of the data to report."""
     lines = data.summary.lines()
     if data.held_out_examples:
         lines.append(f"held-out examples: {data.held_out_examples:,}")
@@ -140,8 +139,7 @@ def show_data(data: RunData, options: LoopOptions, console: Console) -> None:
             f"{data.shared_rows:,} held-out rows also occur in the training data: their scores do not "
             "measure generalization"
         )
-    for line in lines + data.notes:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return DataSummary((*lines, *data.notes))
 
 
 def _content(row: Row) -> str:

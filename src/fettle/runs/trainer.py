@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from rich.console import Console
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,18 +23,13 @@ from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig
 
 from fettle.data import collator
+from fettle.events import Report, progress
 from fettle.models.modes import evaluating
 from fettle.models.progress_bars import without_progress_bars
 from fettle.planning.program import peak_memory_bytes, reset_peak_memory
 from fettle.runs.memory_plan import RunPlan
 from fettle.runs.options import LoopOptions
-from fettle.runs.progress import (
-    Point,
-    ProgressCallback,
-    points,
-    show_progress,
-    task_progress,
-)
+from fettle.runs.progress import Point, ProgressCallback, points, report_progress
 from fettle.runs.resume import CHECKPOINTS, MarkComplete, last_complete
 from fettle.runs.steps import Trainer
 
@@ -73,7 +67,7 @@ class StopOnInterrupt(TrainerCallback):
 
 @dataclass(slots=True)
 class Run:
-    """A trainer with its progress display and its Ctrl-C handler."""
+    """A trainer with its progress and its Ctrl-C handler."""
 
     trainer: Trainer
     progress: ProgressCallback
@@ -90,7 +84,7 @@ class Run:
             return True
         self.peak_before_bytes = peak_memory_bytes(self.trainer.model.device)
         reset_peak_memory(self.trainer.model.device)
-        with self.progress, self.interrupt.listening(), without_progress_bars():
+        with self.interrupt.listening(), without_progress_bars():
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return self.trainer.state.global_step >= self.trainer.state.max_steps
 
@@ -108,7 +102,7 @@ class Run:
         return points(self.trainer.state.log_history)
 
     @torch.no_grad()
-    def held_out(self, when: str, console: Console) -> dict[str, float]:
+    def held_out(self, when: str, report: Report) -> dict[str, float]:
         """Mean loss and top-1 accuracy over the held-out tokens; empty if there are none.
 
         The mean is over tokens, not over batches as in the trainer's own evaluation, so it does not depend on how
@@ -120,7 +114,7 @@ class Run:
         loss, right, tokens = 0.0, 0, 0
         batches = self.trainer.get_eval_dataloader()
         what = f"{when}: computing the held-out loss"
-        with evaluating(model), task_progress(what, console) as advance:
+        with evaluating(model), progress(what, report) as advance:
             for number, batch in enumerate(batches):
                 advance(number / len(batches))
                 inputs = self.trainer._prepare_inputs(batch)
@@ -139,7 +133,7 @@ def build(
     held_out_packs: Dataset | None,
     options: LoopOptions,
     output: Path,
-    console: Console,
+    report: Report,
     run_plan: RunPlan | None = None,
 ) -> Run:
     """Return TRL's trainer for packs made by `fettle.data.pack`; `options` must be complete.
@@ -167,7 +161,7 @@ def build(
     )
     if run_plan is not None:
         run_plan.apply_to(model.get_base_model() if isinstance(model, PeftModel) else model)
-    return Run(trainer, show_progress(trainer, console), interrupt)
+    return Run(trainer, report_progress(trainer, report), interrupt)
 
 
 def _tensorboard(folder: Path) -> TensorBoardCallback:

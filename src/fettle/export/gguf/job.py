@@ -1,24 +1,20 @@
 """Export what `--model` names as GGUF files: one pass over the weights, a verification, and a Modelfile."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 from gguf import GGML_QUANT_SIZES
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from fettle import terminal
 from fettle.engine.llama_cpp.gguf_file import CONTEXT_STEP
+from fettle.events import Message, Report, ignore, progress
 from fettle.export.gguf.importance import read_importance
 from fettle.export.gguf.metadata import ignored_window
-from fettle.export.gguf.proof import print_proof
+from fettle.export.gguf.proof import prove
 from fettle.export.gguf.tokenizer import template_begins
 from fettle.export.gguf.types import quantization_of
-from fettle.export.gguf.write import Progress, require_name, shapes_of, write_gguf
+from fettle.export.gguf.write import require_name, shapes_of, write_gguf
 from fettle.export.ollama import modelfile
 from fettle.export.source import open_source
 from fettle.files import human_bytes, require_new_file, write_aside
@@ -33,16 +29,15 @@ def export_gguf(
     overwrite: bool = False,
     check: bool = False,
     ollama: bool = False,
-    console: Console | None = None,
+    report: Report = ignore,
 ) -> list[Path]:
     """Write the model that `name` refers to, with its adapter merged, as GGUF and return the files.
 
     to: the file, my-model.gguf; with several quantizations their names are added, as in my-model-q4_k_m.gguf.
-    importance: llama.cpp's importance matrix (a .gguf of llama-imatrix). check: run each file in llama.cpp and print
+    importance: llama.cpp's importance matrix (a .gguf of llama-imatrix). check: run each file in llama.cpp and report
     how it compares with the model. ollama: write a Modelfile next to each file. Raises UserError for faults that the
     user can fix. Each file is written completely or not at all.
     """
-    console = console or terminal.console()
     files = files_for(Path(to), quantizations)
     modelfiles = {path: path.with_name(f"{path.stem}.Modelfile") for path in files.values()} if ollama else {}
     for place in (*files.values(), *modelfiles.values()):
@@ -56,19 +51,24 @@ def export_gguf(
         _first_token_line(source.tokenizer),
     ):
         if line is not None:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    _tell_of_narrow(shapes := shapes_of(source.config), files, console)
+            report(Message(line))
+    _tell_of_narrow(shapes := shapes_of(source.config), files, report)
     weights = {} if importance is None else read_importance(importance, shapes)
-    with _progress(console, f"writing {', '.join(files)}") as progress:
+    with progress(f"writing {', '.join(files)}", report) as advance:
+
+        def on_progress(done: int, total: int) -> None:
+            memory = human_bytes(psutil.Process().memory_info().rss)
+            advance(done / total, f"{done / 1e9:.2f} of {total / 1e9:.2f} G weights, {memory} memory")
+
         write_gguf(
             source.tensors(), source.config, source.tokenizer, files,
-            name=source.name, stop_ids=source.stop_ids, importance=weights, overwrite=overwrite, progress=progress,
+            name=source.name, stop_ids=source.stop_ids, importance=weights, overwrite=overwrite, progress=on_progress,
         )  # fmt: skip
     for path, place in modelfiles.items():
         with write_aside(place, replace=overwrite) as aside:
             aside.write_text(texts[path], encoding="utf-8")
     if check:
-        print_proof(source, files, console)
+        prove(source, files, report)
     return list(files.values())
 
 
@@ -102,8 +102,8 @@ def _first_token_line(tokenizer: PreTrainedTokenizerBase) -> str | None:
     )
 
 
-def _tell_of_narrow(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str], console: Console) -> None:
-    """Print one line per quantization whose blocks do not divide the width of some matrices."""
+def _tell_of_narrow(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str], report: Report) -> None:
+    """Report one line per quantization whose blocks do not divide the width of some matrices."""
     matrices = {name: shape[-1] for name, shape in shapes.items() if len(shape) == 2}
     for each in names:
         block = GGML_QUANT_SIZES[quantization_of(each).usual][0]
@@ -112,7 +112,7 @@ def _tell_of_narrow(shapes: Mapping[str, tuple[int, ...]], names: Iterable[str],
                 f"{each}: {len(narrow)} of {len(matrices)} matrices use a larger type, as blocks of {block} do not "
                 f"divide their width ({narrow[0]}: {matrices[narrow[0]]})."
             )
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            report(Message(line))
 
 
 def files_for(to: Path, quantizations: Sequence[str]) -> dict[str, Path]:
@@ -124,23 +124,3 @@ def files_for(to: Path, quantizations: Sequence[str]) -> dict[str, Path]:
     if len(names) == 1:
         return {names[0]: to}
     return {each: to.with_name(f"{to.stem}-{each}.gguf") for each in names}
-
-
-@contextmanager
-def _progress(console: Console, what: str) -> Iterator[Progress]:
-    """Show a progress bar; yield the function that advances it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None, figures="")
-
-        def advance(done: int, total: int) -> None:
-            memory = psutil.Process().memory_info().rss
-            text = f"{done / 1e9:.2f} of {total / 1e9:.2f} G weights, {human_bytes(memory)} memory"
-            bar.update(task, completed=done, total=total, figures=text)
-
-        yield advance

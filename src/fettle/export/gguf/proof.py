@@ -1,14 +1,13 @@
-"""Verify GGUF files against the model they were made from, and print the result as a table."""
+"""Verify GGUF files against the model they were made from, and report the result as a table."""
 
 import math
 from pathlib import Path
 
 import psutil
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from fettle.errors import ProofError
+from fettle.events import Message, Report, ResultTable
 from fettle.export.gguf.verify import Verification, verify
 from fettle.export.merge import load_merged
 from fettle.export.source import Source
@@ -25,39 +24,31 @@ FP32_SHARE = 0.6
 """Share of the free memory: a source model larger than this in fp32 is compared in its own dtype."""
 
 
-def print_proof(source: Source, files: dict[str, Path], console: Console) -> None:
-    """Run each file and print how it compares.
+def prove(source: Source, files: dict[str, Path], report: Report) -> None:
+    """Run each file and report how it compares.
 
     Raises UserError if llama.cpp does not run a file, ProofError if its output does not match the model's.
     """
     model = _model(source)
-    table = Table(
-        title="in llama.cpp, compared with the model",
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        padding=(0, 2),
-    )
-    for column in ("file", "size", "texts tokenized alike", "mean KL", "top-1 agreement", "greedy match"):
-        table.add_column(column, justify="left" if column == "file" else "right", overflow="fold")
     proofs = {kind: verify(path, model, source.tokenizer) for kind, path in files.items()}
-    for kind, proof in proofs.items():
-        path = files[kind]
-        table.add_row(
-            path.name,
-            human_bytes(path.stat().st_size),
+    columns = ("file", "size", "texts tokenized alike", "mean KL", "top-1 agreement", "greedy match")
+    rows = tuple(
+        (
+            files[kind].name,
+            human_bytes(files[kind].stat().st_size),
             f"{proof.texts_equal} of {proof.texts}",
             f"{proof.kl:.1e}",
             f"{proof.top_agreement:.0%}",
             f"{proof.continuation_equal} of {proof.continuation_tokens}",
         )
-    console.print(table)
+        for kind, proof in proofs.items()
+    )
+    report(ResultTable("in llama.cpp, compared with the model", columns, rows))
     if unequal := next(iter(proofs.values())).unequal:
         texts = ", ".join(repr(text[:40]) for text in unequal[:3])
-        line = f"llama.cpp tokenizes some texts differently from the model's tokenizer: {texts}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        report(Message(f"llama.cpp tokenizes some texts differently from the model's tokenizer: {texts}"))
     if not next(iter(proofs.values())).chat_equal:
-        console.print("llama.cpp tokenizes chats differently from the model's tokenizer", markup=False)
+        report(Message("llama.cpp tokenizes chats differently from the model's tokenizer"))
     _require_alike(proofs, files)
 
 
