@@ -1,9 +1,6 @@
-"""Kernels run on a GPU where there is one, and otherwise on the CPU, in a process under Triton's interpreter."""
+"""Kernels run on a GPU where there is one, and on the CPU in a process under Triton's interpreter."""
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -34,20 +31,3 @@ def _read_bounds_of_loops(monkeypatch: pytest.MonkeyPatch) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_item)
-
-
-@pytest.fixture
-def run_interpreted() -> Callable[[str], None]:
-    """Runs a test file's kernels in a process under the interpreter, unless this process can run them itself."""
-    pytest.importorskip("triton", reason="runs the kernels")
-    if IS_INTERPRETED or torch.cuda.is_available():
-        pytest.skip("the kernels run in this process")
-
-    def run(file: str) -> None:
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:]
-        assert " passed" in done.stdout, "no kernel was run"
-
-    return run

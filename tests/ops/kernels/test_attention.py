@@ -1,8 +1,6 @@
 """The Triton attention kernels agree with packed_attention, and fit each generation's shared memory."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,31 +19,9 @@ CASES = {
 }
 
 
-@pytest.fixture
-def scalar_bounds(monkeypatch) -> None:
-    """Triton 3.6's interpreter calls int() on arrays of one element, which numpy 2.4 no longer converts."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_with_item(tensor, scope) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_with_item)
-
-
-@outside
-def test_the_kernels_agree_in_the_interpreter() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "agree_with", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-
-
 @inside
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients_agree_with_packed_attention(case: str, monkeypatch, scalar_bounds) -> None:
+def test_values_and_gradients_agree_with_packed_attention(case: str, monkeypatch, kernel_device) -> None:
     from fettle.ops.attention import Documents, packed_attention
     from fettle.ops.kernels.attention import attention_backward, attention_forward
 

@@ -1,6 +1,5 @@
 """The Triton kernels of matvec against the dense product in float64."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +9,6 @@ import torch
 from fettle.ops.dispatch import uses_triton
 from fettle.ops.matvec import Norm, matvec, matvec_reference
 from fettle.ops.nf4 import Nf4, block_scales, nf4_quantize
-
-
-def test_the_kernels_agree_in_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
-    run_interpreted(__file__)
 
 
 AROUND: list[dict[str, Any]] = [

@@ -16,10 +16,6 @@ from fettle.ops.rotary import apply_rotary_reference
 Function = Callable[..., torch.Tensor]
 
 
-def test_the_kernels_agree_in_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
-    run_interpreted(__file__)
-
-
 def assert_agree(function: Function, reference: Function, inputs: list[torch.Tensor]) -> None:
     """Outputs and gradients of `function` in float32 against `reference` in float64."""
     assert uses_triton(inputs[0])
