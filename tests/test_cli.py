@@ -1,8 +1,10 @@
 """The command line, from training to a folder that others open; stock transformers and PEFT are the oracle."""
 
+import contextlib
 import errno
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -345,16 +347,23 @@ def test_a_name_that_leaves_no_room_for_a_temporary_one(cli, small_model, tmp_pa
     assert ended.code == 2 and "File name too long: choose a shorter name" in ended.err
 
 
+@contextlib.contextmanager
+def file_size_limit(size: int):
+    """As on a full disk, every file ends at `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.parametrize("form", ["safetensors", "gguf"])
-def test_a_disk_that_takes_no_more_leaves_nothing(small_model, tmp_path, form):
-    words = ["export", "--model", str(small_model), "--format", form, "--to", str(tmp_path / "m.gguf")]
-    code = (
-        "import resource, sys, fettle.cli\nresource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n"
-        f"sys.exit(fettle.cli.main({words}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "File too large: raise the file size limit" in done.stderr
-    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+def test_a_disk_that_takes_no_more_leaves_nothing(cli, small_model, tmp_path, form):
+    with file_size_limit(9999):
+        ended = cli("export", "--model", small_model, "--format", form, "--to", tmp_path / "m.gguf")
+    assert ended.code == 2 and "File too large: raise the file size limit" in ended.err
+    assert "Traceback" not in ended.err and list(tmp_path.iterdir()) == []
 
 
 def test_being_told_to_end_is_ctrl_c(cli, monkeypatch):

@@ -18,18 +18,12 @@ def imported(code: str) -> set[str]:
     return set(json.loads(ended.stdout.splitlines()[-1]))
 
 
-def test_training_needs_no_library_for_other_formats() -> None:
-    """A GPU machine may have none of them."""
-    found = imported("import fettle.methods.sft, fettle.methods.pretrain, fettle.engine.load")
-    assert "trl" in found and found.isdisjoint({"gguf", "xllamacpp", "compressed_tensors"})
-
-
 @pytest.mark.parametrize("code", ["import fettle", "import fettle.cli"])
 def test_help_is_shown_without_heavy_libraries(code: str) -> None:
     assert imported(code).isdisjoint({"torch", "transformers", "peft", "trl", "datasets", "rich", "psutil"})
 
 
-NO_NETWORK = """
+ALONE = """
 import socket, sys
 
 def refuse(self, address):
@@ -38,20 +32,28 @@ def refuse(self, address):
 
 socket.socket.connect = socket.socket.connect_ex = refuse
 from fettle.cli import main
-sys.exit(main(sys.argv[1:]))
+import fettle.methods.pretrain
+code = 0
+for words in sys.argv[1:]:
+    code = code or main(words.split())
+print("of other formats:", sorted({"gguf", "xllamacpp", "compressed_tensors"} & set(sys.modules)))
+sys.exit(code)
 """
 
 
-def test_nothing_connects_to_the_network(tmp_path: Path) -> None:
+def test_nothing_connects_to_the_network_or_needs_the_libraries_of_other_formats(tmp_path: Path) -> None:
+    """A GPU machine may have neither."""
     rows = [{"prompt": "Spell cat.", "completion": f"c, a, t {n}"} for n in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = "train --model fettle-tiny --data rows.jsonl --output out --max-steps 1 --samples 1 --device cpu"
-    for words in (train, "generate --model out --prompt x --max-new-tokens 2 --device cpu"):
-        ended = subprocess.run(
-            [sys.executable, "-c", NO_NETWORK, *words.split()],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
-        assert ended.returncode == 0, ended.stderr[-2000:]
+    generate = "generate --model out --prompt x --max-new-tokens 2 --device cpu"
+    ended = subprocess.run(
+        [sys.executable, "-c", ALONE, train, generate],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert ended.stdout.endswith("of other formats: []\n")

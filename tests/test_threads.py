@@ -46,7 +46,7 @@ def test_a_containers_quota_counts(tmp_path, monkeypatch, quota, expected):
 def test_every_command_settles_them_before_pytorch_is_imported():
     """PyTorch's OpenMP library shows the policy it was loaded with."""
     program = "import sys; from fettle.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = [sys.executable, "-c", program, "generate", "--model", "fettle-tiny", "--prompt", "Spell cat."]
+    words = [sys.executable, "-c", program, "plan", "--model", "fettle-tiny", "--device", "cpu"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_WAIT")}
     ended = subprocess.run(
         words, env=environment | {"OMP_DISPLAY_ENV": "TRUE"}, capture_output=True, text=True, check=False

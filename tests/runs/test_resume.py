@@ -46,10 +46,8 @@ def material(tmp_path_factory):
     return folder
 
 
-def command(material: Path, output: Path, *more: str) -> list[str]:
-    start = [sys.executable, "-m", "fettle", "train"]
-    if "--resume" in more:
-        return [*start, "--output", str(output), "--resume"]
+def command(material: Path, output: Path) -> list[str]:
+    """The words after `fettle` that start the run."""
     options = {
         "--model": material / "model",
         "--data": material / "rows.jsonl",
@@ -62,18 +60,20 @@ def command(material: Path, output: Path, *more: str) -> list[str]:
         "--gradient-accumulation-steps": 2,
         "--device": "cpu",
     }
-    return [*start, *(str(word) for pair in options.items() for word in pair)]
+    return ["train", *(str(word) for pair in options.items() for word in pair)]
 
 
-def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, capture_output=True, text=True, check=False)
+def resumed(cli, output: Path):
+    ended = cli("train", "--resume", "--output", output)
+    assert ended.code == 0, ended.err
+    return ended
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(material):
+def uninterrupted(material, cli):
     output = material / "whole"
-    done = run(command(material, output))
-    assert done.returncode == 0, done.stderr
+    ended = cli(*command(material, output))
+    assert ended.code == 0, ended.err
     return output
 
 
@@ -81,61 +81,54 @@ def weights(output: Path) -> str:
     return sha256_of([output / "adapter_model.safetensors"])
 
 
-def wait_for(condition, process, seconds: float = 120.0) -> None:
+def ended_by(number: signal.Signals, words: list[str], condition, seconds: float = 300.0) -> tuple[int, str]:
+    """Start `fettle`, send it a signal once the condition holds; return its exit code and standard error."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fettle", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "the run did not get there"
         time.sleep(0.005)
+    process.send_signal(number)
+    errors = process.communicate()[1]
+    return process.returncode, errors
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_a_random_point_it_ends_in_the_same_bits(material, uninterrupted, seed):
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
+def test_killed_at_a_random_point_it_ends_in_the_same_bits(cli, material, uninterrupted, seed):
     output = material / f"killed-{seed}"
     at = random.Random(seed).choice(range(0, STEPS - 3, 3))
-    process = subprocess.Popen(
-        command(material, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
     checkpoints = output / resume.CHECKPOINTS
     # the folder appears before it is complete, so the kill may fall into the writing of a checkpoint
-    wait_for(lambda: (checkpoints / f"checkpoint-{at}").exists() if at else checkpoints.exists(), process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    folder = checkpoints / f"checkpoint-{at}" if at else checkpoints
+    ended_by(signal.SIGKILL, command(material, output), folder.exists)
     assert not (output / "adapter_config.json").exists()
 
-    again = run(command(material, output, "--resume"))
-    assert again.returncode == 0, again.stderr
+    resumed(cli, output)
     assert weights(output) == weights(uninterrupted)
 
 
-@pytest.mark.slow
-def test_ctrl_c_saves_and_says_how_to_go_on(material, uninterrupted):
+def test_ctrl_c_saves_and_says_how_to_go_on(cli, material, uninterrupted):
     output = material / "interrupted"
-    process = subprocess.Popen(
-        command(material, output), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: (output / resume.CHECKPOINTS / "checkpoint-3").exists(), process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130
+    first = output / resume.CHECKPOINTS / "checkpoint-3"
+    code, errors = ended_by(signal.SIGINT, command(material, output), first.exists)
+    assert code == 130
     assert f"fettle train --resume --output {output}" in errors
     assert "Traceback" not in errors
 
-    again = run(command(material, output, "--resume"))
-    assert again.returncode == 0, again.stderr
+    resumed(cli, output)
     assert weights(output) == weights(uninterrupted)
-
-    finished = run(command(material, output, "--resume"))
-    assert finished.returncode == 0
-    assert "has already finished" in finished.stdout
+    assert "has already finished" in resumed(cli, output).out
 
 
-@pytest.mark.slow
-def test_killed_after_its_last_step_it_makes_no_further_one(material):
+def test_killed_after_its_last_step_it_makes_no_further_one(cli, material):
     output = material / "late"
     words = [*command(material, output), "--schedule", "constant"]  # a further step would move the weights
-    assert run(words).returncode == 0
+    assert cli(*words).code == 0
     before = weights(output)
     points = (output / "report.html").read_text().count("<circle")
     for name in (
@@ -143,8 +136,7 @@ def test_killed_after_its_last_step_it_makes_no_further_one(material):
         "adapter_config.json",
     ):  # as a kill between the last step and the end leaves it
         (output / name).unlink()
-    again = run(command(material, output, "--resume"))
-    assert again.returncode == 0, again.stderr
+    resumed(cli, output)
     assert weights(output) == before
     assert (output / "report.html").read_text().count("<circle") == points
 
