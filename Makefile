@@ -1,5 +1,6 @@
 # make quickstart   set up and watch a small model learn a skill (a few minutes)
-# make test         set up and run every check
+# make test         set up and run the checks: style, types, tests
+# make test-all     the same and the slow tests: before a release, and on every push
 # make benchmark    compare with TRL on this machine (a few minutes)
 # make docs         build the documentation site into build/site
 #
@@ -17,12 +18,13 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test benchmark docs lint format clean
+.PHONY: help quickstart test test-all benchmark docs lint format clean
 MAKEFLAGS += --no-print-directory
 
 help:
 	@echo "make quickstart   set up and watch a small model learn a skill (a few minutes)"
-	@echo "make test         set up and run every check: style, types, tests"
+	@echo "make test         set up and run the checks: style, types, tests"
+	@echo "make test-all     the same and the slow tests: before a release, and on every push"
 	@echo "make benchmark    compare with TRL on this machine (a few minutes)"
 	@echo "make docs         build the documentation site into build/site"
 	@echo "make lint         style and types only"
@@ -32,9 +34,9 @@ help:
 quickstart: $(VENV)/.runtime
 	@$(BIN)/fettle quickstart --output $(OUTPUT)
 
-test: lint
+test test-all: lint
 	@echo "Running the tests ..."
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -rs
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -rs $(if $(filter test,$@),-m "not slow")
 
 benchmark: $(VENV)/.runtime
 	@$(BIN)/python benchmarks/compare.py --set short
