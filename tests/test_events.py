@@ -5,6 +5,7 @@ import json
 import pickle
 
 import pytest
+import transformers
 
 import fettle
 from fettle import events
@@ -26,7 +27,8 @@ def options(small_model, chats, tmp_path) -> TrainOptions:
     )
 
 
-def test_a_run_reports_to_a_list_and_prints_nothing(options, capfd):
+def test_a_run_reports_to_a_list_and_prints_nothing(options, capfd, monkeypatch):
+    monkeypatch.setattr(transformers.utils.logging._get_library_root_logger(), "disabled", True)
     reported: list[events.Event] = []
     train(options, report=reported.append)
     assert capfd.readouterr() == ("", "")

@@ -85,7 +85,7 @@ def an_unknown_family(given: Given) -> tuple[object, str]:
     shutil.copy(given.model / "model.safetensors", given.here)
     return given.here, (
         f"{given.here}/config.json: model_type 'gpt2' is not supported; expected one of phi3, llama, mistral, qwen2, "
-        "qwen3, gemma2."
+        "qwen3, gemma, gemma2."
     )
 
 

@@ -28,9 +28,8 @@ Cache = list[tuple[torch.Tensor, torch.Tensor]]
 def cache_bytes_per_token(model: DecoderForCausalLM) -> int:
     """Return the bytes that one token takes in the keys and values of all layers."""
     config = model.config
-    return int(
-        2 * config.num_hidden_layers * config.num_key_value_heads * head_dim_of(config) * model.dtype.itemsize
-    )
+    item = _dtype_of(model).itemsize
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * head_dim_of(config) * item)
 
 
 def make_cache(model: DecoderForCausalLM, pages: int) -> Cache:
@@ -39,11 +38,16 @@ def make_cache(model: DecoderForCausalLM, pages: int) -> Cache:
     shape = (pages, PAGE_SIZE, config.num_key_value_heads, head_dim_of(config))
     return [
         (
-            torch.empty(shape, dtype=model.dtype, device=model.device),
-            torch.empty(shape, dtype=model.dtype, device=model.device),
+            torch.empty(shape, dtype=_dtype_of(model), device=model.device),
+            torch.empty(shape, dtype=_dtype_of(model), device=model.device),
         )
         for _ in range(config.num_hidden_layers)
     ]
+
+
+def _dtype_of(model: DecoderForCausalLM) -> torch.dtype:
+    """Return the dtype of the hidden states; `model.dtype` may be that of an adapter."""
+    return model.model.norm.weight.dtype
 
 
 class Runner:
@@ -114,7 +118,7 @@ class Runner:
         return self.model.model.embed(inputs[None, :size], None)
 
     def _rotation(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        like = torch.empty(0, dtype=self.model.dtype, device=self.device)
+        like = torch.empty(0, dtype=_dtype_of(self.model), device=self.device)
         return self.model.model.rotary_emb(like, positions[None], lengths[None])
 
     def _tensor(self, values: np.ndarray | list[int]) -> torch.Tensor:

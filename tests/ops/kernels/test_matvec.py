@@ -1,5 +1,6 @@
 """The Triton kernels of matvec against the dense product in float64."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from fettle.ops.dispatch import uses_triton
 from fettle.ops.matvec import Norm, matvec, matvec_reference
 from fettle.ops.nf4 import Nf4, block_scales, nf4_quantize
-
 
 AROUND: list[dict[str, Any]] = [
     {},
