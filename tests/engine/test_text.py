@@ -43,10 +43,17 @@ def test_prompts_together_are_answered_as_each_alone(loaded, stock):
 
 
 def test_every_finished_text_is_told(loaded):
-    engine, finished = Engine(*loaded), []
+    engine, told = Engine(*loaded), {}
     texts = [engine.text_of(prompt) for prompt in PROMPTS]
-    engine.complete(texts, SHORT, is_rendered=True, on_finished=lambda: finished.append(1))
-    assert len(finished) == len(PROMPTS)
+    answers = engine.complete(texts, SHORT, is_rendered=True, on_answer=told.__setitem__)
+    assert [told[n] for n in range(len(PROMPTS))] == answers
+
+
+def test_equal_prompts_with_a_seed_get_answers_of_their_own(loaded):
+    sampling = Sampling(max_new_tokens=10, temperature=1.5, seed=7)
+    first = Engine(*loaded).generate(["Say 3."] * 4, sampling)
+    assert len(set(first)) > 1
+    assert Engine(*loaded).generate(["Say 3."] * 4, sampling) == first
 
 
 @pytest.mark.parametrize("sampling", [SHORT, Sampling(max_new_tokens=10, temperature=1.3, top_p=0.9, seed=4)])

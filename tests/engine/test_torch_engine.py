@@ -282,7 +282,7 @@ def test_an_interrupted_batch_leaves_the_engine_usable():
     stock, ours = stock_and_ours("llama")
     engine, prompts = TorchEngine(ours), prompts_of(5)
 
-    def interrupt(_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     requests = [Request(tokens=p, sampling=Sampling(max_new_tokens=6)) for p in prompts]

@@ -47,18 +47,25 @@ def add_sampling(command: argparse.ArgumentParser, *, temperature: float) -> Non
         default=temperature,
         help=f"sampling temperature; 0 is greedy decoding (default: {temperature})",
     )
-    command.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="sample from the most likely tokens up to this total probability (default: 1.0)",
-    )
+    for name, kind, default, text in _FILTERS:
+        command.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {default})")
     command.add_argument("--seed", type=int, help="random seed, for reproducible sampling")
+
+
+_FILTERS: tuple[tuple[str, type, float, str], ...] = (
+    ("top-k", int, 0, "sample from this many most likely tokens; 0 is off"),
+    ("top-p", float, 1.0, "sample from the most likely tokens up to this total probability"),
+    ("min-p", float, 0.0, "leave out tokens less likely than this share of the most likely one"),
+    ("repetition-penalty", float, 1.0, "divide the logits of tokens that have occurred; 1 is off"),
+    ("presence-penalty", float, 0.0, "subtract this from the logits of tokens in the answer"),
+    ("frequency-penalty", float, 0.0, "subtract this for each time that a token is in the answer"),
+)
 
 
 def sampling(options: dict[str, Any]) -> "Sampling":
     """The parsed options of `add_sampling`. Raises UserError for invalid values."""
     from fettle.engine.request import Sampling
 
-    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    filters = [name.replace("-", "_") for name, *_ in _FILTERS]
+    names = ("max_new_tokens", "temperature", *filters, "seed")
     return Sampling(**{name: options[name] for name in names})

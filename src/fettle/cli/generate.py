@@ -1,33 +1,59 @@
-"""`fettle generate`: complete one prompt."""
+"""`fettle generate`: complete one prompt, or every prompt of a file."""
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from fettle import terminal
 from fettle.cli.arguments import add_model, add_sampling, sampling
 from fettle.errors import UserError
 
-HELP = "complete one prompt and print only the completion"
+HELP = "complete one prompt, or every prompt of a file"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add_model(command)
-    command.add_argument("--prompt", required=True, help="the prompt; - reads it from standard input")
+    prompts = command.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", help="the prompt; - reads it from standard input")
+    prompts.add_argument("--prompts", help="a file whose rows have `prompt` or `messages`")
+    command.add_argument("--output", help="the file for the answers to --prompts; an interrupted run resumes")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     command.add_argument("--raw", action="store_true", help="use the prompt as is, without the chat template")
     add_sampling(command, temperature=0.0)
 
 
 def run(options: dict[str, Any]) -> None:
     from fettle.engine.load import load
-    from fettle.engine.text import generate
+    from fettle.engine.text import Engine
 
     chosen = sampling(options)
+    how = {name: options[name] for name in ("raw", "system")}
+    if options["prompts"] is not None:
+        _answer_file(options, chosen, how)
+        return
+    if options["output"] is not None:
+        raise UserError("--output needs --prompts; the completion of a single --prompt is printed.")
     prompt = _prompt(options["prompt"])
     model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
-    terminal.print_result(
-        generate(model, tokenizer, prompt, raw=options["raw"], system=options["system"], sampling=chosen)
-    )
+    terminal.print_result(Engine(model, tokenizer).generate([prompt], chosen, **how)[0])
+
+
+def _answer_file(options: dict[str, Any], chosen: Any, how: dict[str, Any]) -> None:
+    from fettle.cli.answer_file import AnswerFile, settings_of
+    from fettle.cli.display import Display
+    from fettle.engine.load import load
+    from fettle.engine.text import Engine
+
+    if options["output"] is None:
+        raise UserError("--prompts needs --output, the file for the answers.")
+    settings = settings_of(options["model"], chosen, dtype=options["dtype"], **how)
+    output = Path(options["output"])
+    file = AnswerFile(Path(options["prompts"]), output, overwrite=options["overwrite"], settings=settings)
+    model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
+    with Display(progress=terminal.console(stderr=True)) as report:
+        file.answer(Engine(model, tokenizer), chosen, **how, report=report)
+    terminal.print_result(str(output))
 
 
 def _prompt(given: str) -> str:

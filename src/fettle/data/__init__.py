@@ -17,6 +17,7 @@ from fettle.data.chat import (
     render,
 )
 from fettle.data.pack import collator, pack, unpacked
+from fettle.data.prompts import PromptRow, read_prompts
 from fettle.data.read import fingerprint, read_rows
 from fettle.data.rows import BadRows, Reading, Row, Rows
 from fettle.data.split import split_held_out
@@ -30,6 +31,7 @@ __all__ = [
     "Example",
     "Message",
     "NothingToTrainOn",
+    "PromptRow",
     "Reading",
     "Row",
     "Rows",
@@ -43,6 +45,7 @@ __all__ = [
     "generation_prompt",
     "has_own_chat_template",
     "pack",
+    "read_prompts",
     "read_rows",
     "render",
     "split_held_out",

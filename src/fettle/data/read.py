@@ -69,6 +69,11 @@ def fingerprint(source: str | Path) -> str:
     return digest.hexdigest()
 
 
+def records(source: str | Path) -> Records:
+    """Yield the records of a file or folder as they are, each with its location."""
+    yield from ((record, where) for record, where, _ in _all_records(source, Reading()))
+
+
 def _all_records(source: str | Path, reading: Reading) -> Iterator[tuple[Any, str, str]]:
     """Yield the records of the source, their locations, and the advice for a number in place of text there."""
     if _is_hub_name(source):

@@ -10,7 +10,8 @@ import torch
 from fettle.engine.request import LONGEST_COMPLETION, Answer, Event, Request, Sampling, ScoreRequest, Scores
 from fettle.errors import ModelFault, UserError, option
 
-OnEvent: TypeAlias = Callable[[Event], None]
+OnEvent: TypeAlias = Callable[[int, Event], None]
+"""Called with a request's place in the list and its new token."""
 OnDistribution: TypeAlias = Callable[[int, torch.Tensor], None]
 """Called with a text's number and its log-probabilities, fp32 (positions, vocabulary) on the CPU."""
 
@@ -42,7 +43,7 @@ class TokenEngine(ABC):
         """Return the scores of each text, in order. Raises ModelFault for NaN or Inf."""
 
     def ready(self) -> AbstractContextManager[None]:
-        """Prepare the model for several steps; `step` does it by itself, but each time."""
+        """Put the model into the state that `step` needs, for several steps."""
         return nullcontext()
 
     def generate(self, requests: Sequence[Request], on_event: OnEvent | None = None) -> list[Answer]:
@@ -51,35 +52,38 @@ class TokenEngine(ABC):
         If it ends early (Ctrl-C), unfinished requests are cancelled. Raises UserError for a request that can never
         run, before any of them runs.
         """
-        answers: dict[int, Answer] = {}
+        answers = [Answer() for _ in requests]
+        places: dict[int, int] = {}
+        """Of the unfinished requests in the list, by their numbers."""
         try:
-            for request in requests:
-                answers[self.submit(request)] = Answer()
-            left = len(answers)
+            for place, request in enumerate(requests):
+                places[self.submit(request)] = place
             with self.ready():
-                while left:
+                while places:
                     for event in self.step():
-                        if event.request in answers:
-                            answers[event.request].add(event)
-                            left -= event.finish is not None
+                        if (place := places.get(event.request, -1)) < 0:
+                            continue
+                        answers[place].add(event)
+                        if event.finish is not None:
+                            del places[event.request]
                         if on_event is not None:
-                            on_event(event)
+                            on_event(place, event)
         finally:
-            for number, answer in answers.items():
-                if answer.finish is None:
-                    self.cancel(number)
-        return list(answers.values())
+            for number in places:
+                self.cancel(number)
+        return answers
 
     def stream(self, request: Request) -> Iterator[Event]:
         """Yield the new tokens of one request as they are computed; closing the iterator cancels it."""
         number, is_finished = self.submit(request), False
         try:
-            with self.ready():
-                while not is_finished:
-                    for event in self.step():
-                        if event.request == number:
-                            is_finished = event.finish is not None
-                            yield event
+            while (
+                not is_finished
+            ):  # not within `ready`, which changes the state of the caller between two tokens
+                for event in self.step():
+                    if event.request == number:
+                        is_finished = event.finish is not None
+                        yield event
         finally:
             if not is_finished:
                 self.cancel(number)

@@ -7,15 +7,15 @@ for every checkpoint.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.data import Message, end_of_turn, generation_prompt
-from fettle.engine.base import OnEvent, TokenEngine
-from fettle.engine.request import Answer, Request, Sampling, ScoreRequest
+from fettle.engine.base import TokenEngine
+from fettle.engine.request import Answer, Event, Request, Sampling, ScoreRequest
 from fettle.errors import UserError, option
 
 Model: TypeAlias = PreTrainedModel | PeftModel
@@ -119,22 +119,35 @@ class Engine:
         sampling: Sampling,
         *,
         is_rendered: bool,
-        on_finished: Callable[[], None] | None = None,
+        on_answer: Callable[[int, str], None] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> list[str]:
-        """Return the continuation of each text, in order.
+        """Return the continuation of each text, in order; with a seed, that of text n is drawn with seed + n.
 
-        is_rendered: the texts come from a chat template, which has already added special tokens. on_finished: called
-        for each text that is complete.
+        is_rendered: the texts come from a chat template, which has already added special tokens. on_answer: called with
+        the place of a text and its continuation as soon as that is complete. numbers: of the texts, if they are part of
+        a longer list; None: from 0 on.
         """
         prompts = [self.encode(text, is_rendered=is_rendered) for text in texts]
+        requests = []
+        for number, tokens in zip(numbers or range(len(prompts)), prompts, strict=True):
+            if sampling.seed is not None and number:
+                seed = (sampling.seed + number) % 2**32
+                requests.append(self.request(tokens, replace(sampling, seed=seed)))
+            else:
+                requests.append(self.request(tokens, sampling))
+        running = [Answer() for _ in prompts]
+        answers = [""] * len(prompts)
 
-        def watch(event: Any) -> None:
-            if event.finish is not None and on_finished is not None:
-                on_finished()
+        def add(place: int, event: Event) -> None:
+            running[place].add(event)
+            if event.finish is not None:
+                answers[place] = self._text_of(prompts[place], running[place])
+                if on_answer is not None:
+                    on_answer(place, answers[place])
 
-        on_event: OnEvent | None = None if on_finished is None else watch
-        answers = self.tokens.generate([self.request(tokens, sampling) for tokens in prompts], on_event)
-        return [self._text_of(*pair) for pair in zip(prompts, answers, strict=True)]
+        self.tokens.generate(requests, add)
+        return answers
 
     def is_chat(self, raw: bool = False) -> bool:
         """Whether a prompt becomes a user turn."""

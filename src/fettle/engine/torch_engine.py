@@ -7,7 +7,7 @@ sequences leave at once. The design follows Orca (Yu et al., 2022) and PagedAtte
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from random import Random
 from typing import cast
 
@@ -75,7 +75,7 @@ class TorchEngine(TokenEngine):
         )
         self._sequences: dict[int, Running] = {}
         self._submitted = 0
-        self._is_ready = False
+        self._model_modules = list(model.modules())
         self._launched: _Launched | None = None
         """On a GPU, the step that runs while the CPU looks at the tokens of the one before it."""
 
@@ -115,15 +115,9 @@ class TorchEngine(TokenEngine):
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        if self._is_ready:
+        is_training = any(module.training for module in self._model_modules)
+        with torch.inference_mode(), evaluating(self.model) if is_training else nullcontext():
             yield
-            return
-        with torch.inference_mode(), evaluating(self.model):
-            self._is_ready = True
-            try:
-                yield
-            finally:
-                self._is_ready = False
 
     def step(self) -> list[Event]:
         with self.ready():

@@ -94,11 +94,11 @@ def _question(row: Row, tokenizer: PreTrainedTokenizerBase) -> Question | None:
 
 
 def answer(
-    engine: Engine, asked: Sequence[Question], on_finished: Callable[[], None] | None = None
+    engine: Engine, asked: Sequence[Question], on_answer: Callable[[], None] | None = None
 ) -> list[Answer]:
     """Answer every question greedily, in order; those too long for the model's context are left out.
 
-    on_finished: called for every question that has been answered.
+    on_answer: called for every question that has been answered.
     """
     if not asked:
         return []
@@ -109,7 +109,8 @@ def answer(
     answers: dict[str, str] = {}
     for is_rendered in (True, False):
         texts = list(dict.fromkeys(q.text for q in asked if q.is_rendered == is_rendered))
-        words = engine.complete(texts, sampling, is_rendered=is_rendered, on_finished=on_finished)
+        tell = None if on_answer is None else lambda *_: on_answer()
+        words = engine.complete(texts, sampling, is_rendered=is_rendered, on_answer=tell)
         answers |= dict(zip(texts, words, strict=True))
     return [Answer(q, answers[q.text]) for q in asked]
 

@@ -14,11 +14,9 @@ from torch import nn
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put every module into evaluation mode within the block, and restore each module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    is_changed = any(is_training for _, is_training in modes)  # setting a thousand flags takes milliseconds
-    if is_changed:
-        model.eval()
+    model.eval()
     try:
         yield
     finally:
-        for module, is_training in modes if is_changed else ():
+        for module, is_training in modes:
             module.training = is_training
