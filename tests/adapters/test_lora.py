@@ -441,6 +441,8 @@ def test_a_refused_base_is_left_as_it_was(adapter_folder: Path, bases_of: Any) -
         {"r": "four"},
         {"r": 0},
         {"lora_alpha": None},
+        {"lora_alpha": 1e308},
+        {"lora_alpha": 10**400},
         {"target_modules": ["nonsense"]},
         {"target_modules": ["qkv_proj"]},
         {"target_modules": ["qkv_proj", "down_proj", "o_proj"]},

@@ -80,3 +80,18 @@ def test_counts_beyond_the_file(file, at) -> None:
     file.write_bytes(content)
     with pytest.raises(UserError, match="more than fit into the file"):
         GGUFFile(file)
+
+
+def test_byte_tokens_of_a_tokenizer_that_has_none(tmp_path) -> None:
+    """llama.cpp would abort the process."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b"])
+    writer.add_token_types([1, 6])
+    writer.add_tensor("token_embd.weight", np.zeros((2, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"m\.gguf is damaged \(it has byte tokens"):
+        read_header(tmp_path / "m.gguf")

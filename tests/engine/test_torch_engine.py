@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from fettle.adapters.lora import adapt
+from fettle.engine import torch_engine
 from fettle.engine.pages import PAGE_SIZE
 from fettle.engine.request import Request, Sampling, ScoreRequest
 from fettle.engine.runner import cache_bytes_per_token
@@ -322,3 +323,21 @@ def test_damaged_weights_are_named():
     ):
         with pytest.raises(ModelFault, match="NaN or Inf"):
             run()
+
+
+def test_the_cache_takes_what_the_process_may_have(monkeypatch):
+    """The free memory is the machine's; a limit of the process or its container is found by trying."""
+    stock, ours = stock_and_ours("llama")
+    make, asked = torch_engine.make_cache, []
+
+    def limited(model, pages):
+        asked.append(pages)
+        if pages > 40:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return make(model, pages)
+
+    monkeypatch.setattr(torch_engine, "make_cache", limited)
+    engine, prompt = TorchEngine(ours), prompts_of(3)[0]
+    assert len(asked) > 1 and 20 <= asked[-1] <= 40
+    (answer,) = engine.generate([Request(tokens=prompt, sampling=Sampling(max_new_tokens=5))])
+    assert answer.tokens == expected(stock, prompt, 5)

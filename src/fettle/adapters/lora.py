@@ -41,6 +41,10 @@ PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that do not change the base's weights; PiSSA and similar ones do."""
 
 
+LARGEST_ALPHA = 1e30
+"""alpha / rank multiplies in fp32, which ends at 3e38."""
+
+
 class LoraLinear(PeftLoraLinear):
     """PEFT's LoRA layer with `fettle.ops.lora_linear` in the common case."""
 
@@ -184,6 +188,9 @@ def adapter_config_of(folder: Path) -> LoraConfig:
             f"{file}: the adapter's type is {config.peft_type}; "
             "expected LoRA (use PEFT itself for other types)."
         )
+    alpha = config.lora_alpha
+    if isinstance(alpha, int | float) and not abs(alpha) <= LARGEST_ALPHA:  # also true for NaN
+        raise UserError(f"{file}: lora_alpha is {alpha}; expected at most {LARGEST_ALPHA:g}.")
     tokens = config.alora_invocation_tokens
     is_plain_list = isinstance(tokens, list) and all(
         type(token) is int and 0 <= token < 2**31 for token in tokens

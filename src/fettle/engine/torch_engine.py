@@ -66,7 +66,17 @@ class TorchEngine(TokenEngine):
                     f"A key-value cache of {cache_bytes:,} bytes holds no tokens of {self.name}; "
                     f"give it at least {per_page:,} bytes."
                 )
-        self._runner = Runner(self.decoder, make_cache(self.decoder, pages))
+        cache = make_cache(self.decoder, pages) if cache_bytes is not None else None
+        while (
+            cache is None
+        ):  # less may be allowed than is free: by a limit of the process or of its container
+            try:
+                cache = make_cache(self.decoder, pages)
+            except RuntimeError:  # torch.OutOfMemoryError is one too
+                if pages == 1:
+                    raise
+                pages = max(1, pages // 2)
+        self._runner = Runner(self.decoder, cache)
         self._scheduler = Scheduler(
             PagePool(pages),
             step_tokens=STEP_TOKENS[self.decoder.device.type],

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from fettle.checkpoints.locate import GGUF_MAGIC
@@ -29,12 +30,20 @@ _SIZES = {kind: struct.calcsize(f"<{letter}") for kind, letter in _FORMATS.items
 
 @dataclass(slots=True)
 class Header:
-    """entries: scalars and texts by name; arrays: lengths; tensors: shapes, innermost dimension first."""
+    """entries: scalars and texts by name; arrays: lengths; tensors: shapes, innermost dimension first.
+
+    token_types: the kinds of tokens in the vocabulary, as llama.cpp numbers them.
+    """
 
     entries: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, int] = field(default_factory=dict)
     tensors: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    token_types: frozenset[int] = frozenset()
 
+
+TOKEN_TYPES = "tokenizer.ggml.token_type"
+BYTE, WITH_BYTES = 6, ("llama", "t5")
+"""The type of tokens that stand for a byte, and the tokenizers (`tokenizer.ggml.model`) that have them."""
 
 MOST_LAYERS = 512
 """llama.cpp's own limit; it aborts beyond it."""
@@ -96,8 +105,11 @@ def _check_entries(header: Header) -> None:
         raise _Malformed(
             f"{architecture}.rope.scaling.type is {kind!r}, expected one of {', '.join(ROPE_TYPES)}"
         )
+    tokenizer = entries.get("tokenizer.ggml.model")
+    if BYTE in header.token_types and tokenizer not in WITH_BYTES:
+        raise _Malformed(f"it has byte tokens, which a tokenizer of the kind {tokenizer!r} does not")
     tokens = arrays.get("tokenizer.ggml.tokens")
-    for name in ("tokenizer.ggml.scores", "tokenizer.ggml.token_type"):
+    for name in ("tokenizer.ggml.scores", TOKEN_TYPES):
         if tokens is not None and arrays.get(name, tokens) != tokens:
             raise _Malformed(f"{name} has {arrays[name]:,} items for {tokens:,} tokens")
     shape = header.tensors.get("token_embd.weight")
@@ -132,6 +144,8 @@ class _Reader:
         kind = self.number("I")
         if kind == _ARRAY:
             found.arrays[name] = self.array(name)
+            if name == TOKEN_TYPES:
+                found.token_types = self.items_before(found.arrays[name])
         else:
             found.entries[name] = self.value(kind, name)
 
@@ -160,6 +174,15 @@ class _Reader:
         else:
             raise _Malformed(f"{name!r} has items of type {kind}, which GGUF does not define")
         return length
+
+    def items_before(self, length: int) -> frozenset[int]:
+        """Return the different numbers of an array of 32-bit ones that ends here."""
+        start = self.at - 4 * length
+        return (
+            frozenset(np.frombuffer(self.data[start : self.at], dtype="<i4").tolist())
+            if start > 0
+            else frozenset()
+        )
 
     def tensor(self, found: Header) -> tuple[str, int, int]:
         """Read one tensor's entry; return its name, offset and bytes."""
