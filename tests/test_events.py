@@ -27,8 +27,16 @@ def options(small_model, chats, tmp_path) -> TrainOptions:
     )
 
 
-def test_a_run_reports_to_a_list_and_prints_nothing(options, capfd, monkeypatch):
-    monkeypatch.setattr(transformers.utils.logging._get_library_root_logger(), "disabled", True)
+@pytest.fixture
+def quiet_transformers():
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    yield
+    transformers.logging.set_verbosity(before)
+
+
+@pytest.mark.usefixtures("quiet_transformers")
+def test_a_run_reports_to_a_list_and_prints_nothing(options, capfd):
     reported: list[events.Event] = []
     train(options, report=reported.append)
     assert capfd.readouterr() == ("", "")

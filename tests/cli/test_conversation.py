@@ -1,6 +1,7 @@
 """A conversation that outgrows the context forgets its earliest exchanges, never the system turn."""
 
 import io
+import json
 import sys
 
 import pytest
@@ -71,3 +72,49 @@ def test_a_message_that_is_too_long_does_not_end_the_chat(small_model, cli):
     assert ended.out == alone.out  # the long one is not remembered
     assert ended.err.count("context of 256 tokens") == 1
     assert alone.err.count("context of 256 tokens") == 0
+
+
+def test_commands_in_a_chat(monkeypatch, loaded, rendered, tmp_path, capsys):
+    file = tmp_path / "talk.jsonl"
+    lines = [
+        "/save", f"/save {file}", "/system Be brief.", "Say 1.", "first line\\", "second line", f"/save {file}",
+        f"/save {file}", "/reset", "Say 2.", "/system", "Say 3.", "/help",
+    ]  # fmt: skip
+    say(monkeypatch, loaded, lines, system=SYSTEM)
+    messages = capsys.readouterr().err
+    assert "/save needs a file name" in messages and "nothing to save" in messages
+    assert f"saved {file}" in messages and "already exists" in messages
+    assert json.loads(file.read_text())["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Say 1."},
+        {"role": "assistant", "content": "Here."},
+        {"role": "user", "content": "first line\nsecond line"},
+        {"role": "assistant", "content": "Here."},
+    ]
+    assert ["Be brief." in text for text in rendered] == [True, True, True, False]
+    assert ["Say 1." in text for text in rendered] == [True, True, False, False]
+
+
+def test_ctrl_c_stops_the_answer_only(monkeypatch, loaded, capsys):
+    texts = []
+
+    def answer(self, turns, sampling):
+        texts.append(self.text_of(turns))
+        yield "Half"
+        if len(texts) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "stream", answer)
+    lines = iter(["Say 1.", "Say 2."])
+
+    def read(_: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    chat(loaded, Sampling(max_new_tokens=20))
+    assert "Half<|end|>" in texts[1], "the next turn sees what was answered"
+    assert capsys.readouterr().out == "Half\nHalf\n"
