@@ -41,7 +41,7 @@ def make_bases(family: str, layers: int = 2, hidden: int = 32) -> Bases:
         pad_token_id=0,
         tie_word_embeddings=False,
     )
-    # transformers before 5.23 runs Gemma 2 by the fused attention, which leaves the soft cap out
+    # transformers before 5.21 runs Gemma 2 by the fused attention, which leaves the soft cap out
     written_out = {"attn_implementation": "eager"} if config.model_type == "gemma2" else {}
     stock = AutoModelForCausalLM.from_config(config, **written_out).eval()
     with torch.no_grad():

@@ -203,7 +203,7 @@ class Pair:
 def make_pair(case: Case) -> Pair:
     torch.manual_seed(0)
     config = case.config()
-    # transformers before 5.23 runs Gemma 2 by the fused attention, which leaves the soft cap out
+    # transformers before 5.21 runs Gemma 2 by the fused attention, which leaves the soft cap out
     written_out = {"attn_implementation": "eager"} if config.model_type == "gemma2" else {}
     stock = AutoModelForCausalLM.from_config(config, **written_out)
     randomise(stock)

@@ -54,7 +54,11 @@ def logits_of(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def stock_load(folder: Path) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    # as in conftest.py: not by the fused attention, which leaves Gemma 2's soft cap out
+    attention = "eager" if AutoConfig.from_pretrained(folder).model_type == "gemma2" else None
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, attn_implementation=attention
+    )
     assert not any(info.values()), info
     return model
 
