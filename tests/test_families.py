@@ -10,7 +10,7 @@ import torch
 from gguf import GGUFReader
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from fettle.adapters.model_ref import resolve
 from fettle.checkpoints.folder import inspect
@@ -176,7 +176,10 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def stock(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type == "gemma":
+        config.hidden_act = "gelu_pytorch_tanh"  # transformers 5.17 takes the old name, gelu, literally
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
 
 
 def test_a_checkpoint_says_what_it_says_in_transformers(folder: Path) -> None:

@@ -131,7 +131,7 @@ VARIANTS: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen2", "tied", {"tie_word_embeddings": True}),
     ("qwen3", "window", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
     ("qwen3", "biases", {"attention_bias": True}),
-    ("gemma", "2b", GEMMA_2B | {"hidden_act": "gelu"}),  # which transformers takes for its tanh approximation
+    ("gemma", "2b", GEMMA_2B),
     ("gemma", "biases", {"attention_bias": True}),
     ("gemma2", "tied", {"tie_word_embeddings": True}),
     ("gemma2", "biases", {"attention_bias": True}),

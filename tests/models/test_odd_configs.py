@@ -60,6 +60,15 @@ def test_a_partial_rotation_counts_where_it_does_in_transformers(folder_of: Any,
     torch.testing.assert_close(logits_of(load_model(folder)), expected, rtol=0, atol=2e-5)
 
 
+def test_gelu_in_a_gemma_config_is_its_tanh_approximation(folder_of: Any) -> None:
+    """The first uploads of Gemma say gelu, which transformers 5.17 takes literally."""
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(folder_of("gemma")))
+    folder = folder_of("gemma", hidden_act="gelu")
+    assert config_of(folder).config.hidden_act == "gelu_pytorch_tanh"
+    assert config_of(folder, is_plain=True).config.hidden_act == "gelu_pytorch_tanh"
+    torch.testing.assert_close(logits_of(load_model(folder)), expected, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -108,7 +108,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
     """
     where, family = f"{checkpoint.folder}/config.json", _checked_family(checkpoint)
     try:
-        config = family.config.from_dict(_current(checkpoint.config))
+        config = family.config.from_dict(_current(checkpoint.config, family))
     except Exception as error:  # the library's checks raise many types
         cause = (
             error.__cause__ if isinstance(error.__cause__, Exception) else error
@@ -139,10 +139,12 @@ def _checked_family(checkpoint: Checkpoint) -> Family:
     return family
 
 
-def _current(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content with the option names of current transformers, without options that fettle ignores."""
+def _current(content: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Return the content with the names of current transformers, without options that fettle ignores."""
     ignored = ("auto_map", "quantization_config", "return_dict", "num_labels", "id2label", "label2id")
     content = {name: value for name, value in content.items() if name not in ignored}
+    if content.get("hidden_act") in family.activations:
+        content["hidden_act"] = family.activations[content["hidden_act"]]
     for name in ("rope_scaling", "rope_parameters"):
         rope = content.get(name)
         if isinstance(rope, dict) and content["model_type"] == "phi3":

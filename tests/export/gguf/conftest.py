@@ -85,10 +85,7 @@ CASES = {
     "qwen2": ("qwen2", {}),
     "qwen2-yarn": ("qwen2", YARN),
     "qwen3": ("qwen3", {"head_dim": 64, "tie_word_embeddings": True}),
-    "gemma": (
-        "gemma",
-        {"num_key_value_heads": 1, "head_dim": 64, "hidden_act": "gelu", "tie_word_embeddings": True},
-    ),
+    "gemma": ("gemma", {"num_key_value_heads": 1, "head_dim": 64, "tie_word_embeddings": True}),
     "gemma2": (
         "gemma2",
         {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 8, "tie_word_embeddings": True},
