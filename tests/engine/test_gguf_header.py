@@ -95,3 +95,15 @@ def test_byte_tokens_of_a_tokenizer_that_has_none(tmp_path) -> None:
     writer.close()
     with pytest.raises(UserError, match=r"m\.gguf is damaged \(it has byte tokens"):
         read_header(tmp_path / "m.gguf")
+
+
+def test_a_negative_epsilon(tmp_path) -> None:
+    """llama.cpp would abort the process when it runs the file."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_layer_norm_rms_eps(-1.0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"layer_norm_rms_epsilon is -1\.0, expected a number of 0 or more"):
+        read_header(tmp_path / "m.gguf")

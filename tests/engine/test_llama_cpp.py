@@ -15,11 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fettle.adapters.lora import adapt
 from fettle.data import read_rows, tokenize_rows
 from fettle.engine.llama_cpp import library as llama_library
-from fettle.engine.llama_cpp.gguf_file import CHUNK_TOKENS, SMALLEST_CONTEXT, GGUFFile
+from fettle.engine.llama_cpp.context import BATCH_TOKENS, SMALLEST_CONTEXT
+from fettle.engine.llama_cpp.engine import LlamaCppEngine
+from fettle.engine.llama_cpp.gguf_file import GGUFFile
 from fettle.engine.llama_cpp.tokenizer import offsets
 from fettle.engine.load import load
-from fettle.engine.request import Sampling
-from fettle.engine.text import generate
+from fettle.engine.request import Request, Sampling, ScoreRequest
+from fettle.engine.text import Engine, generate
 from fettle.errors import UserError
 from fettle.export.gguf import write_gguf
 from fettle.models.decoder import causal_lm_class
@@ -52,37 +54,102 @@ def ids_of_length(length: int) -> torch.Tensor:
     return torch.tensor([[(7 * n * n + 31 * n) % 330 + 5 for n in range(length)]])
 
 
+def log_probs_of(engine: LlamaCppEngine, ids: list[int], positions=None) -> torch.Tensor:
+    """The engine's log-probabilities for the tokens at `positions`, all but the first by default."""
+    found = []
+    request = ScoreRequest(tokens=ids, positions=positions or range(1, len(ids)))
+    engine.score([request], lambda _, log_probs: found.append(log_probs))
+    return found[0]
+
+
 @torch.no_grad()
-def kl(model, other, ids: torch.Tensor) -> float:
-    """Mean KL(other || model) in nats."""
-    found = model(ids).logits[0].double().log_softmax(-1)
-    expected = other(ids).logits[0].double().log_softmax(-1)
+def kl(engine: LlamaCppEngine, other, ids: torch.Tensor) -> float:
+    """Mean KL(other || engine) in nats."""
+    found = log_probs_of(engine, ids[0].tolist()).double()
+    expected = other(ids).logits[0, :-1].double().log_softmax(-1)
     return float((expected.exp() * (expected - found)).sum(-1).mean())
 
 
-@pytest.mark.parametrize("length", [1, 24, CHUNK_TOKENS + 1, SMALLEST_CONTEXT + 200])
-def test_logits_are_those_of_transformers(opened, stock, length):
-    assert kl(opened[0], stock[0], ids_of_length(length)) < ALLOWED_KL
+@pytest.fixture
+def engine(opened) -> LlamaCppEngine:
+    return LlamaCppEngine(opened[0])
 
 
-def test_chosen_logits_are_those_of_all(opened):
-    ids = ids_of_length(CHUNK_TOKENS + 40)
-    chosen = torch.tensor([0, 7, CHUNK_TOKENS - 1, CHUNK_TOKENS, CHUNK_TOKENS + 39])
-    with torch.no_grad():
-        everything = opened[0](ids).logits
-        assert torch.equal(opened[0](ids, logits_to_keep=chosen).logits, everything[:, chosen])
-        assert torch.equal(opened[0](ids, logits_to_keep=1).logits, everything[:, -1:])
+@pytest.mark.parametrize("length", [2, 24, BATCH_TOKENS + 1, SMALLEST_CONTEXT + 200])
+def test_logits_are_those_of_transformers(engine, stock, length):
+    assert kl(engine, stock[0], ids_of_length(length)) < ALLOWED_KL
 
 
-def test_what_was_run_before_changes_nothing(opened, stock):
+def test_chosen_positions_are_those_of_all(engine):
+    ids = ids_of_length(BATCH_TOKENS + 40)[0].tolist()
+    chosen = [1, 7, BATCH_TOKENS - 1, BATCH_TOKENS, BATCH_TOKENS + 39]
+    everything = log_probs_of(engine, ids)
+    assert torch.equal(
+        log_probs_of(LlamaCppEngine(engine.file), ids, chosen), everything[[p - 1 for p in chosen]]
+    )
+
+
+def test_what_was_run_before_changes_nothing(engine, stock):
     """Texts that share a beginning, then one that shares none, then a shorter one."""
     ids = ids_of_length(60)
     other = ids.flip(1)
     for text in (ids[:, :40], ids, other, ids[:, :30], ids[:, :30]):
-        found = opened[0](text, use_cache=True, logits_to_keep=1).logits[0, -1].log_softmax(-1)
+        found = log_probs_of(engine, text[0].tolist(), [text.shape[1] - 1])[0]
         with torch.no_grad():
-            expected = stock[0](text).logits[0, -1].log_softmax(-1)
+            expected = stock[0](text).logits[0, -2].log_softmax(-1)
         assert (found - expected).abs().max() < 0.02  # another text's next token is off by more than 1
+
+
+@torch.no_grad()
+def stock_answer(model, ids: list[int], new_tokens: int) -> list[int]:
+    output = model.generate(
+        torch.tensor([ids]), max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    return output[0, len(ids) :].tolist()
+
+
+def test_requests_of_all_lengths_run_together(opened, stock):
+    """More of them than places, some with a beginning in common, some longer than the first context."""
+    lengths = [3, 40, 700, 41, 8, SMALLEST_CONTEXT + 60, 42, 5, 300]
+    prompts = [ids_of_length(n)[0].tolist() for n in lengths]
+    engine = LlamaCppEngine(opened[0], running=4)
+    requests = [Request(tokens=ids, sampling=Sampling(max_new_tokens=6 + n)) for n, ids in enumerate(prompts)]
+    answers = engine.generate(requests)
+    assert [answer.tokens for answer in answers] == [
+        stock_answer(stock[0], ids, 6 + n) for n, ids in enumerate(prompts)
+    ]
+    assert not engine._places and not engine._waiting
+
+
+def test_a_text_that_outgrows_the_context_continues_in_a_larger_one(opened, stock, monkeypatch):
+    monkeypatch.setattr("fettle.engine.llama_cpp.engine.LONGEST_COMPLETION", 1)
+    ids = ids_of_length(SMALLEST_CONTEXT - 3)[0].tolist()
+    engine = LlamaCppEngine(opened[0], running=2)
+    requests = [Request(tokens=tokens, sampling=Sampling(max_new_tokens=9)) for tokens in (ids, ids[:20])]
+    answers = [answer.tokens for answer in engine.generate(requests)]
+    assert answers == [stock_answer(stock[0], request.tokens, 9) for request in requests]
+
+
+def test_scores_in_the_middle_of_an_answer_do_not_change_it(opened, stock):
+    engine, ids = LlamaCppEngine(opened[0]), ids_of_length(50)[0].tolist()
+    answer = []
+    for event in engine.stream(Request(tokens=ids, sampling=Sampling(max_new_tokens=8))):
+        answer.append(event.token)
+        assert log_probs_of(engine, ids[:9]).shape[0] == 8
+    assert answer == stock_answer(stock[0], ids, 8)
+
+
+def test_a_cache_that_holds_no_request_is_refused(opened):
+    engine = LlamaCppEngine(opened[0], cache_bytes=1000)
+    needed = SMALLEST_CONTEXT * opened[0].cache_bytes_per_token
+    with pytest.raises(UserError, match=f"too small for 13 tokens .* at least {needed:,} bytes"):
+        engine.submit(Request(tokens=[1, 2, 3], sampling=Sampling(max_new_tokens=10)))
+    assert LlamaCppEngine(opened[0], cache_bytes=needed).submit(Request(tokens=[1, 2, 3])) == 0
+
+
+def test_ids_beyond_the_vocabulary_are_refused(opened):
+    with pytest.raises(UserError, match=r"token id 99999; .*model\.gguf has ids from 0 to"):
+        LlamaCppEngine(opened[0]).submit(Request(tokens=[1, 99999]))
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -91,7 +158,7 @@ def test_ids_offsets_and_words_are_the_tokenizers_own(opened, stock, text):
         tokenizer(text, return_offsets_mapping=True, return_attention_mask=False)
         for tokenizer in (opened[1], stock[1])
     )
-    assert all(ours[name] == theirs[name] for name in ("input_ids", "offset_mapping"))
+    assert all(list(ours[name]) == list(theirs[name]) for name in ("input_ids", "offset_mapping"))
     for skips in (True, False):
         words = [t.decode(ours["input_ids"], skip_special_tokens=skips) for t in (opened[1], stock[1])]
         assert words[0] == words[1]
@@ -107,7 +174,7 @@ def test_rows_become_the_same_examples(opened, stock, chats):
 
 def test_an_answer_ends_at_the_end_of_turn(opened, stock):
     ends = [stock[1].convert_tokens_to_ids(token) for token in ("<|end|>", "<|endoftext|>")]
-    assert set(opened[0].generation_config.eos_token_id) == set(ends)
+    assert Engine(*opened).stops == set(ends)
 
 
 def test_greedy_answers_are_those_of_the_checkpoint(opened, gguf_pair):
@@ -148,22 +215,22 @@ def test_a_file_without_the_usual_ending_is_known_by_its_head(gguf_pair, tmp_pat
 
 
 def test_a_file_that_is_left_is_closed(gguf_pair):
-    model, tokenizer = load(gguf_pair.file)
-    model(ids_of_length(4))
-    gone = weakref.ref(model.file)
-    del model, tokenizer
+    engine = Engine(*load(gguf_pair.file))
+    engine.generate(["Say 3."], Sampling(max_new_tokens=2))
+    gone = weakref.ref(engine.model)
+    del engine
     gc.collect()
     assert gone() is None
 
 
 def test_a_script_that_holds_a_file_at_its_end_ends_well(gguf_pair):
     script = (
-        "import fettle, torch\n"
-        f"model, tokenizer = fettle.load({str(gguf_pair.file)!r})\n"
-        "print(model(torch.tensor([[1, 2, 3]])).logits.shape)\n"
+        "import fettle\n"
+        f"engine = fettle.Engine(*fettle.load({str(gguf_pair.file)!r}))\n"
+        "print(len(engine.generate(['Say 3.', 'Say 4.'])))\n"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout[:17]) == (0, "torch.Size([1, 3,"), ended.stderr
+    assert (ended.returncode, ended.stdout) == (0, "2\n"), ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,9 @@ def adapt(
     weights are fp32 for any model dtype, as rounding to bf16 would lose small optimizer steps.
     Raises UserError if a target module is not a linear layer of the model or is its output head, and for a GGUF file.
     """
-    if next(model.parameters(), None) is None:
+    if not isinstance(model, PreTrainedModel):
         raise UserError(
-            f"{model.name_or_path} is a GGUF file, whose weights cannot be trained: load the folder "
+            f"{getattr(model, 'path', 'The model')} is a GGUF file, whose weights cannot be trained: load the folder "
             "or hub name it was made from."
         )
     require_targets(model, target_modules)

@@ -13,12 +13,10 @@ If the template writes a space before an answer but not at the end of a generati
 generate that space, so it is trained with the answer.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from fettle.data.layout import (
     Slot,
@@ -29,11 +27,9 @@ from fettle.data.layout import (
     pieces_around,
     require_all_turns,
 )
+from fettle.data.tokenizer import Tokenizer
 from fettle.data.turns import Message
 from fettle.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["assistant", "all"]
 
@@ -57,13 +53,13 @@ class Segment:
     is_trained: bool
 
 
-def has_own_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+def has_own_chat_template(tokenizer: Tokenizer) -> bool:
     """Return whether the tokenizer came with a chat template (not the one set by `ensure_chat_template`)."""
     template = tokenizer.chat_template
     return bool(template) and not (isinstance(template, str) and template.endswith(DEFAULT_CHAT_TEMPLATE))
 
 
-def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+def ensure_chat_template(tokenizer: Tokenizer) -> bool:
     """Give a tokenizer without a chat template the default one; return whether that was needed.
 
     The default starts with the beginning-of-text token exactly where the tokenizer itself would put one.
@@ -83,7 +79,7 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     messages: Sequence[Message],
     completion_turns: int | None = None,
     train_on: TrainOn = "assistant",
@@ -110,7 +106,7 @@ def render(
 
 
 def _answer_spans(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     text: str,
     messages: Sequence[Message],
     order: list[Slot],
@@ -139,7 +135,7 @@ def _opening(before: str, tail: str) -> str:
     return tag[0] if tag else ""
 
 
-def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+def generation_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
     """Return the chat as text that ends where the assistant's answer begins.
 
     Tokenize it with `add_special_tokens=False`: the template has already added its special tokens.
@@ -148,13 +144,13 @@ def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mes
     return apply_template(tokenizer, messages, for_generation=True)
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def end_of_turn(tokenizer: Tokenizer) -> str | None:
     """Return the token that ends an answer in this template (`<|end|>`, `</s>`), or None if none does."""
     return layout(tokenizer).end_of_turn
 
 
 def fold_system(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], for_generation: bool = False
+    tokenizer: Tokenizer, messages: Sequence[Message], for_generation: bool = False
 ) -> Sequence[Message]:
     """Return the messages, with system texts moved to the start of the next user turn if necessary.
 

@@ -6,21 +6,15 @@ sees in use.  So end tokens at the end of a turn are removed, as the template ad
 rendered is used as it is; and text with the template's role tags inside is refused.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import replace
-from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from fettle.data.layout import layout
 from fettle.data.rows import Row
+from fettle.data.tokenizer import Tokenizer, cached
 from fettle.data.turns import Message, reasoning_of
 from fettle.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # Tokens that end a turn or a text in some model family; those that a tokenizer has count as end tokens for it.
 _ENDS = (
@@ -42,9 +36,7 @@ _FOREIGN = re.compile(
 )
 
 
-def fit(
-    row: Row, tokenizer: PreTrainedTokenizerBase, uses_turns: bool, noted: Counter[str] | None = None
-) -> Row:
+def fit(row: Row, tokenizer: Tokenizer, uses_turns: bool, noted: Counter[str] | None = None) -> Row:
     """Return the row prepared for the tokenizer's chat template; changes are counted in `noted`.
 
     uses_turns: turn a prompt and its completion into a chat, or mark them `is_rendered` if they already are one.
@@ -66,7 +58,7 @@ def fit(
     return replace(row, messages=_fit_reasoning(messages, tokenizer, noted))
 
 
-def without_ends(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def without_ends(text: str, tokenizer: Tokenizer) -> str:
     """Return the text without end-of-turn and end-of-text tokens at its end."""
     bare = text
     while token := _end_token(bare, tokenizer):
@@ -74,7 +66,7 @@ def without_ends(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return bare
 
 
-def _end_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _end_token(text: str, tokenizer: Tokenizer) -> str | None:
     bare = text.rstrip()
     for token in _end_tokens(tokenizer, str(tokenizer.chat_template)):
         if bare.endswith(token) and not (token == "</s>" and "<s>" in bare):
@@ -82,14 +74,14 @@ def _end_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
-@lru_cache(maxsize=2)
-def _end_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
+@cached
+def _end_tokens(tokenizer: Tokenizer, template: str) -> tuple[str, ...]:
     known = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} & set(_ENDS)
     of_turn = layout(tokenizer).end_of_turn if tokenizer.chat_template else None
     return tuple(known | {token for token in (tokenizer.eos_token, of_turn) if token})
 
 
-def _fit_turn(turn: Message, number: int, tokenizer: PreTrainedTokenizerBase, noted: Counter[str]) -> Message:
+def _fit_turn(turn: Message, number: int, tokenizer: Tokenizer, noted: Counter[str]) -> Message:
     words = without_ends(turn["content"], tokenizer)
     if words != turn["content"]:
         noted["end token at the end of a turn, removed because the chat template adds it"] += 1
@@ -112,7 +104,7 @@ def _fit_turn(turn: Message, number: int, tokenizer: PreTrainedTokenizerBase, no
 
 
 def _fit_reasoning(
-    messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase, noted: Counter[str]
+    messages: tuple[Message, ...], tokenizer: Tokenizer, noted: Counter[str]
 ) -> tuple[Message, ...]:
     """Return the messages with their reasoning under the field name that the template uses."""
     fitted = []
@@ -132,14 +124,14 @@ def _fit_reasoning(
     return tuple(fitted)
 
 
-def _is_rendered(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+def _is_rendered(prompt: str, completion: str, tokenizer: Tokenizer) -> bool:
     template = layout(tokenizer)
     return any(tag in words for tag in template.tags for words in (prompt, completion)) or (
         len(template.header) > 3 and prompt.rstrip().endswith(template.header)
     )
 
 
-def _as_rendered(row: Row, prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Row:
+def _as_rendered(row: Row, prompt: str, completion: str, tokenizer: Tokenizer) -> Row:
     """Return the row with the template's start and end tokens added if they are missing."""
     template = layout(tokenizer)
     if template.header not in prompt + completion:

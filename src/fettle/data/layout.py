@@ -4,20 +4,14 @@ A template is rendered with a unique word (a sentinel) in place of each content;
 rendering gives the template's own pieces.  `layout` does so with a small chat and caches the result per template.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from fettle.data.template import render_template
+from fettle.data.tokenizer import Tokenizer, cached
 from fettle.data.turns import OWN, REASONING, Message
 from fettle.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Slot = tuple[int, str]
 """A piece of content in a chat: the index of the message, and the name of the field."""
@@ -48,13 +42,13 @@ class Layout:
     reasoning: str | None
 
 
-def layout(tokenizer: PreTrainedTokenizerBase) -> Layout:
+def layout(tokenizer: Tokenizer) -> Layout:
     """Return the layout of the tokenizer's chat template. Raises `UserError` if it refuses or drops a turn."""
     return _layout(tokenizer, str(tokenizer.chat_template))
 
 
-@lru_cache(maxsize=4)
-def _layout(tokenizer: PreTrainedTokenizerBase, template: str) -> Layout:
+@cached
+def _layout(tokenizer: Tokenizer, template: str) -> Layout:
     tokens = added_tokens(tokenizer).values()
     order, pieces = pieces_around(tokenizer, _PROBE)
     require_all_turns(_PROBE, order)
@@ -80,7 +74,7 @@ def _layout(tokenizer: PreTrainedTokenizerBase, template: str) -> Layout:
     )
 
 
-def _reasoning_field(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _reasoning_field(tokenizer: Tokenizer) -> str | None:
     for name in REASONING:
         order, _ = pieces_around(tokenizer, (_PROBE[0], {**_PROBE[1], name: "Hello"}))
         if (1, name) in order:
@@ -88,16 +82,14 @@ def _reasoning_field(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
-def apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], for_generation: bool = False
-) -> str:
+def apply_template(tokenizer: Tokenizer, messages: Sequence[Message], for_generation: bool = False) -> str:
     """Return the chat as the template renders it."""
     given = [{name: value for name, value in turn.items() if name not in OWN} for turn in messages]
     return render_template(tokenizer, given, for_generation=for_generation)
 
 
 def pieces_around(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], for_generation: bool = False
+    tokenizer: Tokenizer, messages: Sequence[Message], for_generation: bool = False
 ) -> tuple[list[Slot], list[str]]:
     """Return the order of the contents in the rendered chat, and the template's text before, between and after them.
 
@@ -129,7 +121,7 @@ def require_all_turns(messages: Sequence[Message], order: Sequence[Slot]) -> Non
             )
 
 
-def unwritten(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[str]:
+def unwritten(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[str]:
     """Return the names of message fields that the template does not render, once per message that has them."""
     extras = {name for message in messages for name in message} - {"role", "content", *OWN}
     if not extras:
@@ -144,13 +136,13 @@ def unwritten(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -
     return [name for message in messages for name in message if name in lost]
 
 
-def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+def added_tokens(tokenizer: Tokenizer) -> dict[int, str]:
     """Return the tokens that are not ordinary text (role tags, end of turn) by their ids."""
     return _added_tokens(tokenizer, len(tokenizer))
 
 
-@lru_cache(maxsize=2)
-def _added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[int, str]:
+@cached
+def _added_tokens(tokenizer: Tokenizer, size: int) -> dict[int, str]:
     # Cached, because listing them takes longer than tokenizing a chat; `size` invalidates it when tokens are added.
     return {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
 

@@ -22,12 +22,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fettle.data.tokenizer import Tokenizer
 from fettle.errors import ModelFault, UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 CPU_SECONDS = 5.0
 """Per rendering. Chats of 100,000 tokens take hundredths of a second."""
@@ -48,7 +46,7 @@ _LIMITS = {
 
 
 def render_template(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, Any]], *, for_generation: bool = False
+    tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], *, for_generation: bool = False
 ) -> str:
     """Return what `tokenizer.apply_chat_template(messages, tokenize=False)` returns.
 
@@ -95,7 +93,7 @@ def start_renderer() -> None:
         _renderer.start()
 
 
-def _encodable(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+def _encodable(text: str, tokenizer: Tokenizer) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -106,7 +104,7 @@ def _encodable(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     return text
 
 
-def _source(tokenizer: "PreTrainedTokenizerBase") -> str:
+def _source(tokenizer: Tokenizer) -> str:
     """Return the file that the template came from, as far as the tokenizer knows."""
     place = Path(tokenizer.name_or_path)
     for file in (place / "chat_template.jinja", place / "tokenizer_config.json"):

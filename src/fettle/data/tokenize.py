@@ -6,12 +6,9 @@ segments to tokens.  Labels equal the ids of trained tokens and are -100 elsewhe
 never trained, as there is nothing to predict it from.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fettle.data.chat import (
     Segment,
@@ -26,10 +23,8 @@ from fettle.data.fit import fit, without_ends
 from fettle.data.layout import added_tokens, unwritten
 from fettle.data.rows import BadRows, Row, Rows
 from fettle.data.summary import Summary
+from fettle.data.tokenizer import Tokenizer
 from fettle.errors import ModelFault, UserError, option
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 NOT_TRAINED = -100
 Span = tuple[int, int]
@@ -66,7 +61,7 @@ class Tokenized:
 
 def tokenize_rows(
     rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     max_length: int,
     train_on: TrainOn = "assistant",
@@ -124,7 +119,7 @@ def _count(examples: list[Example], summary: Summary) -> None:
 
 
 def _examples(
-    row: Row, tokenizer: PreTrainedTokenizerBase, uses_turns: bool, train_on: TrainOn, summary: Summary
+    row: Row, tokenizer: Tokenizer, uses_turns: bool, train_on: TrainOn, summary: Summary
 ) -> list[Example]:
     if not row.is_trained:
         summary.dropped.append((row.where, "its weight is 0"))
@@ -141,9 +136,7 @@ def _examples(
     return examples
 
 
-def _chat_examples(
-    row: Row, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, summary: Summary
-) -> list[Example]:
+def _chat_examples(row: Row, tokenizer: Tokenizer, train_on: TrainOn, summary: Summary) -> list[Example]:
     messages = row.messages
     answers = messages if row.completion_turns is None else messages[len(messages) - row.completion_turns :]
     answers = tuple(turn for turn in answers if turn["role"] == "assistant")
@@ -171,9 +164,7 @@ def _chat_examples(
     return [Example(ids[:limit], labels[:limit], row.where)]
 
 
-def _plain_examples(
-    row: Row, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn, summary: Summary
-) -> list[Example]:
+def _plain_examples(row: Row, tokenizer: Tokenizer, train_on: TrainOn, summary: Summary) -> list[Example]:
     """Tokenize a text, or a prompt and completion, unchanged, adding the end-of-text token if it has no end token."""
     if row.text is not None:
         segments = [Segment(_from_bos(row.text, tokenizer), True)]
@@ -206,13 +197,13 @@ def _plain_examples(
     return examples
 
 
-def _from_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def _from_bos(text: str, tokenizer: Tokenizer) -> str:
     """Return the text without white space before its own beginning-of-text token, if it has one."""
     bare = text.lstrip()
     return bare if tokenizer.bos_token and bare.startswith(tokenizer.bos_token) else text
 
 
-def _close(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int]) -> None:
+def _close(tokenizer: Tokenizer, ids: list[int], labels: list[int]) -> None:
     """End the document with a trained end-of-text token: the model has to learn where to stop."""
     end = tokenizer.eos_token_id
     if end is None:
@@ -225,7 +216,7 @@ def _close(tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int]
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, segments: Sequence[Segment], adds_special_tokens: bool
+    tokenizer: Tokenizer, segments: Sequence[Segment], adds_special_tokens: bool
 ) -> tuple[list[int], list[int], list[int]]:
     """Return ids and labels of the concatenated segments, and the character at which each token ends."""
     text = "".join(segment.text for segment in segments)
@@ -260,7 +251,7 @@ def _spans(segments: Sequence[Segment]) -> list[Span]:
 
 
 def _trained(
-    ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase
+    ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span], tokenizer: Tokenizer
 ) -> list[bool]:
     """Return for each token whether it is trained: whether it covers a character of a trained span.
 

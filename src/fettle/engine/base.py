@@ -3,12 +3,19 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from fettle.engine.request import LONGEST_COMPLETION, Answer, Event, Request, Sampling, ScoreRequest, Scores
 from fettle.errors import ModelFault, UserError, option
+
+if TYPE_CHECKING:
+    from fettle.engine.llama_cpp.gguf_file import GGUFFile  # which training does not need
+
+Model: TypeAlias = "PreTrainedModel | PeftModel | GGUFFile"
 
 OnEvent: TypeAlias = Callable[[int, Event], None]
 """Called with a request's place in the list and its new token."""
@@ -23,6 +30,8 @@ class TokenEngine(ABC):
     """Of the model, for messages."""
     context_tokens: int
     vocab_size: int
+    stop_tokens: Any
+    """The ids at which an answer ends as the model's files have them: a list, one, or None."""
 
     @abstractmethod
     def submit(self, request: Request) -> int:
@@ -101,6 +110,22 @@ class TokenEngine(ABC):
             )
         return wanted
 
+    def require_ids(self, tokens: Sequence[int]) -> None:
+        """Raise UserError for a token that is not in the vocabulary."""
+        for token in (min(tokens), max(tokens)):
+            if not 0 <= token < self.vocab_size:
+                raise UserError(
+                    f"The prompt has the token id {token}; {self.name} has ids from 0 to {self.vocab_size - 1}."
+                )
+
+    def require_scorable(self, request: ScoreRequest) -> None:
+        """Raise UserError for a text that is longer than the context."""
+        if len(request.tokens) > self.context_tokens:
+            raise UserError(
+                f"A text to score has {len(request.tokens):,} tokens, more than the context of "
+                f"{self.context_tokens:,}; shorten it."
+            )
+
 
 def not_finite(model: Any) -> ModelFault:
     """Return the error for a PyTorch model whose logits are NaN or Inf."""
@@ -108,6 +133,11 @@ def not_finite(model: Any) -> ModelFault:
     if model.dtype == torch.float16:
         cure += f", or use {option('dtype')} float32, as float16 may overflow"
     whose = " or those of its adapter" if hasattr(model, "peft_config") else ""
+    return damaged(model.name_or_path, whose, cure)
+
+
+def damaged(name: str, whose: str = "", cure: str = "fetch or export it again") -> ModelFault:
+    """Return the error for a model whose logits are NaN or Inf."""
     return ModelFault(
-        f"{model.name_or_path}: the model's logits are NaN or Inf, so its weights{whose} are damaged: {cure}."
+        f"{name}: the model's logits are NaN or Inf, so its weights{whose} are damaged: {cure}."
     )

@@ -132,3 +132,14 @@ class Scores:
 
     log_probs: torch.Tensor
     top: torch.Tensor
+
+    @classmethod
+    def of(cls, log_probs: torch.Tensor, labels: Sequence[int]) -> "Scores":
+        """Return the scores of `labels`. log_probs: fp32 (positions, vocabulary)."""
+        index = torch.tensor(labels, device=log_probs.device)[:, None]
+        return cls(log_probs.gather(1, index)[:, 0].cpu(), log_probs.argmax(-1).cpu())
+
+    @classmethod
+    def joined(cls, parts: Sequence["Scores"]) -> "Scores":
+        """Return the scores of one text that was scored in parts."""
+        return cls(torch.cat([part.log_probs for part in parts]), torch.cat([part.top for part in parts]))

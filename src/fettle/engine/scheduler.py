@@ -13,7 +13,7 @@ from random import Random
 from typing import NamedTuple
 
 from fettle.engine.pages import PagePool
-from fettle.engine.request import Request
+from fettle.engine.request import Finish, Request
 from fettle.errors import UserError
 
 MOST_RUNNING = 256
@@ -56,6 +56,13 @@ class Running:
     def __post_init__(self) -> None:
         self.prompt_tokens, self.is_plain = len(self.tokens), self.request.is_plain
         self.has_penalties = self.request.sampling.has_penalties
+
+    def append(self, token: int) -> Finish | None:
+        """Add a new token; return why the request ends with it, if it does."""
+        self.tokens.append(token)
+        if token in self.request.stops:
+            return "stop"
+        return "length" if len(self.tokens) == self.prompt_tokens + self.new_tokens else None
 
     @property
     def is_prompt_cached(self) -> bool:

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from fettle.data import Message, end_of_turn, generation_prompt
-from fettle.engine.base import TokenEngine
+from fettle.data.tokenizer import Tokenizer
+from fettle.engine.base import Model, TokenEngine
 from fettle.engine.request import Answer, Event, Request, Sampling, ScoreRequest
 from fettle.errors import UserError, option
-
-Model: TypeAlias = PreTrainedModel | PeftModel
 
 Prompt: TypeAlias = str | Sequence[Message]
 """A user's prompt, or the turns of a conversation."""
@@ -46,21 +45,21 @@ class Engine:
         print(piece, end="")
 
     model: from `fettle.load`, or any causal language model of transformers. cache_bytes: memory for keys and values;
-    None: a share of the free memory. running: requests that run at the same time at most. `tokens` is the engine
-    below, which takes token ids.
+    None: a share of the free memory. running: requests that run at the same time at most. Transformers' own generation
+    takes one at a time and ignores both. `tokens` is the engine below, which takes token ids.
     """
 
     def __init__(
         self,
         model: Model,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         *,
         cache_bytes: int | None = None,
         running: int | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.tokens = token_engine(model, cache_bytes=cache_bytes, running=running)
-        self.stops = frozenset(stop_ids(model.generation_config.eos_token_id, tokenizer))
+        self.stops = frozenset(stop_ids(self.tokens.stop_tokens, tokenizer))
 
     @property
     def context_tokens(self) -> int:
@@ -188,7 +187,7 @@ class Engine:
 class Pieces:
     """Turns the tokens of an answer into text, piece by piece: a character of several tokens comes with its last."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self.before = list(prompt[-CONTEXT_TOKENS:])
         self.prefix = self._decode(self.before)
@@ -225,7 +224,8 @@ class Pieces:
 
 
 def token_engine(model: Model, *, cache_bytes: int | None = None, running: int | None = None) -> TokenEngine:
-    """Return the engine for a model: fettle's own, or transformers' `generate` for families that it does not have."""
+    """Return the engine for a model: fettle's own, transformers' for a family it does not have, llama.cpp's for a GGUF
+    file."""
     from fettle.engine.scheduler import MOST_RUNNING
     from fettle.engine.torch_engine import TorchEngine
     from fettle.engine.transformers_engine import TransformersEngine
@@ -234,12 +234,16 @@ def token_engine(model: Model, *, cache_bytes: int | None = None, running: int |
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(base, DecoderForCausalLM):
         return TorchEngine(model, cache_bytes=cache_bytes, running=running or MOST_RUNNING)
-    return TransformersEngine(model)
+    if isinstance(base, PreTrainedModel):
+        return TransformersEngine(model)
+    from fettle.engine.llama_cpp import engine as llama_cpp  # training needs no llama.cpp
+
+    return llama_cpp.LlamaCppEngine(base, cache_bytes=cache_bytes, running=running or llama_cpp.MOST_RUNNING)
 
 
 def generate(
     model: Model,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompt: str,
     *,
     raw: bool = False,
@@ -250,7 +254,7 @@ def generate(
     return Engine(model, tokenizer).generate([prompt], sampling, raw=raw, system=system)[0]
 
 
-def stop_ids(named: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(named: int | list[int] | None, tokenizer: Tokenizer) -> list[int]:
     """Return the stop tokens: those of the generation config, the end of text, and the template's end of turn."""
     stops = [] if named is None else list(named) if isinstance(named, list) else [named]
     if wrong := [stop for stop in stops if type(stop) is not int or not 0 <= stop < 2**31]:

@@ -17,7 +17,7 @@ from peft import PeftModel
 
 from fettle.engine.base import OnDistribution, TokenEngine, not_finite
 from fettle.engine.pages import PAGE_SIZE, PagePool
-from fettle.engine.request import Event, Finish, Request, ScoreRequest, Scores
+from fettle.engine.request import Event, Request, ScoreRequest, Scores
 from fettle.engine.runner import Runner, cache_bytes_per_token, make_cache
 from fettle.engine.sampling import choose_tokens
 from fettle.engine.scheduler import MOST_RUNNING, STEP_TOKENS, Chunk, Root, Running, Scheduler
@@ -53,6 +53,7 @@ class TorchEngine(TokenEngine):
         self.name = str(self.decoder.name_or_path)
         self.context_tokens = self.decoder.config.max_position_embeddings
         self.vocab_size = self.decoder.config.vocab_size
+        self.stop_tokens = self.decoder.generation_config.eos_token_id
         per_page = PAGE_SIZE * cache_bytes_per_token(self.decoder)
         if cache_bytes is None:
             usual = running * -(-min(self.context_tokens, 2048) // PAGE_SIZE)
@@ -99,11 +100,7 @@ class TorchEngine(TokenEngine):
             self._scheduler.finish(self._sequences.pop(number))
 
     def _add(self, request: Request, new_tokens: int, positions: Sequence[int] = ()) -> int:
-        for token in (min(request.tokens), max(request.tokens)):
-            if not 0 <= token < self.vocab_size:
-                raise UserError(
-                    f"The prompt has the token id {token}; {self.name} has ids from 0 to {self.vocab_size - 1}."
-                )
+        self.require_ids(request.tokens)
         sequence = Running(
             self._submitted,
             request,
@@ -177,13 +174,7 @@ class TorchEngine(TokenEngine):
             if not -math.inf < top < math.inf:  # also true for NaN
                 raise not_finite(self.model)
             token, request = int(chosen), sequence.request
-            sequence.tokens.append(token)
-            finish: Finish | None = None
-            if token in request.stops:
-                finish = "stop"
-            elif len(sequence.tokens) == sequence.prompt_tokens + sequence.new_tokens:
-                finish = "length"
-            if finish is not None:
+            if (finish := sequence.append(token)) is not None:
                 self._scheduler.finish(self._sequences.pop(sequence.number))
             events.append(Event(sequence.number, token, log_prob if request.log_probs else None, finish))
         return events
@@ -199,11 +190,7 @@ class TorchEngine(TokenEngine):
         rows: list[list[torch.Tensor]] = [[] for _ in requests]
         try:
             for number, request in enumerate(requests):
-                if len(request.tokens) > self.context_tokens:
-                    raise UserError(
-                        f"A text to score has {len(request.tokens):,} tokens, more than the context of "
-                        f"{self.context_tokens:,}; shorten it."
-                    )
+                self.require_scorable(request)
                 text = Request(tokens=request.tokens, adapter=request.adapter)
                 numbers[self._add(text, 0, request.positions)] = number
             with self.ready():
@@ -226,9 +213,7 @@ class TorchEngine(TokenEngine):
         finally:
             for number in numbers:
                 self.cancel(number)
-        return [
-            Scores(torch.cat([p.log_probs for p in each]), torch.cat([p.top for p in each])) for each in parts
-        ]
+        return [Scores.joined(each) for each in parts]
 
     def _scored(self, chunk: Chunk, hidden: torch.Tensor) -> Iterator[tuple[torch.Tensor, Scores]]:
         """Yield the log-probabilities, fp32 (positions, V), and the scores at the chunk's scored positions, in parts.
@@ -241,11 +226,10 @@ class TorchEngine(TokenEngine):
             positions = wanted[begin : begin + SCORED_TOKENS]
             log_probs = self.decoder.logits(hidden[[p - 1 - chunk.begin for p in positions]]).float()
             log_probs = log_probs.log_softmax(-1)
-            labels = torch.tensor([tokens[p] for p in positions], device=hidden.device)
-            found = log_probs.gather(1, labels[:, None])[:, 0].cpu()
-            if not found.isfinite().all():
+            scores = Scores.of(log_probs, [tokens[p] for p in positions])
+            if not scores.log_probs.isfinite().all():
                 raise not_finite(self.model)
-            yield log_probs, Scores(found, log_probs.argmax(-1).cpu())
+            yield log_probs, scores
 
 
 class _Launched:

@@ -22,6 +22,7 @@ class TransformersEngine(TokenEngine):
         self.name = str(model.name_or_path)
         self.context_tokens = model.config.max_position_embeddings
         self.vocab_size = model.config.vocab_size
+        self.stop_tokens = model.generation_config.eos_token_id
         self._waiting: OrderedDict[int, tuple[Request, int]] = OrderedDict()
         self._submitted = 0
 
@@ -31,6 +32,7 @@ class TransformersEngine(TokenEngine):
                 f"{self.name}: this model runs with its active adapter only; leave `adapter` out."
             )
         new_tokens = self.new_tokens(len(request.tokens), request.sampling)
+        self.require_ids(request.tokens)
         number, self._submitted = self._submitted, self._submitted + 1
         self._waiting[number] = request, new_tokens
         return number
@@ -74,16 +76,17 @@ class TransformersEngine(TokenEngine):
     ) -> list[Scores]:
         found = []
         for number, request in enumerate(requests):
+            self.require_scorable(request)
+            self.require_ids(request.tokens)
             ids = torch.tensor([list(request.tokens)], device=self.model.device)
             before = torch.tensor([position - 1 for position in request.positions], device=ids.device)
             with torch.inference_mode(), evaluating(self.model):
                 logits = self.model(input_ids=ids, logits_to_keep=before, use_cache=False).logits[0]
             log_probs = logits.float().log_softmax(-1).cpu()
-            labels = torch.tensor([request.tokens[position] for position in request.positions])
-            chosen = log_probs.gather(1, labels[:, None])[:, 0]
-            if not chosen.isfinite().all():
+            scores = Scores.of(log_probs, [request.tokens[position] for position in request.positions])
+            if not scores.log_probs.isfinite().all():
                 raise not_finite(self.model)
-            found.append(Scores(chosen, log_probs.argmax(-1)))
+            found.append(scores)
             if on_distribution is not None:
                 on_distribution(number, log_probs)
         return found

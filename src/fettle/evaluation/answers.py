@@ -8,10 +8,9 @@ only the held-out loss is measured.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from fettle.data import Row, ensure_chat_template, generation_prompt, has_own_chat_template
 from fettle.data.fit import fit, without_ends
+from fettle.data.tokenizer import Tokenizer
 from fettle.data.turns import reasoning_of
 from fettle.engine.request import Sampling
 from fettle.engine.text import Engine
@@ -47,7 +46,7 @@ class Answer:
         return self.answer.strip() == self.question.expected.strip()
 
 
-def questions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+def questions(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Question]:
     """Return the rows that end in an answer as questions; others are left out.
 
     Answers that are not trained on are left out too, as they are not the expected ones. As in training, a tokenizer
@@ -69,7 +68,7 @@ def questions(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Q
     return found
 
 
-def _question(row: Row, tokenizer: PreTrainedTokenizerBase) -> Question | None:
+def _question(row: Row, tokenizer: Tokenizer) -> Question | None:
     """Return the row as a question; None if it has none, or no expected answer."""
     has_reasoning = False
     if row.messages:
@@ -115,7 +114,7 @@ def answer(
     return [Answer(q, answers[q.text]) for q in asked]
 
 
-def longest_exchange(asked: Sequence[Question], tokenizer: PreTrainedTokenizerBase, context: int) -> int:
+def longest_exchange(asked: Sequence[Question], tokenizer: Tokenizer, context: int) -> int:
     """Return the tokens of the longest question that fits the context, with its answer; 0 without questions."""
     if not asked:
         return 0
@@ -123,7 +122,7 @@ def longest_exchange(asked: Sequence[Question], tokenizer: PreTrainedTokenizerBa
     return max((tokens + new_tokens for tokens in prompts if tokens + new_tokens <= context), default=0)
 
 
-def _lengths(asked: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+def _lengths(asked: Sequence[Question], tokenizer: Tokenizer) -> tuple[list[int], int]:
     """Return the tokens of each prompt, and the maximum number of new tokens."""
     longest = max(_tokens(tokenizer, q.expected) for q in asked)
     prompts = tokenizer([q.text for q in asked], add_special_tokens=True)["input_ids"]
@@ -136,5 +135,5 @@ def exact_share(answers: Sequence[Answer]) -> float | None:
     return sum(a.is_exact for a in comparable) / len(comparable) if comparable else None
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+def _tokens(tokenizer: Tokenizer, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

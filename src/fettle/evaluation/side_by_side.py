@@ -12,16 +12,16 @@ from pathlib import Path
 from random import Random
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from fettle.adapters.model_ref import ModelRef, resolve
 from fettle.checkpoints.dtypes import Dtype
 from fettle.checkpoints.folder import weight_files
 from fettle.data import Example, Row, read_rows, tokenize_rows
+from fettle.data.tokenizer import Tokenizer
+from fettle.engine.base import Model
 from fettle.engine.llama_cpp.gguf_file import GGUFFile
-from fettle.engine.llama_cpp.model import LlamaCppForCausalLM
 from fettle.engine.load import load_ref
-from fettle.engine.text import Engine, Model
+from fettle.engine.text import Engine
 from fettle.errors import UserError, option, reason_of
 from fettle.evaluation.answers import Answer, Question, answer, exact_share, questions
 from fettle.evaluation.comparison import Comparison, Side
@@ -161,17 +161,18 @@ def _open(
 ) -> _Opened:
     """Load a model and tokenize the rows for it. dtype and device are ignored for a GGUF file."""
     model, tokenizer = load_ref(ref) if ref.kind == "gguf" else load_ref(ref, dtype=dtype, device=device)
-    longest = min(max_length, model.config.max_position_embeddings)
+    engine = Engine(model, tokenizer)
+    longest = min(max_length, engine.context_tokens)
     try:
         examples = tokenize_rows(rows, tokenizer, max_length=longest).examples
     except UserError as error:
         raise UserError(f"{name}: {reason_of(error)}") from error
     asked = {number: q for number, row in enumerate(rows) for q in questions([row], tokenizer)}
-    return _Opened(name, model, Engine(model, tokenizer), examples, asked)
+    return _Opened(name, model, engine, examples, asked)
 
 
 def _answers_alike(
-    first: dict[int, Answer], second: dict[int, Answer], tokenizer: PreTrainedTokenizerBase
+    first: dict[int, Answer], second: dict[int, Answer], tokenizer: Tokenizer
 ) -> tuple[int, float | None, float | None]:
     """Return how many questions both answered, the share of identical answers, and the mean common prefix in tokens."""
     shared = [(first[number].answer, second[number].answer) for number in first.keys() & second.keys()]
@@ -182,14 +183,14 @@ def _answers_alike(
     return len(shared), equal / len(shared), sum(before) / len(shared)
 
 
-def _tokens_in_common(ours: str, theirs: str, tokenizer: PreTrainedTokenizerBase) -> int:
+def _tokens_in_common(ours: str, theirs: str, tokenizer: Tokenizer) -> int:
     """Return the length of the common prefix of two answers, in tokens."""
     cut: list[list[int]] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (ours, theirs)]
     return next((n for n, (a, b) in enumerate(zip(*cut, strict=False)) if a != b), min(map(len, cut)))
 
 
 def _runtime(model: Model) -> str:
-    if isinstance(model, LlamaCppForCausalLM):
+    if isinstance(model, GGUFFile):
         return "llama.cpp"
     return f"PyTorch, {str(model.dtype).removeprefix('torch.')}, {model.device.type}"
 

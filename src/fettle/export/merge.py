@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fettle.adapters.lora import LoraLinear
 from fettle.adapters.model_ref import ModelRef
 from fettle.checkpoints.dtypes import Dtype
-from fettle.engine.load import load_ref
+from fettle.engine.load import load_weights
 from fettle.errors import UserError, option, reason_of
 from fettle.models.modes import evaluating
 from fettle.quantization.layers import dequantize_linears
@@ -46,7 +46,7 @@ def load_merged(
     ref: ModelRef, *, dtype: Dtype = "auto", device: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model, with its adapter merged, as one dense model, and its tokenizer."""
-    model, tokenizer = load_ref(ref, dtype=dtype, device=device)
+    model, tokenizer = load_weights(ref, dtype=dtype, device=device)
     dequantize_linears(model)  # an adapter trained on quantized weights is merged onto the dequantized ones
     if dtype == "float32":
         model.float()  # dequantization gives the dtype that was quantized

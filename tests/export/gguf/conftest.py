@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fettle.checkpoints.locate import embedded_model
+from fettle.engine.llama_cpp.context import BATCH_TOKENS, Context, Part, context_tokens_for
 from fettle.engine.llama_cpp.gguf_file import GGUFFile
-from fettle.export.gguf.verify import file_logits
 from fettle.models.decoder import causal_lm_class
 from fettle.models.families import FAMILIES
 from fettle.models.load import load_tokenizer
@@ -127,6 +127,24 @@ def kl():
 
 
 @pytest.fixture(scope="session")
+def logits_of():
+    """`context_logits`, for tests."""
+    return context_logits
+
+
+def context_of(path, ids: list[int]) -> Context:
+    """A context of llama.cpp for a text of the length of `ids`."""
+    file = GGUFFile(path)
+    return Context(file, context_tokens_for(file, len(ids)), 1)
+
+
+def context_logits(context: Context, ids: list[int]) -> torch.Tensor:
+    """The logits at every position, fp32 (tokens, vocabulary)."""
+    chunks = [ids[begin : begin + BATCH_TOKENS] for begin in range(0, len(ids), BATCH_TOKENS)]
+    return torch.cat([context.run([Part(0, chunk, range(len(chunk)))]).clone() for chunk in chunks])
+
+
+@pytest.fixture(scope="session")
 def tokenizer():
     return load_tokenizer(embedded_model())
 
@@ -135,5 +153,5 @@ def tokenizer():
 def divergence(model, path, ids: list[int]) -> float:
     """Mean KL(source || file) in nats."""
     source = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
-    found = file_logits(GGUFFile(path), ids).double().log_softmax(-1)
+    found = context_logits(context_of(path, ids), ids).double().log_softmax(-1)
     return float((source.exp() * (source - found)).sum(-1).mean())

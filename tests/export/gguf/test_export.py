@@ -13,6 +13,7 @@ from gguf import GGUFReader, GGUFWriter, quants
 from peft import LoraConfig, get_peft_model
 
 from fettle.adapters.model_ref import resolve
+from fettle.engine.llama_cpp.context import SMALLEST_CONTEXT, Context
 from fettle.engine.llama_cpp.gguf_file import GGUFFile
 from fettle.engine.llama_cpp.library import library
 from fettle.engine.load import load
@@ -20,7 +21,6 @@ from fettle.errors import UserError
 from fettle.export.gguf import export_adapter_gguf, export_gguf, proof, verify, write_gguf
 from fettle.export.gguf.importance import read_importance
 from fettle.export.gguf.metadata import GGUF_FAMILIES
-from fettle.export.gguf.verify import file_logits
 from fettle.export.merge import load_merged, merge
 from fettle.models.load import load_model, load_tokenizer
 from fettle.models.quantized import save_nf4
@@ -35,7 +35,7 @@ def to_gguf(model: Path, to: Path | str) -> tuple[object, ...]:
     return "export", "--model", model, "--format", "gguf", "--to", to
 
 
-def test_a_run_becomes_files_that_say_what_it_says(cli, trained: Path, tmp_path: Path) -> None:
+def test_a_run_becomes_files_that_say_what_it_says(cli, logits_of, trained: Path, tmp_path: Path) -> None:
     words = ("export", "--model", trained, "--format", "gguf", "--to", tmp_path / "m.gguf")
     ended = cli(*words, "--quantization", "f16", "Q8_0", "--verify", "--ollama")
     assert ended.code == 0, ended.err
@@ -47,14 +47,14 @@ def test_a_run_becomes_files_that_say_what_it_says(cli, trained: Path, tmp_path:
     model, tokenizer = load(trained, dtype="float32")
     with torch.no_grad():
         expected = merge(model, tokenizer)(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
-    found = file_logits(GGUFFile(files[0]), IDS)
+    found = logits_of(opened(files[0]), IDS)
     assert (found - expected).norm() < 2e-2 * expected.norm()
 
 
 @pytest.mark.parametrize("case", [*GGUF_FAMILIES, "llama-3.2", "phi3-medium"])
 @pytest.mark.parametrize("options", [{"lora_alpha": 6}, {"lora_alpha": 3, "use_rslora": True}], ids=str)
 def test_an_adapter_alone_does_in_llama_cpp_what_it_does_here(
-    case, options, model_of, tokenizer, tmp_path
+    case, options, model_of, tokenizer, logits_of, tmp_path
 ) -> None:
     model = model_of(case)
     save_model(model, tokenizer, tmp_path / "base")
@@ -68,26 +68,30 @@ def test_an_adapter_alone_does_in_llama_cpp_what_it_does_here(
     file = export_adapter_gguf(tmp_path / "adapter", tmp_path / "a.gguf")
     with torch.no_grad():
         expected = adapted(input_ids=torch.tensor([IDS]), use_cache=False).logits[0]
-    bare = file_logits(GGUFFile(tmp_path / "base.gguf"), IDS)
-    found = file_logits(with_adapter(tmp_path / "base.gguf", file), IDS)
+    bare = logits_of(opened(tmp_path / "base.gguf"), IDS)
+    found = logits_of(with_adapter(tmp_path / "base.gguf", file), IDS)
     assert (bare - expected).norm() > 0.1 * expected.norm()
     assert (found - expected).norm() < 2e-3 * expected.norm()
 
 
-def with_adapter(base: Path, adapter: Path) -> GGUFFile:
+def opened(path: Path) -> Context:
+    """The file opened in llama.cpp."""
+    return Context(GGUFFile(path), SMALLEST_CONTEXT, 1)
+
+
+def with_adapter(base: Path, adapter: Path) -> Context:
     """The base opened in llama.cpp, the adapter put on it."""
-    llama, file = library(), GGUFFile(base)
+    llama, context = library(), opened(base)
     llama.llama_adapter_lora_init.restype = ctypes.c_void_p
     llama.llama_adapter_lora_init.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
-    opened = ctypes.c_void_p(llama.llama_adapter_lora_init(file._model, str(adapter).encode()))
-    assert opened
-    file._ensure_capacity(len(IDS), shared=0)
-    context, scale = ctypes.c_void_p(file._context), ctypes.c_float(1)
+    lora = ctypes.c_void_p(llama.llama_adapter_lora_init(context.file.handles.model, str(adapter).encode()))
+    assert lora
+    address, scale = ctypes.c_void_p(context.address), ctypes.c_float(1)
     assert (
-        llama.llama_set_adapters_lora(context, ctypes.byref(opened), ctypes.c_size_t(1), ctypes.byref(scale))
+        llama.llama_set_adapters_lora(address, ctypes.byref(lora), ctypes.c_size_t(1), ctypes.byref(scale))
         == 0
     )
-    return file
+    return context
 
 
 @pytest.mark.parametrize(

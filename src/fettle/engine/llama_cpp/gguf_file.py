@@ -1,30 +1,16 @@
-"""An open GGUF file: its metadata, its vocabulary, and a context that runs tokens.
-
-llama.cpp allocates a KV cache of fixed size. Here it grows by doubling, so that a short answer from a model with a
-context of 131,072 tokens does not take 50 GB. It exceeds the original context of a LongRoPE model only if the text
-does, as llama.cpp uses the long factors for every position once the cache is larger.
-"""
+"""An open GGUF file: its metadata and its vocabulary."""
 
 import ctypes
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-
-import numpy as np
-import torch
 
 from fettle.checkpoints.locate import GGUF_MAGIC, gguf_magic_of
 from fettle.engine.llama_cpp.gguf_header import read_header
-from fettle.engine.llama_cpp.library import Batch, last_fault, library, log
+from fettle.engine.llama_cpp.library import last_fault, library, log
 from fettle.errors import UserError
 
-CHUNK_TOKENS = 512
-"""Tokens per batch, llama.cpp's default n_ubatch; also the number of logits rows held at once."""
-
-CONTEXT_STEP = 256
-"""Tokens; llama.cpp rounds the size of its KV cache up to a multiple of it."""
-
-SMALLEST_CONTEXT = 1024
 LONGEST_METADATA = 4096
 USUAL_PIECE_BYTES = 512
 
@@ -32,27 +18,29 @@ CONTROL, USER_DEFINED, UNKNOWN = 8, 16, 1
 """llama_token_attr: tokens that are not ordinary text."""
 
 
-class _HeldOpen:
-    """Addresses of llama.cpp's model and context; the context must be freed before its model."""
+class Handles:
+    """Addresses of llama.cpp's model and of its contexts, which must be freed before it."""
 
-    def __init__(self) -> None:
+    def __init__(self, llama: ctypes.CDLL) -> None:
+        self.llama = llama
         self.model: int | None = None
-        self.context: int | None = None
+        self.contexts: set[int] = set()
 
-    def close_context(self, llama: ctypes.CDLL) -> None:
-        if self.context:
-            llama.llama_free(self.context)
-        self.context = None
+    def free_context(self, context: int) -> None:
+        if context in self.contexts:
+            self.contexts.remove(context)
+            self.llama.llama_free(context)
 
-    def close(self, llama: ctypes.CDLL) -> None:
-        self.close_context(llama)
+    def free(self) -> None:
+        for context in list(self.contexts):
+            self.free_context(context)
         if self.model:
-            llama.llama_model_free(self.model)
+            self.llama.llama_model_free(self.model)
         self.model = None
 
 
 class GGUFFile:
-    """A GGUF file that llama.cpp has opened."""
+    """A GGUF file that llama.cpp has opened. `LlamaCppEngine` runs it."""
 
     def __init__(self, path: Path) -> None:
         """Open it. Raises UserError if it is not a GGUF file, is damaged, or has an architecture that cannot run."""
@@ -66,10 +54,10 @@ class GGUFFile:
         self.path = path
         self._llama = library()
         log.clear()
-        self._held_open = _HeldOpen()
+        self.handles = Handles(self._llama)
         # finalize also runs at interpreter exit, while llama.cpp can still call back; `__del__` would be too late
-        weakref.finalize(self, self._held_open.close, self._llama)
-        self._model = self._held_open.model = self._llama.llama_model_load_from_file(
+        weakref.finalize(self, self.handles.free)
+        self._model = self.handles.model = self._llama.llama_model_load_from_file(
             str(path).encode(), self._llama.llama_model_default_params()
         )
         if not self._model:
@@ -82,14 +70,9 @@ class GGUFFile:
         self.vocab_size: int = self._llama.llama_vocab_n_tokens(self._vocabulary)
         self.context_length: int = self._llama.llama_model_n_ctx_train(self._model)
         original = self.metadata(f"{self.architecture}.rope.scaling.original_context_length")
-        self._original_context = None if original is None else int(original)
-        self._held: list[int] = []
-        self._capacity = 0
+        self.original_context = None if original is None else int(original)
+        """Of a LongRoPE model: texts of more tokens use its long factors."""
         self._pieces: dict[int, bytes] = {}
-
-    @property
-    def _context(self) -> int | None:
-        return self._held_open.context
 
     # --- metadata ------------------------------------------------------------------------------------------
 
@@ -169,85 +152,21 @@ class GGUFFile:
         """Whether llama.cpp stops at this token."""
         return bool(self._llama.llama_vocab_is_eog(self._vocabulary, token))
 
-    # --- running -------------------------------------------------------------------------------------------
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """The tokens at which llama.cpp ends an answer."""
+        return [token for token in self.added_tokens() if self.ends_answer(token)]
 
-    def next_logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """Return the logits after `ids`, fp32 (vocabulary,). A prefix shared with the last call is not run again."""
-        shared = common_length(self._held, ids[:-1])
-        self._ensure_capacity(len(ids), shared)
-        logits = torch.empty(0)
-        for start in range(len(self._held), len(ids), CHUNK_TOKENS):
-            chunk = ids[start : start + CHUNK_TOKENS]
-            logits = self._run(chunk, [len(chunk) - 1])
-        return logits[0].clone()
-
-    def logits(self, ids: Sequence[int], positions: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Yield the logits at `positions` of `ids` (ascending), chunk by chunk, fp32 (positions, vocabulary).
-
-        Each chunk is a view of llama.cpp's memory: it must be used or copied before the next.
-        """
-        self._ensure_capacity(len(ids), shared=0)
-        for start in range(0, len(ids), CHUNK_TOKENS):
-            chunk = ids[start : start + CHUNK_TOKENS]
-            inside = [position - start for position in positions if 0 <= position - start < len(chunk)]
-            yield self._run(chunk, inside)
-
-    def _run(self, ids: Sequence[int], wanted: Sequence[int]) -> torch.Tensor:
-        """Run `ids` after the cached tokens; return the logits at `wanted`, a view (wanted, vocabulary)."""
-        tokens = np.array(ids, dtype=np.int32)
-        flags = np.zeros(len(ids), dtype=np.int8)
-        flags[list(wanted)] = 1
-        batch = Batch(n_tokens=len(ids))
-        batch.token = tokens.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        batch.logits = flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-        if self._llama.llama_decode(self._context, batch) != 0:
-            self._held = []
-            raise UserError(f"{self.path} cannot be run in llama.cpp: {last_fault()}.")
-        self._held += ids
-        if not wanted:
-            return torch.empty(0, self.vocab_size)
-        found = self._llama.llama_get_logits(self._context)
-        return torch.from_numpy(np.ctypeslib.as_array(found, (len(wanted), self.vocab_size)))
-
-    def _ensure_capacity(self, tokens: int, shared: int) -> None:
-        """Make a KV cache for `tokens` that keeps the first `shared` cached tokens, or none if it is reallocated."""
-        if tokens > self._capacity or self._is_long(tokens) != self._is_long(self._capacity):
-            self._new_context(self._capacity_for(tokens))
-            return
-        memory = self._llama.llama_get_memory(self._context)
-        if shared and self._llama.llama_memory_seq_rm(memory, 0, shared, -1):
-            self._held = self._held[:shared]
-        else:
-            self._llama.llama_memory_clear(memory, True)
-            self._held = []
-
-    def _is_long(self, tokens: int) -> bool:
-        """Whether that many tokens need LongRoPE's long factors."""
-        return self._original_context is not None and tokens > self._original_context
-
-    def _capacity_for(self, tokens: int) -> int:
-        capacity = SMALLEST_CONTEXT
-        while capacity < tokens:
-            capacity *= 2
-        if self._original_context is not None and tokens <= self._original_context:
-            # llama.cpp rounds the size up, and beyond the original context would use the long factors
-            within = self._original_context // CONTEXT_STEP * CONTEXT_STEP
-            return min(capacity, within) if tokens <= within else self._original_context
-        return capacity
-
-    def _new_context(self, capacity: int) -> None:
-        self._held_open.close_context(self._llama)
-        parameters = self._llama.llama_context_default_params()
-        parameters.sizes[0], parameters.sizes[1], parameters.sizes[2] = capacity, CHUNK_TOKENS, CHUNK_TOKENS
-        log.clear()
-        self._held_open.context, self._held = self._llama.llama_init_from_model(self._model, parameters), []
-        if not self._context:
-            self._capacity = 0
-            raise UserError(
-                f"{self.path} cannot be run in llama.cpp with {capacity:,} tokens: {last_fault()}."
-            )
-        self._capacity = capacity
-        self._llama.llama_set_n_threads(self._context, torch.get_num_threads(), torch.get_num_threads())
+    @cached_property
+    def cache_bytes_per_token(self) -> int:
+        """Memory for a token's keys and values, in fp16."""
+        heads = self._llama.llama_model_n_head_kv(self._model)
+        usual = self._llama.llama_model_n_embd(self._model) // self._llama.llama_model_n_head(self._model)
+        sizes = [
+            int(self.metadata(f"{self.architecture}.attention.{kind}_length") or usual)
+            for kind in ("key", "value")
+        ]
+        return int(2 * self._llama.llama_model_n_layer(self._model) * heads * sum(sizes))
 
 
 def supports_gpu() -> bool:
@@ -261,13 +180,3 @@ def require_gguf(path: Path) -> None:
         raise UserError(
             f"{path} is not a GGUF file: it begins with {found!r}, expected {GGUF_MAGIC!r}; fetch or export it again."
         )
-
-
-def common_length(held: Sequence[int], ids: Sequence[int]) -> int:
-    """Return how many tokens both begin with."""
-    count = 0
-    for ours, theirs in zip(held, ids, strict=False):
-        if ours != theirs:
-            break
-        count += 1
-    return count

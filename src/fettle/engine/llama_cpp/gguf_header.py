@@ -73,6 +73,8 @@ def _check_entries(header: Header) -> None:
     for name, value in entries.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise _Malformed(f"{name} is {value}")
+        if name.endswith("epsilon") and not (isinstance(value, float) and value >= 0):
+            raise _Malformed(f"{name} is {value!r}, expected a number of 0 or more")
     architecture = entries.get("general.architecture")
     if not isinstance(architecture, str):
         raise _Malformed("it names no architecture")

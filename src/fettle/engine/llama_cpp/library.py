@@ -33,15 +33,15 @@ class Parameters(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    """llama_batch: tokens to run. For null fields llama.cpp uses consecutive positions and a single sequence."""
+    """llama_batch: tokens to run. Where `pos` is null, a token follows its sequence's last one."""
 
     _fields_ = [
         ("n_tokens", ctypes.c_int32),
         ("token", ctypes.POINTER(ctypes.c_int32)),
         ("embd", ctypes.c_void_p),
         ("pos", ctypes.c_void_p),
-        ("n_seq_id", ctypes.c_void_p),
-        ("seq_id", ctypes.c_void_p),
+        ("n_seq_id", ctypes.POINTER(ctypes.c_int32)),
+        ("seq_id", ctypes.POINTER(ctypes.POINTER(ctypes.c_int32))),
         ("logits", ctypes.POINTER(ctypes.c_int8)),
     ]
 
@@ -63,7 +63,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_memory": (_POINTER, [_POINTER]),
     "llama_init_from_model": (_POINTER, [_POINTER, Parameters]),
     "llama_log_set": (None, [_LOG, _POINTER]),
-    "llama_memory_clear": (None, [_POINTER, _FLAG]),
+    "llama_memory_seq_cp": (None, [_POINTER, *[_NUMBER] * 4]),
     "llama_memory_seq_rm": (_FLAG, [_POINTER, _NUMBER, _NUMBER, _NUMBER]),
     "llama_model_chat_template": (_TEXT, [_POINTER, _TEXT]),
     "llama_model_default_params": (Parameters, []),
@@ -74,6 +74,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_load_from_file": (_POINTER, [_TEXT, Parameters]),
     "llama_model_meta_val_str": (_NUMBER, [_POINTER, _TEXT, _TEXT, ctypes.c_size_t]),
     "llama_model_n_ctx_train": (_NUMBER, [_POINTER]),
+    "llama_model_n_embd": (_NUMBER, [_POINTER]),
+    "llama_model_n_head": (_NUMBER, [_POINTER]),
+    "llama_model_n_head_kv": (_NUMBER, [_POINTER]),
+    "llama_model_n_layer": (_NUMBER, [_POINTER]),
     "llama_set_n_threads": (None, [_POINTER, _NUMBER, _NUMBER]),
     "llama_supports_gpu_offload": (_FLAG, []),
     "llama_token_to_piece": (_NUMBER, [_POINTER, _NUMBER, _TEXT, _NUMBER, _NUMBER, _FLAG]),

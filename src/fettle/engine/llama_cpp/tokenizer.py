@@ -1,10 +1,10 @@
-"""llama.cpp's tokenizer with the interface of a transformers tokenizer: the same ids as in llama.cpp."""
+"""The tokenizer in a GGUF file, as llama.cpp runs it."""
 
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from transformers import AddedToken, BatchEncoding, PreTrainedTokenizerBase
+from tokenizers import AddedToken
 
 from fettle.engine.llama_cpp.gguf_file import GGUFFile
 from fettle.errors import UserError
@@ -12,64 +12,60 @@ from fettle.errors import UserError
 Span = tuple[int, int]
 
 
-class LlamaCppTokenizer(PreTrainedTokenizerBase):
-    """The part of the tokenizer interface that fettle uses; without padding and truncation."""
+class LlamaCppTokenizer:
+    """A `Tokenizer` with the ids that llama.cpp gives."""
 
-    is_fast = True  # it supports offsets
+    is_fast = True  # it has offsets
 
     def __init__(self, file: GGUFFile) -> None:
-        roles = {role: file.special(role) for role in ("bos", "eos", "pad")}
-        named = {f"{role}_token": file.text_of(token) for role, token in roles.items() if token is not None}
-        super().__init__(chat_template=file.chat_template, name_or_path=str(file.path), **named)
         self._file = file
+        self.name_or_path, self.chat_template = str(file.path), file.chat_template
+        self.bos_token_id, self.eos_token_id = file.special("bos"), file.special("eos")
+        self.special_tokens_map = {
+            f"{role}_token": file.text_of(token)
+            for role in ("bos", "eos", "pad")
+            if (token := file.special(role)) is not None
+        }
+        self.bos_token = self.special_tokens_map.get("bos_token")
+        self.eos_token = self.special_tokens_map.get("eos_token")
 
     def __len__(self) -> int:
         return self._file.vocab_size
 
-    @property
-    def vocab_size(self) -> int:
-        return self._file.vocab_size
-
     @cached_property
     def added_tokens_decoder(self) -> dict[int, AddedToken]:
-        """Return tokens that are not ordinary text, by their ids."""
+        """Tokens that are not ordinary text, by their ids."""
         return {
             token: AddedToken(self._file.text_of(token), special=self._file.is_control(token))
             for token in self._file.added_tokens()
         }
 
-    def stop_ids(self) -> list[int]:
-        """Return the tokens at which llama.cpp ends an answer."""
-        return [token for token in self.added_tokens_decoder if self._file.ends_answer(token)]
-
     @cached_property
     def _added_ids(self) -> dict[str, int]:
-        return {str(token): index for index, token in self.added_tokens_decoder.items()}
+        return {token.content: index for index, token in self.added_tokens_decoder.items()}
 
-    def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """Return the id of an added token, or those of several; None for others."""
-        if isinstance(tokens, str):
-            return self._added_ids.get(tokens)
-        return [self._added_ids.get(token) for token in tokens]
+    def convert_tokens_to_ids(self, tokens: str) -> int | None:
+        """Return the id of an added token; None for others."""
+        return self._added_ids.get(tokens)
 
-    def _encode_plus(  # type: ignore[no-untyped-def]  # the many arguments of the class above
-        self, text, text_pair=None, add_special_tokens=True, return_tensors=None, **kwargs
-    ) -> BatchEncoding:
-        texts = [text] if isinstance(text, str) else text
-        rows = [self._file.tokenize(words, add_special=add_special_tokens) for words in texts]
-        encoded: dict[str, Any] = {"input_ids": rows, "attention_mask": [[1] * len(ids) for ids in rows]}
-        if kwargs.get("return_offsets_mapping"):
-            encoded["offset_mapping"] = [
-                offsets(words, [self._file.piece(token) for token in ids])
-                for words, ids in zip(texts, rows, strict=True)
-            ]
-        if isinstance(text, str) and return_tensors is None:
-            encoded = {name: values[0] for name, values in encoded.items()}
-        return BatchEncoding(encoded, tensor_type=return_tensors)
+    def get_chat_template(self) -> Any:
+        """Return the file's chat template."""
+        return self.chat_template
 
-    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> str:
-        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
-        return self._file.detokenize(ids, with_special=not skip_special_tokens)
+    def __call__(self, text: Any, **options: Any) -> dict[str, Any]:
+        """Return the ids of a text, or of each text of a list. Options: add_special_tokens, return_offsets_mapping."""
+        if not isinstance(text, str):
+            rows = [self(each, **options) for each in text]
+            return {name: [row[name] for row in rows] for name in rows[0]} if rows else {"input_ids": []}
+        ids = self._file.tokenize(text, add_special=options.get("add_special_tokens", True))
+        encoded: dict[str, Any] = {"input_ids": ids}
+        if options.get("return_offsets_mapping"):
+            encoded["offset_mapping"] = offsets(text, [self._file.piece(token) for token in ids])
+        return encoded
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False, **options: Any) -> str:
+        """Return the text of ids. Other options of transformers' tokenizers have no effect."""
+        return self._file.detokenize(token_ids, with_special=not skip_special_tokens)
 
 
 def offsets(text: str, pieces: Sequence[bytes]) -> list[Span]:

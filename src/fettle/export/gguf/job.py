@@ -7,7 +7,7 @@ import psutil
 from gguf import GGML_QUANT_SIZES
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from fettle.engine.llama_cpp.gguf_file import CONTEXT_STEP
+from fettle.engine.llama_cpp.context import CONTEXT_STEP
 from fettle.events import Message, Report, ignore, progress
 from fettle.export.gguf.importance import read_importance
 from fettle.export.gguf.metadata import ignored_window

@@ -8,8 +8,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fettle.data import generation_prompt
-from fettle.engine.llama_cpp.gguf_file import GGUFFile, common_length
+from fettle.engine.base import TokenEngine
+from fettle.engine.llama_cpp.context import common_length
+from fettle.engine.llama_cpp.engine import LlamaCppEngine
+from fettle.engine.llama_cpp.gguf_file import GGUFFile
 from fettle.engine.llama_cpp.tokenizer import LlamaCppTokenizer
+from fettle.engine.request import Request, Sampling, ScoreRequest
+from fettle.engine.text import token_engine
 from fettle.errors import UserError
 from fettle.export.gguf.battery import battery
 from fettle.export.gguf.tokenizer import template_begins
@@ -65,17 +70,17 @@ def verify(
     adds = not tokenizer.chat_template or template_begins(tokenizer)
     expected_ids = {text: tokenizer(text, add_special_tokens=adds)["input_ids"] for text in texts}
     unequal = [text for text, ids in expected_ids.items() if file.tokenize(text, add_special=adds) != ids]
-    inputs = [tokenizer(text)["input_ids"] for text in PROBES]
-    divergences, agreements = zip(*(_compare(model, file, ids) for ids in inputs), strict=True)
-    expected = _greedy(model, inputs[0])
+    probes = [tokenizer(text)["input_ids"] for text in PROBES]
+    expected = _output(token_engine(model, running=1), probes)
+    found = _output(LlamaCppEngine(file, running=1), probes)
     return Verification(
         texts=len(texts),
         texts_equal=len(texts) - len(unequal),
         unequal=tuple(unequal[:5]),
-        kl=float(torch.cat(divergences).mean()),
-        top_agreement=float(torch.cat(agreements).float().mean()),
-        continuation_tokens=len(expected),
-        continuation_equal=common_length(expected, _greedy_in_file(file, inputs[0])),
+        kl=float(kl_divergence(expected.log_probs, found.log_probs).mean()),
+        top_agreement=float((expected.log_probs.argmax(-1) == found.log_probs.argmax(-1)).double().mean()),
+        continuation_tokens=len(expected.continuation),
+        continuation_equal=common_length(expected.continuation, found.continuation),
         has_template=bool(file.chat_template) or not tokenizer.chat_template,
         chat_equal=_is_chat_equal(file, tokenizer),
     )
@@ -95,31 +100,17 @@ def _is_chat_equal(file: GGUFFile, tokenizer: PreTrainedTokenizerBase) -> bool:
     return file.tokenize(text, add_special=True) == expected
 
 
-def file_logits(file: GGUFFile, ids: list[int]) -> torch.Tensor:
-    """Return the logits at every position, fp32 (tokens, vocabulary)."""
-    return torch.cat([chunk.clone() for chunk in file.logits(ids, range(len(ids)))])
+@dataclass(slots=True)
+class _Output:
+    """What a model says to the probes: its log-probabilities, fp64 (tokens, vocabulary), and a greedy continuation."""
+
+    log_probs: torch.Tensor
+    continuation: list[int]
 
 
-@torch.inference_mode()
-def _compare(model: PreTrainedModel, file: GGUFFile, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return KL(source || file) in nats and whether the most likely token is the same, both (tokens,)."""
-    output = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-    source = output.logits[0].double().cpu().log_softmax(-1)
-    found = file_logits(file, ids).double().log_softmax(-1)
-    return kl_divergence(source, found), source.argmax(-1) == found.argmax(-1)
-
-
-@torch.inference_mode()
-def _greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    ids = list(prompt)
-    for _ in range(NEW_TOKENS):
-        output = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-        ids.append(int(output.logits[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
-def _greedy_in_file(file: GGUFFile, prompt: list[int]) -> list[int]:
-    ids = list(prompt)
-    for _ in range(NEW_TOKENS):
-        ids.append(int(file.next_logits(ids).argmax()))
-    return ids[len(prompt) :]
+def _output(engine: TokenEngine, probes: Sequence[list[int]]) -> _Output:
+    found: list[torch.Tensor] = []
+    requests = [ScoreRequest(tokens=ids, positions=range(1, len(ids))) for ids in probes]
+    engine.score(requests, lambda _, log_probs: found.append(log_probs.double()))
+    request = Request(tokens=probes[0], sampling=Sampling(max_new_tokens=NEW_TOKENS))
+    return _Output(torch.cat(found), engine.generate([request])[0].tokens)
