@@ -107,3 +107,15 @@ def test_a_negative_epsilon(tmp_path) -> None:
     writer.close()
     with pytest.raises(UserError, match=r"layer_norm_rms_epsilon is -1\.0, expected a number of 0 or more"):
         read_header(tmp_path / "m.gguf")
+
+
+def test_a_token_that_appears_twice(tmp_path) -> None:
+    """llama.cpp would abort the process."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_token_list(["a", "", "b", "", "a"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=r"the token 'a' appears twice"):
+        read_header(tmp_path / "m.gguf")

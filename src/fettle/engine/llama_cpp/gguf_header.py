@@ -12,6 +12,7 @@ import math
 import mmap
 import struct
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Header:
     token_types: frozenset[int] = frozenset()
 
 
+TOKENS = "tokenizer.ggml.tokens"
 TOKEN_TYPES = "tokenizer.ggml.token_type"
 BYTE, WITH_BYTES = 6, ("llama", "t5")
 """The type of tokens that stand for a byte, and the tokenizers (`tokenizer.ggml.model`) that have them."""
@@ -110,7 +112,7 @@ def _check_entries(header: Header) -> None:
     tokenizer = entries.get("tokenizer.ggml.model")
     if BYTE in header.token_types and tokenizer not in WITH_BYTES:
         raise _Malformed(f"it has byte tokens, which a tokenizer of the kind {tokenizer!r} does not")
-    tokens = arrays.get("tokenizer.ggml.tokens")
+    tokens = arrays.get(TOKENS)
     for name in ("tokenizer.ggml.scores", TOKEN_TYPES):
         if tokens is not None and arrays.get(name, tokens) != tokens:
             raise _Malformed(f"{name} has {arrays[name]:,} items for {tokens:,} tokens")
@@ -164,18 +166,32 @@ class _Reader:
         if kind == _TEXT:
             self.plausible(length, least=8, what=f"texts in {name!r}")
             size, at, unpack = len(self.data), self.at, struct.Struct("<Q").unpack_from
+            begins = [at]
             for _ in range(length):  # the hot loop: once per token of the vocabulary
                 if at + 8 > size:
                     raise _Malformed(f"it ends within {name!r}")
                 at += 8 + unpack(self.data, at)[0]
+                begins.append(at)
             self.at = at
             self.require(0)
+            if name == TOKENS:
+                self.require_different(begins)
         elif kind in _SIZES:
             self.require(self.plausible(length, least=_SIZES[kind], what=f"items in {name!r}") * _SIZES[kind])
             self.at += length * _SIZES[kind]
         else:
             raise _Malformed(f"{name!r} has items of type {kind}, which GGUF does not define")
         return length
+
+    def require_different(self, begins: list[int]) -> None:
+        """Raise _Malformed if two tokens have the same text. begins: where each begins, and the end of the last."""
+        texts: set[bytes] = set()
+        for begin, end in pairwise(begins):
+            text = self.data[begin + 8 : end]
+            if text in texts:
+                raise _Malformed(f"the token {text.decode(errors='replace')!r} appears twice")
+            if text:  # llama.cpp names empty tokens itself
+                texts.add(text)
 
     def items_before(self, length: int) -> frozenset[int]:
         """Return the different numbers of an array of 32-bit ones that ends here."""
