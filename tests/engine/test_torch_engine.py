@@ -2,10 +2,12 @@
 
 import math
 from collections import Counter
+from contextlib import nullcontext
 from random import Random
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -17,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from fettle.adapters.lora import adapt
+from fettle.adapters.lora import adapt, attach
 from fettle.engine import torch_engine
 from fettle.engine.pages import PAGE_SIZE
 from fettle.engine.request import Request, Sampling, ScoreRequest
@@ -149,6 +151,83 @@ def test_adapters_answer_unmerged_as_their_model_does():
     with adapted.disable_adapter():
         without = TorchEngine(adapted).generate(requests)
     assert [answer.tokens for answer in without] != wanted
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Folders of two adapters for the model of `stock_and_ours("llama")`, of other ranks and on other layers."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for name, rank, targets in (("a", 4, "all-linear"), ("b", 3, ["q_proj", "v_proj"])):
+        adapted = adapt(stock_and_ours("llama")[1], rank=rank, target_modules=targets, alpha=5)
+        torch.manual_seed(rank)
+        for key, parameter in adapted.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.3)
+        save_adapter(adapted, folder / name)
+    return folder
+
+
+def save_adapter(adapted, folder):
+    adapted.peft_config["default"].base_model_name_or_path = "base"
+    adapted.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_several_adapters_in_one_batch(adapters, device):
+    model = attach(stock_and_ours("llama", device)[1], adapters / "a", name="a")
+    model = attach(model, adapters / "b", name="b")
+    prompts = prompts_of(9)
+    prompts[3] = prompts[4] = prompts[6] = max(prompts, key=len)[:20]  # nothing of it is shared
+    names = ["a", "b", "", None, "b", "a", "", "a", "b"]
+    wanted = []
+    for name, prompt in zip(names, prompts, strict=True):
+        model.set_adapter(name or "a")
+        with model.disable_adapter() if name == "" else nullcontext():
+            wanted.append(expected(model, prompt, 10))
+    model.set_adapter("a")
+    assert wanted[3] != wanted[4] != wanted[6]
+    requests = [
+        Request(tokens=prompt, sampling=Sampling(max_new_tokens=10), adapter=name)
+        for name, prompt in zip(names, prompts, strict=True)
+    ]
+    engine = TorchEngine(model, running=4)
+    assert [answer.tokens for answer in engine.generate(requests)] == wanted
+    text = prompts[3]
+    scores = engine.score(
+        [ScoreRequest(tokens=text, positions=[9], adapter=name) for name in ("a", "b", "a")]
+    )
+    assert scores[0].log_probs != scores[1].log_probs and scores[0].log_probs == scores[2].log_probs
+
+    # the active adapter is switched, and then trained: what the engine has kept of it is not used again
+    request = Request(tokens=text * 3, sampling=Sampling(max_new_tokens=10))
+    first = engine.generate([request])[0].tokens
+    model.set_adapter("b")
+    second = engine.generate([request])[0].tokens
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".b." in key:
+                parameter.mul_(-2)
+    third = engine.generate([request])[0].tokens
+    assert len({tuple(tokens) for tokens in (first, second, third)}) == 3
+    assert third == expected(model, text * 3, 10)
+
+
+def test_adapters_that_cannot_be_used(adapters):
+    _, ours = stock_and_ours("llama")
+    with pytest.raises(UserError, match="has no adapter 'a'; it has none"):
+        TorchEngine(ours).submit(Request(tokens=[1], adapter="a"))
+    model = attach(ours, adapters / "a", name="a")
+    with pytest.raises(UserError, match="has no adapter 'c'; it has a"):
+        TorchEngine(model).submit(Request(tokens=[1], adapter="c"))
+    with pytest.raises(UserError, match="already has an adapter 'a'"):
+        attach(model, adapters / "b", name="a")
+    save_adapter(adapt(stock_and_ours("phi3")[1]), adapters / "other")
+    with pytest.raises(UserError, match="belongs to another model"):
+        attach(model, adapters / "other", name="c")
+    assert list(model.peft_config) == ["a"]
+    model.add_adapter("dora", LoraConfig(use_dora=True, target_modules=["q_proj"]))
+    with pytest.raises(UserError, match="'dora' is more than plain LoRA"):
+        TorchEngine(model).submit(Request(tokens=[1], adapter="a"))
 
 
 SAMPLED = Sampling(max_new_tokens=12, temperature=1.5, top_k=40, top_p=0.95, seed=3)

@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 
+from fettle.adapters.mixed import MixedAdapters, current_mixed
 from fettle.checkpoints.folder import ADAPTER_WEIGHTS, read_adapter_config
 from fettle.checkpoints.safetensors_header import read_places
 from fettle.errors import UserError, option, reason_of
 from fettle.ops import lora_linear
-from fettle.ops.lora_linear import LowRank, Projection
+from fettle.ops.lora_linear import LowRank, Projection, frozen_linear, product_rows
 from fettle.quantization.layers import matrix_of
 from fettle.quantization.nf4 import Nf4Linear
 
@@ -49,6 +51,8 @@ class LoraLinear(PeftLoraLinear):
     """PEFT's LoRA layer with `fettle.ops.lora_linear` in the common case."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if (mixed := current_mixed()) is not None:
+            return self._forward_mixed(x, mixed)
         name = self._fast_adapter(args, kwargs)
         if name is None:
             return super().forward(x, *args, **kwargs)
@@ -56,8 +60,20 @@ class LoraLinear(PeftLoraLinear):
         lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
         return lora_linear(x, matrix_of(base), base.bias, lora_a, lora_b, self.scaling[name])
 
+    def _forward_mixed(self, x: torch.Tensor, mixed: MixedAdapters) -> torch.Tensor:
+        """Every adapter's update is computed for all rows and masked: a step has few rows, and a graph fixed shapes."""
+        base, rows = self.get_base_layer(), product_rows(x)
+        output = frozen_linear(rows, matrix_of(base), base.bias)
+        for index, name in enumerate(mixed.names):
+            if name in self.lora_A:
+                update = LowRank(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+                update.add_to(output, update.middle(rows) * (mixed.rows == index)[:, None])
+        return output.to(x.dtype).view(*x.shape[:-1], -1)
+
     def projection(self) -> Projection | None:
-        """Return the layer as an input of the ops, or None if PEFT's own forward must run."""
+        """Return the layer as an input of the ops, or None if the layer's own forward must run."""
+        if current_mixed() is not None:
+            return None
         name, base = self._fast_adapter((), {}), self.get_base_layer()
         if name is None:
             return None
@@ -142,21 +158,50 @@ def require_targets(model: PreTrainedModel, targets: str | list[str]) -> None:
             )
 
 
-def attach(model: PreTrainedModel, folder: Path, *, is_trainable: bool = False) -> PeftModel:
+def attach(
+    model: PreTrainedModel | PeftModel, folder: Path, *, name: str = "default", is_trainable: bool = False
+) -> PeftModel:
     """Load a PEFT adapter folder, written by fettle or PEFT, onto its base model; in training mode if `is_trainable`.
 
-    Raises UserError if the adapter belongs to another model: if a layer is missing from the model, has a different
-    shape, or is missing from the adapter.
+    A PeftModel keeps its adapters and its active one; requests to an engine choose by `name`. Raises UserError if the
+    adapter belongs to another model: if a layer is missing from the model, has a different shape, or is missing from
+    the adapter.
     """
+    folder = Path(folder)
     read_adapter_config(folder)
     shapes = shapes_in(folder)
-    require_fit(model, shapes, folder)
+    is_first = not isinstance(model, PeftModel)
+    require_fit(model if is_first else model.get_base_model(), shapes, folder)
     config = adapter_config_of(folder)
     _use_our_layer(config)
+    if not is_first and name in model.peft_config:
+        raise UserError(f"{folder}: the model already has an adapter {name!r}; give this one another name.")
     with _values_of(folder):
-        adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
-    _require_all(adapted, shapes, folder)
+        if is_first:
+            adapted = PeftModel.from_pretrained(model, str(folder), name, is_trainable, config=config)
+        else:
+            adapted = model
+            adapted.add_adapter(name, config)
+            adapted.load_adapter(str(folder), name, is_trainable=is_trainable)
+    try:
+        _require_all(adapted, shapes, folder, name)
+    except UserError:
+        if not is_first:
+            adapted.delete_adapter(name)
+        raise
     return adapted.train(is_trainable)  # wrapper and base alike
+
+
+def require_mixable(model: PeftModel) -> None:
+    """Raise UserError if one of the model's adapters cannot run beside others: if it is more than plain LoRA."""
+    for name, config in model.peft_config.items():
+        if not isinstance(config, LoraConfig) or not is_plain_lora(config, ()):
+            raise UserError(f"the adapter {name!r} is more than plain LoRA, so it cannot run beside others.")
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and (not isinstance(module, LoraLinear) or module.merged):
+            raise UserError(
+                "an adapter is merged or adapts other layers than linear ones, so none can run beside it."
+            )
 
 
 @contextmanager
@@ -217,7 +262,7 @@ def is_plain_lora(config: LoraConfig, names: Iterable[str]) -> bool:
     is_usual = all(
         (value or None) == (usual.get(option) or None)
         for option, value in vars(config).items()
-        if option not in PLAIN_OPTIONS
+        if option not in PLAIN_OPTIONS and not option.startswith("_")
     )
     is_matrices = all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
     return is_usual and is_matrices and config.init_lora_weights in PLAIN_STARTS
@@ -235,6 +280,7 @@ def require_fit(model: PreTrainedModel, shapes: TensorShapes, folder: Path) -> N
         if not part.startswith(("A.weight", "B.weight")):
             continue
         layer = modules.get(target)
+        layer = getattr(layer, "base_layer", layer)  # of a model that has adapters
         if not isinstance(layer, nn.Linear):
             raise UserError(
                 f"{folder}: the adapter belongs to another model: it adapts '{target}', but "
@@ -262,9 +308,9 @@ def require_whole(model: PreTrainedModel, config: LoraConfig, shapes: TensorShap
     _require_all(adapted, shapes, folder)
 
 
-def _require_all(adapted: PeftModel, shapes: TensorShapes, folder: Path) -> None:
+def _require_all(adapted: PeftModel, shapes: TensorShapes, folder: Path, name: str = "default") -> None:
     """Raise UserError if the folder's tensors are not exactly those of the adapter; PEFT only warns."""
-    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    state = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     # older releases wrote DoRA's magnitudes without the suffix
     expected, found = (
         {name.removesuffix(".weight"): each for name, each in names.items()}

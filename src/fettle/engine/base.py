@@ -119,11 +119,18 @@ class TokenEngine(ABC):
                 )
 
     def require_scorable(self, request: ScoreRequest) -> None:
-        """Raise UserError for a text that is longer than the context."""
+        """Raise UserError for a text that is longer than the context, and for positions outside of it."""
         if len(request.tokens) > self.context_tokens:
             raise UserError(
                 f"A text to score has {len(request.tokens):,} tokens, more than the context of "
                 f"{self.context_tokens:,}; shorten it."
+            )
+        if not request.positions or not 1 <= min(request.positions) <= max(request.positions) < len(
+            request.tokens
+        ):
+            raise UserError(
+                f"A text of {len(request.tokens)} tokens cannot be scored at {list(request.positions)[:5]}; expected "
+                "positions from 1 to its last token."
             )
 
 

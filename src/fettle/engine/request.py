@@ -76,8 +76,8 @@ class Request:
     """One text to continue.
 
     tokens: the prompt, at least one. stops: generation ends at any of these tokens, which is part of the answer.
-    log_probs: report each new token's log-probability, before temperature and filters. adapter: the name of a loaded
-    adapter; None for the active one.
+    log_probs: report each new token's log-probability, before temperature and filters. adapter: the name of an
+    adapter that the model has (`fettle.attach`); None: the active one; "": none.
     """
 
     tokens: Sequence[int]

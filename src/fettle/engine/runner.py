@@ -6,12 +6,13 @@ layer's kernels from Python takes longer than reading its weights.
 Shapes: S sequences, T tokens in this step, W pages per sequence, V tokens in the vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import chain
 
 import numpy as np
 import torch
 
+from fettle.adapters.mixed import MixedAdapters, ModelAdapters, mixed_adapters
 from fettle.engine.pages import PAGE_SIZE
 from fettle.engine.scheduler import Chunk, Running
 from fettle.models.attention_context import PagedTokens
@@ -21,6 +22,9 @@ from fettle.ops import Documents
 
 SMALLEST_WIDTH = 32
 """Pages per sequence that a graph covers at least: 512 tokens."""
+
+COLUMNS = 5
+"""Numbers per sequence that a decode step reads besides its pages."""
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -56,7 +60,8 @@ class Runner:
     def __init__(self, model: DecoderForCausalLM, cache: Cache) -> None:
         self.model, self.cache = model, cache
         self.device = model.device
-        self.graphs: dict[tuple[int, int], _Graph] = {}
+        self.adapters = ModelAdapters(model)
+        self.graphs: dict[Hashable, _Graph] = {}
 
     def prefill(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Compute the chunks; return the decoder's output at every token, (T, E)."""
@@ -82,37 +87,44 @@ class Runner:
             bounds=self._tensor(bounds),
             documents=Documents.from_starts(torch.from_numpy(is_start).to(self.device)) if is_fresh else None,
         )
+        adapters = np.array([sequence.adapter for sequence in sequences])[owner]
+        mixed = MixedAdapters(self.adapters.names, self._tensor(adapters)) if _is_mixed(sequences) else None
         decoder = self.model.model
         x = decoder.embed(self._tensor(ids)[None], None)
-        return decoder.norm(decoder.run_layers(x, context))[0]
+        with mixed_adapters(mixed):
+            return decoder.norm(decoder.run_layers(x, context))[0]
 
     def decode(self, sequences: Sequence[Running], newest: torch.Tensor | None = None) -> torch.Tensor:
         """Compute the newest token of each sequence; return the logits after it, fp32 (S, V).
 
         newest: those tokens, (S,) on the device, if they have not been added to the sequences yet.
         """
-        width = max(len(sequence.pages) for sequence in sequences)
+        width, is_mixed = max(len(sequence.pages) for sequence in sequences), _is_mixed(sequences)
         if self.device.type == "cuda":
             size, width = _rounded(len(sequences)), max(SMALLEST_WIDTH, 1 << (width - 1).bit_length())
-            if (size, width) not in self.graphs:
-                self.graphs[size, width] = _Graph(self, size, width)
+            kind = size, width, is_mixed, self.adapters.identity()
+            if kind not in self.graphs:
+                self.graphs[kind] = _Graph(self, size, width, is_mixed)
             values = _decode_inputs(sequences, size, width, 0 if newest is None else 1)
-            return self.graphs[size, width].run(values, newest)[: len(sequences)]
+            return self.graphs[kind].run(values, newest)[: len(sequences)]
         inputs = torch.from_numpy(_decode_inputs(sequences, len(sequences), width))
-        return self.decode_logits(inputs, len(sequences), self._embed(inputs, len(sequences)))
+        return self.decode_logits(inputs, self._embed(inputs, len(sequences)), is_mixed)
 
-    def decode_logits(self, inputs: torch.Tensor, size: int, x: torch.Tensor) -> torch.Tensor:
+    def decode_logits(self, inputs: torch.Tensor, x: torch.Tensor, is_mixed: bool) -> torch.Tensor:
         """Return the logits after x (1, S, E). inputs: see `_decode_inputs`, on the device."""
-        _, positions, lengths, slots = inputs[: 4 * size].view(4, size)
+        size = x.shape[1]
+        _, positions, lengths, slots, adapters = inputs[: COLUMNS * size].view(COLUMNS, size)
         context = PagedTokens(
             rotation=self._rotation(positions, lengths),
             cache=self.cache,
             slots=slots,
-            page_table=inputs[4 * size :].view(size, -1),
+            page_table=inputs[COLUMNS * size :].view(size, -1),
             lengths=lengths,
         )
         decoder = self.model.model
-        return self.model.logits(decoder.norm(decoder.run_layers(x, context))[0]).float()
+        with mixed_adapters(MixedAdapters(self.adapters.names, adapters) if is_mixed else None):
+            x = decoder.run_layers(x, context)
+        return self.model.logits(decoder.norm(x)[0]).float()
 
     def _embed(self, inputs: torch.Tensor, size: int) -> torch.Tensor:
         return self.model.model.embed(inputs[None, :size], None)
@@ -128,12 +140,12 @@ class Runner:
 def _decode_inputs(sequences: Sequence[Running], size: int, width: int, ahead: int = 0) -> np.ndarray:
     """Return what a decode step reads, as one int32 array, so that one copy takes it to the device.
 
-    The newest tokens, their positions, the sequences' lengths and the tokens' slots, (S,) each; then the page table,
-    (S, W). Rows beyond the sequences are padding: length 0, slot -1. ahead: 1 if the newest token of each sequence is
-    still to be added to it; its place in the array is then to be filled.
+    The newest tokens, their positions, the sequences' lengths, the tokens' slots and the sequences' adapters, each
+    (S,); then the page table, (S, W). Rows beyond the sequences are padding: length 0, slot -1. ahead: 1 if the newest
+    token of each sequence is still to be added to it; its place in the array is then to be filled.
     """
-    values = np.zeros(size * (4 + width), dtype=np.int32)
-    columns, count = values[: 4 * size].reshape(4, size), len(sequences)
+    values = np.zeros(size * (COLUMNS + width), dtype=np.int32)
+    columns, count = values[: COLUMNS * size].reshape(COLUMNS, size), len(sequences)
     last = np.array([len(sequence.tokens) for sequence in sequences]) - 1 + ahead
     columns[0, :count] = [sequence.tokens[-1] for sequence in sequences]
     columns[1, :count] = last
@@ -141,8 +153,13 @@ def _decode_inputs(sequences: Sequence[Running], size: int, width: int, ahead: i
     pages = np.array([sequence.pages[-1] for sequence in sequences])
     columns[3, :count] = pages * PAGE_SIZE + last % PAGE_SIZE
     columns[3, count:] = -1
-    values[4 * size :].reshape(size, width)[:count] = _page_table(sequences, width)
+    columns[4, :count] = [sequence.adapter for sequence in sequences]
+    values[COLUMNS * size :].reshape(size, width)[:count] = _page_table(sequences, width)
     return values
+
+
+def _is_mixed(sequences: Sequence[Running]) -> bool:
+    return any(sequence.request.adapter is not None for sequence in sequences)
 
 
 def _page_table(sequences: Sequence[Running], width: int) -> np.ndarray:
@@ -163,9 +180,9 @@ def _rounded(sequences: int) -> int:
 class _Graph:
     """A decode step of fixed size as a CUDA graph. Its inputs are copied to where it reads them."""
 
-    def __init__(self, runner: Runner, size: int, width: int) -> None:
+    def __init__(self, runner: Runner, size: int, width: int, is_mixed: bool) -> None:
         self.runner, self.size = runner, size
-        shape = size * (4 + width)
+        shape = size * (COLUMNS + width)
         self.staged = [torch.zeros(shape, dtype=torch.int32, pin_memory=True) for _ in range(2)]
         """Used in turn: the copy of one may still wait for the previous step when the next is filled."""
         self.inputs = torch.zeros(shape, dtype=torch.int32, device=runner.device)
@@ -173,11 +190,11 @@ class _Graph:
         self.x = runner._embed(self.inputs, size).clone()
         self.graph = torch.cuda.CUDAGraph()
         for _ in range(2):  # compiles kernels and allocates workspaces, which a capture cannot
-            runner.decode_logits(self.inputs, size, self.x)
+            runner.decode_logits(self.inputs, self.x, is_mixed)
         torch.cuda.synchronize(runner.device)
         pool = next((each.graph.pool() for each in runner.graphs.values()), None)
         with torch.cuda.graph(self.graph, pool=pool):
-            self.logits = runner.decode_logits(self.inputs, size, self.x)
+            self.logits = runner.decode_logits(self.inputs, self.x, is_mixed)
 
     def run(self, inputs: np.ndarray, newest: torch.Tensor | None) -> torch.Tensor:
         """Return the logits, fp32 (S, V); the next run of any graph overwrites them."""

@@ -37,7 +37,8 @@ class Root(NamedTuple):
 class Running:
     """A request while it runs. tokens: the prompt and the answer so far. cached: how many have keys and values.
 
-    new_tokens: the most that the answer may have; 0 for a text that is only scored, at `positions`.
+    new_tokens: the most that the answer may have; 0 for a text that is only scored, at `positions`. adapter: its index
+    among the model's adapters; -1 for none.
     """
 
     number: int
@@ -45,6 +46,7 @@ class Running:
     tokens: list[int]
     new_tokens: int
     positions: Sequence[int] = ()
+    adapter: int = -1
     root: Root = field(default_factory=lambda: Root(None))
     cached: int = 0
     pages: list[int] = field(default_factory=list)

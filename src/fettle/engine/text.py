@@ -73,10 +73,14 @@ class Engine:
         *,
         raw: bool = False,
         system: str | None = None,
+        adapter: str | None = None,
     ) -> list[str]:
-        """Return the answer to each prompt, without the prompt."""
+        """Return the answer to each prompt, without the prompt.
+
+        adapter: the name of one that the model has (`fettle.attach`); None: the active one; "": the base alone.
+        """
         texts = [self.text_of(prompt, raw=raw, system=system) for prompt in prompts]
-        return self.complete(texts, sampling, is_rendered=self.is_chat(raw))
+        return self.complete(texts, sampling, is_rendered=self.is_chat(raw), adapter=adapter)
 
     def stream(
         self,
@@ -85,16 +89,17 @@ class Engine:
         *,
         raw: bool = False,
         system: str | None = None,
+        adapter: str | None = None,
     ) -> Iterator[str]:
         """Yield the answer to one prompt in pieces, as it is generated; closing the iterator stops it."""
         tokens = self.encode(self.text_of(prompt, raw=raw, system=system), is_rendered=self.is_chat(raw))
         pieces = Pieces(self.tokenizer, tokens)
-        for event in self.tokens.stream(self.request(tokens, sampling)):
+        for event in self.tokens.stream(self.request(tokens, sampling, adapter)):
             if event.finish != "stop":
                 yield pieces.add(event.token)
         yield pieces.rest()
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
+    def score(self, pairs: Sequence[tuple[str, str]], *, adapter: str | None = None) -> list[Likelihood]:
         """Return how likely each completion is after its prompt, both taken as they are, without a chat template."""
         requests = []
         for prompt, completion in pairs:
@@ -102,7 +107,8 @@ class Engine:
             tokens = self.encode(prompt + completion, is_rendered=False)
             if not 0 < len(before) < len(tokens):
                 raise UserError("The prompt or the completion has no tokens; give both at least one word.")
-            requests.append(ScoreRequest(tokens=tokens, positions=range(len(before), len(tokens))))
+            positions = range(len(before), len(tokens))
+            requests.append(ScoreRequest(tokens=tokens, positions=positions, adapter=adapter))
         return [
             Likelihood(
                 float(scores.log_probs.double().sum()),
@@ -120,6 +126,7 @@ class Engine:
         is_rendered: bool,
         on_answer: Callable[[int, str], None] | None = None,
         numbers: Sequence[int] | None = None,
+        adapter: str | None = None,
     ) -> list[str]:
         """Return the continuation of each text, in order; with a seed, that of text n is drawn with seed + n.
 
@@ -132,9 +139,9 @@ class Engine:
         for number, tokens in zip(numbers or range(len(prompts)), prompts, strict=True):
             if sampling.seed is not None and number:
                 seed = (sampling.seed + number) % 2**32
-                requests.append(self.request(tokens, replace(sampling, seed=seed)))
+                requests.append(self.request(tokens, replace(sampling, seed=seed), adapter))
             else:
-                requests.append(self.request(tokens, sampling))
+                requests.append(self.request(tokens, sampling, adapter))
         running = [Answer() for _ in prompts]
         answers = [""] * len(prompts)
 
@@ -175,9 +182,9 @@ class Engine:
         ids: list[int] = self.tokenizer(text, add_special_tokens=not is_rendered, verbose=False)["input_ids"]
         return ids
 
-    def request(self, tokens: Sequence[int], sampling: Sampling) -> Request:
+    def request(self, tokens: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Request:
         """Return the request to continue `tokens` until an end-of-turn or end-of-text token."""
-        return Request(tokens=tokens, sampling=sampling, stops=self.stops)
+        return Request(tokens=tokens, sampling=sampling, stops=self.stops, adapter=adapter)
 
     def _text_of(self, prompt: Sequence[int], answer: Answer) -> str:
         tokens = answer.tokens[:-1] if answer.finish == "stop" else answer.tokens

@@ -15,6 +15,7 @@ import psutil
 import torch
 from peft import PeftModel
 
+from fettle.adapters.lora import require_mixable
 from fettle.engine.base import OnDistribution, TokenEngine, not_finite
 from fettle.engine.pages import PAGE_SIZE, PagePool
 from fettle.engine.request import Event, Request, ScoreRequest, Scores
@@ -107,6 +108,7 @@ class TorchEngine(TokenEngine):
             list(request.tokens),
             new_tokens,
             positions,
+            adapter=self._adapter_index(request.adapter),
             random=Random(request.sampling.seed),
         )
         self._scheduler.add(sequence)
@@ -114,9 +116,20 @@ class TorchEngine(TokenEngine):
         self._submitted += 1
         return sequence.number
 
+    def _adapter_index(self, name: str | None) -> int:
+        """Return the adapter's index among the model's; -1 for none. Raises UserError if the model has none like it."""
+        adapters = self._runner.adapters
+        if name is not None and isinstance(self.model, PeftModel):
+            require_mixable(self.model)
+        name = adapters.active if name is None else name
+        if name and name not in adapters.names:
+            known = f"it has {', '.join(adapters.names)}" if adapters.names else "it has none"
+            raise UserError(f"{self.name} has no adapter {name!r}; {known}.")
+        return adapters.names.index(name) if name else -1
+
     def _root_of(self, sequence: Running) -> Root:
         is_long, longest = self.decoder.model.rotary_emb.factors_for(len(sequence.tokens))
-        return Root((sequence.request.adapter, is_long), longest)
+        return Root((sequence.adapter, self._runner.adapters.version(), is_long), longest)
 
     # --- steps ---------------------------------------------------------------------------------------------
 

@@ -102,7 +102,7 @@ def lora_linear(
 def lora_linears(x: torch.Tensor, layers: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
     """Return the outputs of layers that share the input x (..., inputs); only x and the adapters get gradients."""
     if not torch.is_grad_enabled():
-        return _compute(x, _rows(x, has_gradient=False), layers)[0]
+        return _compute(x, product_rows(x, has_gradient=False), layers)[0]
     updates = [layer.update for layer in layers if layer.update is not None]
     adapters = [update.a for update in updates] + [update.b for update in updates]
     outputs: tuple[torch.Tensor, ...] = _LoraLinears.apply(x, tuple(layers), *adapters)
@@ -114,7 +114,7 @@ def _compute(
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """Return the layers' outputs, shaped and typed as x (..., inputs), and the middles of their updates.
 
-    rows: x as `_rows` returns it.
+    rows: x as `product_rows` returns it.
     """
     middles = _middles(rows, _updates(layers))
     remaining, outputs = iter(middles), []
@@ -131,7 +131,7 @@ class _LoraLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, layers: tuple[Projection, ...], *adapters: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        outputs, middles = _compute(x, _rows(x, has_gradient=any(ctx.needs_input_grad)), layers)
+        outputs, middles = _compute(x, product_rows(x, has_gradient=any(ctx.needs_input_grad)), layers)
         ctx.layers = layers
         ctx.save_for_backward(x, *adapters, *(middle.to(x.dtype) for middle in middles))
         return outputs
@@ -141,7 +141,7 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         layers, (x, *saved) = ctx.layers, ctx.saved_tensors
         updates = _updates(layers)
-        rows = _rows(x)  # (T, inputs)
+        rows = product_rows(x)  # (T, inputs)
         # saved: all A, all B, then all middles (T, rank)
         middles = [middle.to(rows.dtype) for middle in saved[2 * len(updates) :]]
         flat = [grad.reshape(-1, grad.shape[-1]).to(rows.dtype) for grad in grads]  # (T, outputs)
@@ -175,7 +175,7 @@ def frozen_linear(
         return F.linear(rows, matrix, None if bias is None else bias.to(rows.dtype))
 
 
-def _rows(x: torch.Tensor, *, has_gradient: bool = True) -> torch.Tensor:
+def product_rows(x: torch.Tensor, *, has_gradient: bool = True) -> torch.Tensor:
     """Return x as (T, inputs), in the dtype of its products."""
     rows = x.reshape(-1, x.shape[-1])
     return rows.to(product_dtype(rows, has_gradient=has_gradient))
