@@ -26,6 +26,7 @@ from fettle.engine.request import Request, Sampling, ScoreRequest
 from fettle.engine.torch_engine import TorchEngine
 from fettle.models.decoder import causal_lm_class
 from fettle.models.rope import DecoderRotaryEmbedding
+from fettle.ops.dispatch import best_product_dtype
 from fettle.ops.nf4 import nf4_quantize
 from fettle.quantization.layers import plain_linears
 from fettle.quantization.nf4 import Nf4Linear
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--stock", action="store_true", help="time transformers too (not with --nf4)")
     parser.add_argument("--many", type=int, default=64, help="requests of the case `many`")
     parser.add_argument("--prompt", type=int, default=4096, help="tokens of the case `prompt`")
+    parser.add_argument("--new", type=int, default=NEW, help="new tokens per request")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="print where the time of `one` goes")
     parser.add_argument("--out", type=Path, help="append the figures to this JSON file")
@@ -148,11 +150,13 @@ def measure(
     found = {}
     if "one" in cases:
         first = best(options.rounds, generate, lambda: ([tokens(PROMPT)], 1))
-        rest = best(options.rounds, generate, lambda: ([tokens(PROMPT)], NEW)) - first
-        found["one"] = (NEW - 1) / rest
+        rest = best(options.rounds, generate, lambda: ([tokens(PROMPT)], options.new)) - first
+        found["one"] = (options.new - 1) / rest
     if "many" in cases:
-        seconds = best(options.rounds, lambda: generate([tokens(PROMPT) for _ in range(options.many)], NEW))
-        found["many"] = options.many * NEW / seconds
+        seconds = best(
+            options.rounds, lambda: generate([tokens(PROMPT) for _ in range(options.many)], options.new)
+        )
+        found["many"] = options.many * options.new / seconds
     if "prompt" in cases:
         found["prompt_ms"] = 1000 * best(options.rounds, generate, lambda: ([tokens(options.prompt)], 1))
     if "choices" in cases:
@@ -185,10 +189,12 @@ def products_seconds(model: Any, count: int) -> float:
     """Return the seconds for the bare products of `count` prompt tokens: one layer's, times the layers."""
     layer = model.model.layers[0]
     shapes = [(m.out_features, m.in_features) for m in layer.modules() if isinstance(m, nn.Linear)]
-    work = []
-    for outputs, inputs in shapes:
-        w = torch.randn(outputs, inputs, dtype=torch.bfloat16, device=model.device)
-        work.append((torch.randn(count, inputs, dtype=torch.bfloat16, device=model.device), w))
+    # a CPU without bf16 arithmetic multiplies faster in fp32
+    kind = {"dtype": best_product_dtype(model.device.type, torch.bfloat16), "device": model.device}
+    work = [
+        (torch.randn(count, inputs, **kind), torch.randn(outputs, inputs, **kind))
+        for outputs, inputs in shapes
+    ]
     return len(model.model.layers) * best(3, lambda: [x @ w.T for x, w in work])
 
 
@@ -230,8 +236,10 @@ def measure_stock(
         prompts = [tokens(PROMPT) for _ in range(options.many)]
         try:
             with torch.no_grad():
-                seconds = best(1, lambda: stock.generate_batch(prompts, generation_config=settings(NEW)))
-            found["many_continuous"] = options.many * NEW / seconds
+                seconds = best(
+                    1, lambda: stock.generate_batch(prompts, generation_config=settings(options.new))
+                )
+            found["many_continuous"] = options.many * options.new / seconds
         except Exception as error:  # it needs optional packages on some machines
             found["many_continuous"] = f"{type(error).__name__}: {str(error)[:200]}"
     return found

@@ -15,9 +15,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: dict[str, Any]) -> None:
     from fettle.cli.conversation import chat
-    from fettle.engine.load import load
-    from fettle.engine.text import Engine
+    from fettle.cli.open_engine import open_engine
 
     chosen = sampling(options)
-    model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
-    chat(Engine(model, tokenizer), chosen, system=options["system"])
+    chat(open_engine(options), chosen, system=options["system"])

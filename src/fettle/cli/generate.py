@@ -24,8 +24,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: dict[str, Any]) -> None:
-    from fettle.engine.load import load
-    from fettle.engine.text import Engine
+    from fettle.cli.open_engine import open_engine
 
     chosen = sampling(options)
     how = {name: options[name] for name in ("raw", "system")}
@@ -35,24 +34,22 @@ def run(options: dict[str, Any]) -> None:
     if options["output"] is not None:
         raise UserError("--output needs --prompts; the completion of a single --prompt is printed.")
     prompt = _prompt(options["prompt"])
-    model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
-    terminal.print_result(Engine(model, tokenizer).generate([prompt], chosen, **how)[0])
+    terminal.print_result(open_engine(options).generate([prompt], chosen, **how)[0])
 
 
 def _answer_file(options: dict[str, Any], chosen: Any, how: dict[str, Any]) -> None:
     from fettle.cli.answer_file import AnswerFile, settings_of
     from fettle.cli.display import Display
-    from fettle.engine.load import load
-    from fettle.engine.text import Engine
+    from fettle.cli.open_engine import open_engine
 
     if options["output"] is None:
         raise UserError("--prompts needs --output, the file for the answers.")
     settings = settings_of(options["model"], chosen, dtype=options["dtype"], **how)
     output = Path(options["output"])
     file = AnswerFile(Path(options["prompts"]), output, overwrite=options["overwrite"], settings=settings)
-    model, tokenizer = load(options["model"], dtype=options["dtype"], device=options["device"])
+    engine = open_engine(options)
     with Display(progress=terminal.console(stderr=True)) as report:
-        file.answer(Engine(model, tokenizer), chosen, **how, report=report)
+        file.answer(engine, chosen, **how, report=report)
     terminal.print_result(str(output))
 
 
