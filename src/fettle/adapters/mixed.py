@@ -60,10 +60,12 @@ class ModelAdapters:
             return None
         return self.active, layer.merged, *((name, id(a.weight)) for name, a in layer.lora_A.items())
 
-    def version(self) -> Hashable:
-        """Changes with `identity` and when an adapter is trained: kept keys and values are then void."""
-        layer = self._layer
-        if layer is None:
+    def fingerprint(self) -> Hashable:
+        """Changes with `identity` and when an adapter is trained: kept keys and values are then void.
+
+        It reads one layer's weights, since their `_version` does not tell: fused optimizers change them without it.
+        """
+        if self._layer is None:
             return None
-        weights = (a.weight for a in layer.lora_A.values())
-        return self.identity(), *(0 if weight.is_inference() else weight._version for weight in weights)
+        weights = [each.weight.detach() for each in self._layer.lora_B.values()]
+        return self.identity(), *(float(weight.double().square().sum()) for weight in weights)

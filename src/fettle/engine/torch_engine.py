@@ -6,7 +6,7 @@ sequences leave at once. The design follows Orca (Yu et al., 2022) and PagedAtte
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from random import Random
 from typing import cast
@@ -86,6 +86,8 @@ class TorchEngine(TokenEngine):
             root_of=self._root_of,
         )
         self._sequences: dict[int, Running] = {}
+        self._weights: Hashable = None
+        """A fingerprint: keys and values of other weights are not used again."""
         self._submitted = 0
         self._model_modules = list(model.modules())
         self._launched: _Launched | None = None
@@ -102,6 +104,7 @@ class TorchEngine(TokenEngine):
 
     def _add(self, request: Request, new_tokens: int, positions: Sequence[int] = ()) -> int:
         self.require_ids(request.tokens)
+        self._note_changes()
         sequence = Running(
             self._submitted,
             request,
@@ -129,7 +132,13 @@ class TorchEngine(TokenEngine):
 
     def _root_of(self, sequence: Running) -> Root:
         is_long, longest = self.decoder.model.rotary_emb.factors_for(len(sequence.tokens))
-        return Root((sequence.adapter, self._runner.adapters.version(), is_long), longest)
+        return Root((sequence.adapter, self._weights, is_long), longest)
+
+    def _note_changes(self) -> None:
+        """Note whether the model has been trained or switched since the last request, while none is running."""
+        if not self._sequences:
+            norm = float(self.decoder.model.norm.weight.detach().double().square().sum())
+            self._weights = norm, self._runner.adapters.fingerprint()
 
     # --- steps ---------------------------------------------------------------------------------------------
 
