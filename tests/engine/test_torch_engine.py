@@ -107,6 +107,34 @@ def test_greedy_answers_are_those_of_stock_generate(family, device):
         assert engine._scheduler.pool.free == engine._scheduler.pool.pages, "every page is given back"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", CONFIGS)
+def test_hundreds_of_random_requests(family):
+    """They arrive while others run, are cancelled at random, share beginnings, and find too few pages."""
+    stock, ours = stock_and_ours(family)
+    random = Random(family)
+    beginnings = [[random.randrange(1, 320) for _ in range(random.randrange(1, 90))] for _ in range(6)]
+    engine = TorchEngine(ours, running=9, cache_bytes=20 * PAGE_SIZE * cache_bytes_per_token(ours))
+    left, asked, answers = 300, {}, {}
+    while left or engine._sequences:
+        if left and random.random() < 0.4:
+            beginning = random.choice([[], *beginnings])
+            prompt = [*beginning, *(random.randrange(1, 320) for _ in range(random.randrange(1, 40)))]
+            new = random.randrange(1, 30)
+            number = engine.submit(Request(tokens=prompt, sampling=Sampling(max_new_tokens=new)))
+            asked[number], answers[number], left = (prompt, new), [], left - 1
+        elif asked and random.random() < 0.02:
+            number = random.choice(list(engine._sequences) or [-1])
+            engine.cancel(number)
+            asked.pop(number, None)
+        for event in engine.step():
+            answers[event.request].append(event.token)
+    assert engine._scheduler.pool.free == engine._scheduler.pool.pages
+    assert len(asked) > 250
+    for number, (prompt, new) in asked.items():
+        assert answers[number] == expected(stock, prompt, new)
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_scores_are_those_of_a_forward_pass(family):
     stock, ours = stock_and_ours(family)

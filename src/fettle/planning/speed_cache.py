@@ -1,6 +1,6 @@
 """Measured speeds in the user's cache: a device is measured once, and again after it or a library changes.
 
-    ~/.cache/fettle/speed.json     {"version": 2, "entries": {key: {"figures": ..., "was_busy": ...}}}
+    ~/.cache/fettle/speed.json     {"version": 3, "entries": {key: {"figures": ..., "was_busy": ...}}}
 
 A file that cannot be read, or that another version wrote, counts as empty. If it cannot be written, nothing is kept.
 """
@@ -20,7 +20,7 @@ import torch
 from fettle.errors import UserError
 from fettle.files import write_aside
 
-VERSION = 2
+VERSION = 3
 QUIET_CORES = 0.3
 """Other programs that use fewer cores than this do not disturb a measurement."""
 
