@@ -1,6 +1,7 @@
 """Of a folder with splits only the train split is read, and the reader says so."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -140,3 +141,9 @@ def test_one_json_file_may_hold_splits(tmp_path):
 def test_files_about_the_data_are_no_data(tmp_path):
     fill(tmp_path, "a.jsonl", "dataset_infos.json", "LICENSE.txt", "requirements.txt")
     assert taken(tmp_path) == ["a.jsonl"]
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError, match=r"rows\.jsonl: is not a regular file"):
+        read_rows(tmp_path / "rows.jsonl")

@@ -91,6 +91,8 @@ def _all_records(source: str | Path, reading: Reading) -> Iterator[tuple[Any, st
 
 
 def _content(path: Path, name: str) -> bytes:
+    if path.exists() and not path.is_file():  # reading it could wait for ever, and data are read twice
+        raise UserError(f"{name}: is not a regular file, but a pipe or a device; save its content as a file.")
     try:
         content = path.read_bytes()
     except OSError as error:
