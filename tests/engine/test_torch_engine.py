@@ -109,13 +109,13 @@ def test_greedy_answers_are_those_of_stock_generate(family, device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", CONFIGS)
-def test_hundreds_of_random_requests(family):
+def test_many_random_requests(family):
     """They arrive while others run, are cancelled at random, share beginnings, and find too few pages."""
     stock, ours = stock_and_ours(family)
     random = Random(family)
     beginnings = [[random.randrange(1, 320) for _ in range(random.randrange(1, 90))] for _ in range(6)]
     engine = TorchEngine(ours, running=9, cache_bytes=20 * PAGE_SIZE * cache_bytes_per_token(ours))
-    left, asked, answers = 300, {}, {}
+    left, asked, answers = 150, {}, {}
     while left or engine._sequences:
         if left and random.random() < 0.4:
             beginning = random.choice([[], *beginnings])
@@ -130,7 +130,7 @@ def test_hundreds_of_random_requests(family):
         for event in engine.step():
             answers[event.request].append(event.token)
     assert engine._scheduler.pool.free == engine._scheduler.pool.pages
-    assert len(asked) > 250
+    assert len(asked) > 120
     for number, (prompt, new) in asked.items():
         assert answers[number] == expected(stock, prompt, new)
 
