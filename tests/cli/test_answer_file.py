@@ -108,7 +108,7 @@ def test_rows_without_a_prompt_are_listed_before_the_model_is_loaded(generate, p
     refused = generate("--model", "/no/such/model")
     assert refused.code == 2
     for words in (
-        "line 2: has neither", "line 3: has neither", "line 4: has `prompt` and `messages`",
+        "line 2: has no `prompt`", "(its columns: `text`)", "line 4: has `prompt` and `messages`",
         "line 5: is the number 3", "line 6: `messages` does not end with a user turn",
     ):  # fmt: skip
         assert words in refused.err
@@ -126,3 +126,39 @@ def test_options_that_do_not_go_together(cli, small_model, prompts, tmp_path):
     ):
         refused = cli("generate", "--model", small_model, *words)
         assert refused.code == 2 and message in refused.err, refused.err
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": 5}, "`prompt` is the number 5; expected a text"),
+        ({"prompt": "a", "answer": "gold"}, "has a column `answer`, which the output would replace"),
+        ({"prompt": "a", "system": "Be brief."}, "has a column `system`, which is not used"),
+    ],
+)
+def test_a_column_is_never_lost(generate, prompts, row, words):
+    prompts.write_text(json.dumps(row) + "\n")
+    refused = generate()
+    assert refused.code == 2 and words in refused.err
+
+
+def test_prompts_that_are_too_long_are_listed_before_the_first_answer(generate, prompts, tmp_path):
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Say 3.", "a " * 9000)))
+    refused = generate()
+    assert refused.code == 2 and "row 2: The prompt's" in refused.err
+    prompts.write_text(json.dumps({"prompt": "Say 3."}) + "\n")
+    assert generate().code == 0, "nothing of the refused run is in the way"
+    assert not (tmp_path / "answers.jsonl.unfinished").exists()
+
+
+def test_a_new_folder_and_text_that_utf8_cannot_hold(generate, prompts, tmp_path):
+    prompts.write_text('{"prompt": "Say 3.", "id": "\\ud800"}\n')
+    assert generate(output="new/answers.jsonl").code == 0
+    (row,) = (tmp_path / "new" / "answers.jsonl").read_text().splitlines()
+    assert json.loads(row)["id"] == "\ud800"
+
+
+def test_a_place_that_cannot_be_written(generate, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused = generate(output="file/answers.jsonl")
+    assert refused.code == 2 and "file" in refused.err and "Traceback" not in refused.err

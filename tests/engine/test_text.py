@@ -154,3 +154,35 @@ def test_room_in_the_context(loaded):
 def test_a_sampling_that_cannot_be_meant(values):
     with pytest.raises(UserError, match=f"^{next(iter(values))} is"):
         Sampling(**values)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"running": -1}, "running is -1; expected a whole number from 1 on"),
+        ({"running": 0}, "running is 0"),
+        ({"cache_bytes": 1e8}, r"cache_bytes is 100000000\.0"),
+    ],
+)
+def test_sizes_that_are_none(loaded, options, words):
+    with pytest.raises(UserError, match=words):
+        Engine(*loaded, **options)
+
+
+def test_prompts_that_are_none(loaded):
+    engine = Engine(*loaded)
+    with pytest.raises(UserError, match="prompts is one text; expected a list"):
+        engine.generate("Hi")
+    with pytest.raises(UserError, match="not valid text"):
+        engine.generate(["caf\udce9"])
+    with pytest.raises(UserError, match="not valid text"):
+        engine.generate(["Hi"], system="caf\udce9")
+    with pytest.raises(UserError, match="has no token of its own"):
+        engine.score([("Say", "")])
+
+
+def test_more_candidates_than_the_vocabulary_has(loaded):
+    options = {"max_new_tokens": 4, "temperature": 1.0, "seed": 3}
+    all_of_them = loaded[0].config.vocab_size
+    answers = [Engine(*loaded).generate(PROMPTS, Sampling(**options, top_k=k)) for k in (all_of_them, 2**63)]
+    assert answers[0] == answers[1]

@@ -1,8 +1,10 @@
 """The engine answers and scores as stock transformers does, whatever else runs at the same time."""
 
+import json
 import math
 from collections import Counter
 from contextlib import nullcontext
+from itertools import zip_longest
 from random import Random
 
 import pytest
@@ -240,6 +242,57 @@ def test_several_adapters_in_one_batch(adapters, device):
     assert third == expected(model, text * 3, 10)
 
 
+def test_adapters_on_other_layers(adapters):
+    """Neither the first nor any other layer has both."""
+    save_adapter(adapt(stock_and_ours("llama")[1], target_modules=["down_proj"]), adapters / "down")
+    for names in (["b", "down"], ["down", "b"]):
+        model = stock_and_ours("llama")[1]
+        for name in names:
+            model = attach(model, adapters / name, name=name)
+        requests = [
+            Request(tokens=[5, 6, 7], sampling=Sampling(max_new_tokens=6), adapter=name)
+            for name in (*names, None)
+        ]
+        wanted = []
+        for name in (*names, names[0]):
+            model.set_adapter(name)
+            wanted.append(expected(model, [5, 6, 7], 6))
+        model.set_adapter(names[0])
+        assert [answer.tokens for answer in TorchEngine(model).generate(requests)] == wanted
+
+
+def test_an_adapter_brings_the_context_it_was_trained_for(tmp_path):
+    for name, context in (("long", 200), ("short", None)):
+        save_adapter(adapt(stock_and_ours("phi3")[1]), tmp_path / name)
+        facts = {"base_fingerprint": "x", "quantization": None, "context_tokens": context}
+        (tmp_path / name / "fettle.json").write_text(json.dumps(facts))
+    model = attach(stock_and_ours("phi3")[1], tmp_path / "long")
+    assert model.get_base_model().model.rotary_emb.context_tokens == 200
+    with pytest.raises(UserError, match=r"trained for a context of None tokens, .* one of 200"):
+        attach(model, tmp_path / "short", name="other")
+
+
+def test_streams_and_jobs_take_turns():
+    """Each gets its own tokens, whoever computes the step."""
+    _, ours = stock_and_ours("llama")
+    prompts = prompts_of(6)
+    requests = [Request(tokens=p, sampling=Sampling(max_new_tokens=5 + 3 * n)) for n, p in enumerate(prompts)]
+    wanted = [answer.tokens for answer in TorchEngine(ours).generate(requests)]
+    engine = TorchEngine(ours)
+    streams = [engine.stream(request) for request in requests[:3]]
+    found = [[next(stream).token] for stream in streams]
+    assert [answer.tokens for answer in engine.generate(requests[3:])] == wanted[3:]
+    text = prompts[0] * 3
+    scored = [ScoreRequest(tokens=text, positions=[len(text) - 1])]
+    (scores,) = engine.score(scored)
+    for events in zip_longest(*streams):
+        for number, event in enumerate(events):
+            found[number] += [] if event is None else [event.token]
+    assert found == wanted[:3]
+    assert torch.equal(scores.log_probs, TorchEngine(ours).score(scored)[0].log_probs)
+    assert not engine._undelivered
+
+
 def test_adapters_that_cannot_be_used(adapters):
     _, ours = stock_and_ours("llama")
     with pytest.raises(UserError, match="has no adapter 'a'; it has none"):
@@ -253,6 +306,8 @@ def test_adapters_that_cannot_be_used(adapters):
     with pytest.raises(UserError, match="belongs to another model"):
         attach(model, adapters / "other", name="c")
     assert list(model.peft_config) == ["a"]
+    with pytest.raises(UserError, match=r"'v1\.5' cannot be the name of an adapter"):
+        attach(model, adapters / "b", name="v1.5")
     model.add_adapter("dora", LoraConfig(use_dora=True, target_modules=["q_proj"]))
     with pytest.raises(UserError, match="'dora' is more than plain LoRA"):
         TorchEngine(model).submit(Request(tokens=[1], adapter="a"))

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fettle.adapters.mixed import MixedAdapters, current_mixed
+from fettle.checkpoints.adapter_facts import read_facts
 from fettle.checkpoints.folder import ADAPTER_WEIGHTS, read_adapter_config
 from fettle.checkpoints.safetensors_header import read_places
 from fettle.errors import UserError, option, reason_of
@@ -168,6 +169,10 @@ def attach(
     the adapter.
     """
     folder = Path(folder)
+    if not name or "." in name:
+        raise UserError(
+            f"{name!r} cannot be the name of an adapter; expected letters and digits, without dots."
+        )
     read_adapter_config(folder)
     shapes = shapes_in(folder)
     is_first = not isinstance(model, PeftModel)
@@ -176,6 +181,7 @@ def attach(
     _use_our_layer(config)
     if not is_first and name in model.peft_config:
         raise UserError(f"{folder}: the model already has an adapter {name!r}; give this one another name.")
+    _require_context(model, folder, is_first)
     with _values_of(folder):
         if is_first:
             adapted = PeftModel.from_pretrained(model, str(folder), name, is_trainable, config=config)
@@ -190,6 +196,21 @@ def attach(
             adapted.delete_adapter(name)
         raise
     return adapted.train(is_trainable)  # wrapper and base alike
+
+
+def _require_context(model: PreTrainedModel | PeftModel, folder: Path, is_first: bool) -> None:
+    """Use the LongRoPE factors that the adapter was trained with. Raises UserError if another adapter needs others."""
+    facts = read_facts(folder)
+    base = model if is_first else model.get_base_model()
+    if facts is None or not hasattr(base, "set_context"):
+        return
+    if is_first:
+        base.set_context(facts.context_tokens)
+    elif facts.context_tokens != (found := base.model.rotary_emb.context_tokens):
+        raise UserError(
+            f"{folder}: the adapter was trained for a context of {facts.context_tokens} tokens, the model's other "
+            f"adapter for one of {found}, and LongRoPE's factors depend on it: they cannot share a base."
+        )
 
 
 def require_mixable(model: PeftModel) -> None:

@@ -37,35 +37,43 @@ def current_mixed() -> MixedAdapters | None:
 
 
 class ModelAdapters:
-    """The LoRA adapters of a model, as its first adapted layer has them; cheap to ask in every step."""
+    """The LoRA adapters of a model, each as the first layer that it adapts has it; cheap to ask in every step."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layer = next((module for module in model.modules() if isinstance(module, LoraLayer)), None)
+        self._model = model
+        self._layers: dict[str, LoraLayer] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
-        return () if self._layer is None else tuple(self._layer.lora_A)
+        return tuple(getattr(self._model, "peft_config", ()))
 
     @property
     def active(self) -> str:
         """The adapter that the model runs with by itself; "" if there is none, or it is switched off."""
-        layer = self._layer
-        is_off = layer is None or layer.disable_adapters or not layer.active_adapters
-        return "" if layer is None or is_off else str(layer.active_adapters[0])
+        layers = self._first_layers()
+        if not layers or next(iter(layers.values())).disable_adapters:
+            return ""
+        return str(self._model.active_adapter)
 
     def identity(self) -> Hashable:
         """Changes when an adapter is added, replaced, merged, or switched on or off: recorded graphs are then void."""
-        layer = self._layer
-        if layer is None:
-            return None
-        return self.active, layer.merged, *((name, id(a.weight)) for name, a in layer.lora_A.items())
+        layers = self._first_layers().items()
+        return self.active, *((name, layer.merged, id(layer.lora_A[name].weight)) for name, layer in layers)
 
     def fingerprint(self) -> Hashable:
         """Changes with `identity` and when an adapter is trained: kept keys and values are then void.
 
         It reads one layer's weights, since their `_version` does not tell: fused optimizers change them without it.
         """
-        if self._layer is None:
-            return None
-        weights = [each.weight.detach() for each in self._layer.lora_B.values()]
+        weights = [layer.lora_B[name].weight.detach() for name, layer in self._first_layers().items()]
         return self.identity(), *(float(weight.double().square().sum()) for weight in weights)
+
+    def _first_layers(self) -> dict[str, LoraLayer]:
+        if tuple(self._layers) != self.names:
+            adapted = [module for module in self._model.modules() if isinstance(module, LoraLayer)]
+            self._layers = {
+                name: layer
+                for name in self.names
+                for layer in [next(each for each in adapted if name in each.lora_A)]
+            }
+        return self._layers

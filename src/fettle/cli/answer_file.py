@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from fettle import terminal
 from fettle.data import PromptRow, read_prompts
+from fettle.data.rows import BadRows
 from fettle.engine.request import Sampling
 from fettle.engine.text import Engine
 from fettle.errors import Interrupted, UserError, option
@@ -44,6 +45,7 @@ class AnswerFile:
     ) -> None:
         """Answer what is left and write the output."""
         texts = [engine.text_of(row.prompt, raw=raw, system=system) for row in self.rows]
+        self._require_room(engine, texts, sampling, engine.is_chat(raw))
         left = [n for n in range(len(texts)) if n not in self.answers]
         if self.answers:
             terminal.print_message(f"{len(self.answers):,} of {len(texts):,} answers are kept from before")
@@ -64,15 +66,26 @@ class AnswerFile:
             )
         with (
             write_aside(self.output, replace=self.overwrite) as aside,
-            open(aside, "w", encoding="utf-8") as file,
+            open_text(aside) as file,
         ):
             for number, row in enumerate(self.rows):
                 _write_line(file, {**row.row, "answer": self.answers[number]})
         self.unfinished.unlink(missing_ok=True)
 
+    def _require_room(self, engine: Engine, texts: list[str], sampling: Sampling, is_rendered: bool) -> None:
+        """Raise BadRows with all prompts that leave no room for an answer in the model's context."""
+        problems = []
+        for number, text in enumerate(texts, start=1):
+            try:
+                engine.tokens.new_tokens(len(engine.encode(text, is_rendered=is_rendered)), sampling)
+            except UserError as error:
+                problems.append(f"row {number}: {error}")
+        if problems:
+            raise BadRows(problems, len(texts))
+
     def _kept(self) -> dict[int, str]:
         """Return the answers of an earlier run. Raises UserError if they are to other prompts or settings."""
-        if not self.unfinished.exists():
+        if not self.unfinished.is_file():
             return {}
         lines = self.unfinished.read_bytes().splitlines(keepends=True)
         whole = [
@@ -83,6 +96,8 @@ class AnswerFile:
             answers = {int(each["row"]): str(each["answer"]) for each in found}
         except (ValueError, KeyError, TypeError):
             header, answers = None, {}
+        if not answers and header is not None:
+            return {}
         if header != self._header or not all(0 <= number < len(self.rows) for number in answers):
             raise UserError(
                 f"{self.unfinished} has answers to other prompts or with other options: repeat that command to finish "
@@ -94,7 +109,14 @@ class AnswerFile:
     def _log(self) -> Iterator[IO[str]]:
         """Open the file of finished answers; a shortage or Ctrl-C leaves it, complete to the last answer."""
         aside = sibling(self.unfinished, ".new")
-        with open(aside, "w", encoding="utf-8") as file:
+        try:
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            opened = open_text(aside)
+        except OSError as error:
+            raise UserError(
+                f"{aside} cannot be written ({error.strerror}); choose another {option('output')}."
+            ) from None
+        with opened as file:
             _write_line(file, self._header)
             for number, answer in self.answers.items():
                 _write_line(file, {"row": number, "answer": answer})
@@ -106,8 +128,16 @@ class AnswerFile:
 
 
 def settings_of(model: str, sampling: Sampling, **options: Any) -> dict[str, Any]:
-    """Return what the answers of a command depend on."""
-    return {"model": model, "sampling": asdict(sampling), **options}
+    """Return what the answers of a command depend on; of a local model also the sizes and times of its files."""
+    path = Path(model)
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return {"model": model, "files": stamps, "sampling": asdict(sampling), **options}
+
+
+def open_text(path: Path) -> IO[str]:
+    """Open a file for JSON lines; half of a surrogate pair, which UTF-8 has no bytes for, is written as its escape."""
+    return open(path, "w", encoding="utf-8", errors="backslashreplace")
 
 
 def _write_line(file: IO[str], row: dict[str, Any]) -> None:

@@ -60,6 +60,7 @@ class _Conversation:
         command, _, argument = words.partition(" ")
         if command in ("/reset", "/new"):
             self.turns = []
+            terminal.print_message("new conversation")
         elif command == "/system":
             self.system, self.turns = argument.strip() or None, []
             terminal.print_message("new conversation" + (" with this system message" if self.system else ""))
@@ -98,6 +99,8 @@ class _Conversation:
         if not self.turns:
             raise UserError("there is nothing to save yet.")
         path = Path(name).expanduser()
+        if path.exists():
+            raise UserError(f"{path} already exists; choose another name.")
         require_new_file(path)
         with write_aside(path) as aside:
             row = json.dumps({"messages": self.messages}, ensure_ascii=False)

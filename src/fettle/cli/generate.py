@@ -33,6 +33,8 @@ def run(options: dict[str, Any]) -> None:
         return
     if options["output"] is not None:
         raise UserError("--output needs --prompts; the completion of a single --prompt is printed.")
+    if options["overwrite"]:
+        raise UserError("--overwrite needs --prompts and --output.")
     prompt = _prompt(options["prompt"])
     terminal.print_result(open_engine(options).generate([prompt], chosen, **how)[0])
 

@@ -1,4 +1,4 @@
-"""Prompts to answer, from a file in any of the formats of training data.
+"""Prompts to answer, from a file of any type that training data may have.
 
 A row has a `prompt`, or `messages` (or `conversations`) that end with the user's turn. Other columns are kept for the
 answers' file.
@@ -45,10 +45,22 @@ def _prompt(record: Any, where: str) -> PromptRow:
         raise record
     if not isinstance(record, Mapping):
         raise UserError(f"{where}: is {kind(record)}; expected an object with `prompt` or `messages`.")
+    for name, advice in (
+        ("answer", "which the output would replace: rename it"),
+        ("system", "which is not used: write it as the first of `messages`, or use --system"),
+    ):
+        if not is_absent(record.get(name)):
+            raise UserError(f"{where}: has a column `{name}`, {advice}.")
     given = [name for name in ("prompt", *TURNS) if not is_absent(record.get(name))]
-    if len(given) != 1:
-        found = " and ".join(f"`{name}`" for name in given) or "neither"
-        raise UserError(f"{where}: has {found}; expected either `prompt` or `messages`.")
+    if not given:
+        columns = ", ".join(f"`{str(name)[:40]}`" for name in list(record)[:8]) or "none"
+        raise UserError(
+            f"{where}: has no `prompt` and no `messages` with a text in it (its columns: {columns})."
+        )
+    if len(given) > 1:
+        raise UserError(
+            f"{where}: has {' and '.join(f'`{name}`' for name in given)}; expected only one of them."
+        )
     (name,) = given
     return PromptRow(_found(record[name], where, name), dict(record))
 
@@ -59,6 +71,8 @@ def _found(value: Any, where: str, name: str) -> str | tuple[Message, ...]:
         if not prompt.strip():
             raise UserError(f"{where}: `prompt` is empty; give at least one word.")
         return prompt
+    if name == "prompt" and not isinstance(value, list | tuple):
+        raise UserError(f"{where}: `prompt` is {kind(value)}; expected a text or a list of messages.")
     messages = turns(value, where, name)
     if not messages or messages[-1]["role"] != "user":
         raise UserError(f"{where}: `{name}` does not end with a user turn, so there is nothing to answer.")

@@ -1,8 +1,9 @@
 """What every engine offers: token ids in, token ids and log-probabilities out."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -69,9 +70,8 @@ class TokenEngine(ABC):
                 places[self.submit(request)] = place
             with self.ready():
                 while places:
-                    for event in self.step():
-                        if (place := places.get(event.request, -1)) < 0:
-                            continue
+                    for event in self._events_of(places):
+                        place = places[event.request]
                         answers[place].add(event)
                         if event.finish is not None:
                             del places[event.request]
@@ -82,18 +82,33 @@ class TokenEngine(ABC):
                 self.cancel(number)
         return answers
 
+    @cached_property
+    def _undelivered(self) -> dict[int, list[Event]]:
+        """New tokens, by request, that were computed while the caller waited for those of others."""
+        return {}
+
+    def _events_of(self, numbers: Container[int]) -> list[Event]:
+        """Compute one step unless there are undelivered tokens of the requests; return their new tokens."""
+        if not any(number in numbers for number in self._undelivered):
+            self._keep(self.step())
+        mine = [number for number in self._undelivered if number in numbers]
+        return [event for number in mine for event in self._undelivered.pop(number)]
+
+    def _keep(self, events: Sequence[Event]) -> None:
+        for event in events:
+            self._undelivered.setdefault(event.request, []).append(event)
+
     def stream(self, request: Request) -> Iterator[Event]:
         """Yield the new tokens of one request as they are computed; closing the iterator cancels it."""
         number, is_finished = self.submit(request), False
         try:
-            while (
-                not is_finished
-            ):  # not within `ready`, which changes the state of the caller between two tokens
-                for event in self.step():
-                    if event.request == number:
-                        is_finished = event.finish is not None
-                        yield event
+            # not within `ready`, which changes the state of the caller between two tokens
+            while not is_finished:
+                for event in self._events_of((number,)):
+                    is_finished = event.finish is not None
+                    yield event
         finally:
+            self._undelivered.pop(number, None)
             if not is_finished:
                 self.cancel(number)
 

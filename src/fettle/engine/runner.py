@@ -55,12 +55,11 @@ def _dtype_of(model: DecoderForCausalLM) -> torch.dtype:
 
 
 class Runner:
-    """Computes hidden states and logits for one model and one cache."""
+    """Computes hidden states and logits for one model, with its adapters, and one cache."""
 
-    def __init__(self, model: DecoderForCausalLM, cache: Cache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: DecoderForCausalLM, cache: Cache, adapters: ModelAdapters) -> None:
+        self.model, self.cache, self.adapters = model, cache, adapters
         self.device = model.device
-        self.adapters = ModelAdapters(model)
         self.graphs: dict[Hashable, _Graph] = {}
 
     def prefill(self, chunks: Sequence[Chunk]) -> torch.Tensor:

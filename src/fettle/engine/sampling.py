@@ -80,7 +80,7 @@ def _sample(logits: torch.Tensor, sequences: Sequence[Running], *, is_sorted: bo
     if is_sorted:
         scores, order = scores.sort(dim=-1, descending=True, stable=True)
         rank = torch.arange(scores.shape[1], device=logits.device)
-        most = column([each.top_k or scores.shape[1] for each in samplings])
+        most = column([min(each.top_k or scores.shape[1], scores.shape[1]) for each in samplings])
         scores = scores.masked_fill(rank >= most, -torch.inf)
     probs = scores.softmax(-1)
     if order is not None:

@@ -57,6 +57,9 @@ class Engine:
         cache_bytes: int | None = None,
         running: int | None = None,
     ) -> None:
+        for name, value in (("cache_bytes", cache_bytes), ("running", running)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"{name} is {value!r}; expected a whole number from 1 on, or None.")
         self.model, self.tokenizer = model, tokenizer
         self.tokens = token_engine(model, cache_bytes=cache_bytes, running=running)
         self.stops = frozenset(stop_ids(self.tokens.stop_tokens, tokenizer))
@@ -75,10 +78,12 @@ class Engine:
         system: str | None = None,
         adapter: str | None = None,
     ) -> list[str]:
-        """Return the answer to each prompt, without the prompt.
+        """Return the answer to each prompt, without the prompt; with a seed, that of prompt n is drawn with seed + n.
 
-        adapter: the name of one that the model has (`fettle.attach`); None: the active one; "": the base alone.
+        adapter: the name of one that the model has (`fettle.attach`); None: the active one; "": none.
         """
+        if isinstance(prompts, str):
+            raise UserError("prompts is one text; expected a list of prompts.")
         texts = [self.text_of(prompt, raw=raw, system=system) for prompt in prompts]
         return self.complete(texts, sampling, is_rendered=self.is_chat(raw), adapter=adapter)
 
@@ -106,7 +111,10 @@ class Engine:
             before = self.encode(prompt, is_rendered=False)
             tokens = self.encode(prompt + completion, is_rendered=False)
             if not 0 < len(before) < len(tokens):
-                raise UserError("The prompt or the completion has no tokens; give both at least one word.")
+                raise UserError(
+                    f"{completion[:40]!r} after {prompt[-40:]!r} has no token of its own, or the prompt has none: they "
+                    "must be split where a token ends, such as before a space."
+                )
             positions = range(len(before), len(tokens))
             requests.append(ScoreRequest(tokens=tokens, positions=positions, adapter=adapter))
         return [
@@ -162,6 +170,11 @@ class Engine:
     def text_of(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> str:
         """Return the text for the model to continue: the prompt in the chat template, or unchanged."""
         is_chat = self.is_chat(raw)
+        given = [prompt] if isinstance(prompt, str) else [str(turn.get("content", "")) for turn in prompt]
+        if any(_has_surrogate(text) for text in [*given, system or ""]):
+            raise UserError(
+                "The prompt is not valid text: it has bytes that are not UTF-8, or half of a character."
+            )
         if isinstance(prompt, str) and not prompt.strip():
             raise UserError("The prompt is empty; give at least one word.")
         if not is_chat:
@@ -259,6 +272,14 @@ def generate(
 ) -> str:
     """Return the completion of one prompt, without the prompt."""
     return Engine(model, tokenizer).generate([prompt], sampling, raw=raw, system=system)[0]
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def stop_ids(named: int | list[int] | None, tokenizer: Tokenizer) -> list[int]:

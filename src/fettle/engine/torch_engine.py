@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 
 from fettle.adapters.lora import require_mixable
+from fettle.adapters.mixed import ModelAdapters
 from fettle.engine.base import OnDistribution, TokenEngine, not_finite
 from fettle.engine.pages import PAGE_SIZE, PagePool
 from fettle.engine.request import Event, Request, ScoreRequest, Scores
@@ -78,7 +79,7 @@ class TorchEngine(TokenEngine):
                 if pages == 1:
                     raise
                 pages = max(1, pages // 2)
-        self._runner = Runner(self.decoder, cache)
+        self._runner = Runner(self.decoder, cache, ModelAdapters(model))
         self._scheduler = Scheduler(
             PagePool(pages),
             step_tokens=STEP_TOKENS[self.decoder.device.type],
@@ -168,7 +169,10 @@ class TorchEngine(TokenEngine):
             return self._collect(launched)
 
     def _prefill(self, chunks: list[Chunk]) -> list[Event]:
-        hidden = self._runner.prefill(chunks)
+        return self._first_tokens(chunks, self._runner.prefill(chunks))
+
+    def _first_tokens(self, chunks: list[Chunk], hidden: torch.Tensor) -> list[Event]:
+        """Choose the token after every complete prompt. hidden: the decoder's output at the chunks' tokens."""
         ends = [n for n, chunk in zip(_ends(chunks), chunks, strict=True) if chunk.is_last]
         sequences = [chunk.sequence for chunk in chunks if chunk.is_last]
         if not sequences:
@@ -219,8 +223,10 @@ class TorchEngine(TokenEngine):
                 while numbers:
                     chunks = self._scheduler.next_chunks()
                     hidden = self._runner.prefill(chunks)
+                    self._keep(self._first_tokens(chunks, hidden))  # of requests that wait at the same time
                     for chunk, end in zip(chunks, _ends(chunks), strict=True):
-                        number = numbers[chunk.sequence.number]
+                        if (number := numbers.get(chunk.sequence.number, -1)) < 0:
+                            continue
                         first = end + 1 - (chunk.end - chunk.begin)
                         for log_probs, scores in self._scored(chunk, hidden[first : end + 1]):
                             parts[number].append(scores)

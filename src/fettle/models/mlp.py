@@ -13,9 +13,6 @@ from fettle.ops.lora_mlp import MLP, Keep, lora_mlp
 from fettle.ops.matvec import Norm, matvec
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from fettle.models.layer import DecoderRMSNorm
