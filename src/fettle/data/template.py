@@ -70,12 +70,12 @@ def render_template(
         return _encodable(str(reply["text"]), tokenizer)
     if "refused" in reply:
         raise UserError(
-            f'the model\'s chat template refuses this chat: "{reply["refused"]}"; change or remove the row.'
+            f'the model\'s chat template refuses this chat: "{reply["refused"]}"; change or remove this chat.'
         )
     source = _source(tokenizer)
     if "failed" in reply:
         raise UserError(
-            f"{source}: the chat template fails on this chat ({reply['failed']}); change or remove the row."
+            f"{source}: the chat template fails on this chat ({reply['failed']}); change or remove this chat."
         )
     if "syntax" in reply:
         raise ModelFault(

@@ -117,7 +117,12 @@ class TokenEngine(ABC):
         if prompt_tokens == 0:
             raise UserError("The prompt has no tokens; give at least one word.")
         left = self.context_tokens - prompt_tokens
-        wanted = sampling.max_new_tokens or max(1, min(left, LONGEST_COMPLETION))
+        if left < 1:
+            raise UserError(
+                f"The prompt has {prompt_tokens} tokens, which leaves no room for an answer in the model's context of "
+                f"{self.context_tokens} tokens; shorten it."
+            )
+        wanted = sampling.max_new_tokens or min(left, LONGEST_COMPLETION)
         if wanted > left:
             raise UserError(
                 f"The prompt's {prompt_tokens} tokens and {wanted} new tokens ({option('max_new_tokens')}) exceed "

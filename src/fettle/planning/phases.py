@@ -7,6 +7,7 @@ than their gradients, and is not counted. On a GPU only training is counted.
 
 from fettle.engine.pages import PAGE_SIZE
 from fettle.engine.scheduler import MOST_RUNNING, STEP_TOKENS
+from fettle.ops.dispatch import FEW_ROWS
 from fettle.ops.lora_mlp import TILE_TOKENS
 from fettle.planning.costs import (
     Workload,
@@ -71,10 +72,17 @@ def answers_bytes(shapes: Shapes, work: Workload, count: int) -> int:
     if shapes.caps_logits:  # scores in two dtypes, capped scores and fp32 weights
         gathered += 12 * count * shapes.heads * work.answered_tokens
     logits = count * shapes.vocabulary * 4 * (5 if shapes.caps_logits else 3)
-    # a head in 16 bits is widened, or rearranged by a CPU that multiplies in 16 bits
-    head = shapes.vocabulary * shapes.hidden * work.product_item if work.item < 4 else 0
-    scratch = max(scratch_bytes(shapes, work), head)
+    scratch = max(scratch_bytes(shapes, work), _head_copy_bytes(shapes, work, count))
     return cache_bytes(shapes, work, count) + max(prompts, gathered) + logits + scratch
+
+
+def _head_copy_bytes(shapes: Shapes, work: Workload, rows: int) -> int:
+    """Return the bytes of a copy of the head for a product of `rows` rows.
+
+    A CPU that multiplies in 16 bits rearranges it; one that does not widens it, except for a few rows.
+    """
+    is_copied = work.item < 4 and (work.product_item == work.item or rows >= FEW_ROWS)
+    return shapes.vocabulary * shapes.hidden * work.product_item if is_copied else 0
 
 
 def most_answers(shapes: Shapes, work: Workload, base: int, peak: int) -> int:
