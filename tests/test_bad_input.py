@@ -541,7 +541,7 @@ def test_an_empty_prompt(refused, small_model, prompt, raw):
 
 def test_a_prompt_longer_than_the_context(cli, refused, small_model):
     words = ("generate", "--model", small_model, "--prompt", "Say " + "1 " * 300)
-    refused(*words, says=("prompt's 6", "256 tokens"))
+    refused(*words, says=("The prompt has 6", "no room for an answer", "256 tokens"))
     refused(*words, "--max-new-tokens", 5, says=("5 new tokens (--max-new-tokens)", "256 tokens"))
     ended = cli("chat", "--model", small_model, stdin="1 " * 300 + "\n")
     assert (ended.code, ended.out) == (0, "")

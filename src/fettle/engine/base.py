@@ -117,7 +117,7 @@ class TokenEngine(ABC):
         if prompt_tokens == 0:
             raise UserError("The prompt has no tokens; give at least one word.")
         left = self.context_tokens - prompt_tokens
-        if left < 1:
+        if left < 1 and sampling.max_new_tokens is None:
             raise UserError(
                 f"The prompt has {prompt_tokens} tokens, which leaves no room for an answer in the model's context of "
                 f"{self.context_tokens} tokens; shorten it."
