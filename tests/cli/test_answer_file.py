@@ -162,3 +162,14 @@ def test_a_place_that_cannot_be_written(generate, tmp_path):
     (tmp_path / "file").write_text("mine")
     refused = generate(output="file/answers.jsonl")
     assert refused.code == 2 and "file" in refused.err and "Traceback" not in refused.err
+
+
+@pytest.mark.parametrize("content", ['{"mine": 1}\n', "notes\n", ""])
+def test_a_file_of_the_users_own_is_not_replaced(generate, tmp_path, content):
+    (mine := tmp_path / "answers.jsonl.unfinished").write_text(content)
+    refused = generate()
+    assert refused.code == 2 and "answers.jsonl.unfinished" in refused.err
+    assert mine.read_text() == content
+    mine.unlink()
+    mine.mkdir()
+    assert generate().code == 2

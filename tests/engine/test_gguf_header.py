@@ -2,6 +2,8 @@
 
 import shutil
 import struct
+from collections.abc import Callable
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -82,40 +84,38 @@ def test_counts_beyond_the_file(file, at) -> None:
         GGUFFile(file)
 
 
-def test_byte_tokens_of_a_tokenizer_that_has_none(tmp_path) -> None:
-    """llama.cpp would abort the process."""
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["a", "b"])
-    writer.add_token_types([1, 6])
-    writer.add_tensor("token_embd.weight", np.zeros((2, 8), np.float32))
+def written(path: Path, *add: Callable[[gguf.GGUFWriter], None]) -> Path:
+    """A file of the architecture llama with these entries and tensors."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for each in add:
+        each(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UserError, match=r"m\.gguf is damaged \(it has byte tokens"):
-        read_header(tmp_path / "m.gguf")
+    return path
 
 
-def test_a_negative_epsilon(tmp_path) -> None:
-    """llama.cpp would abort the process when it runs the file."""
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_layer_norm_rms_eps(-1.0)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(UserError, match=r"layer_norm_rms_epsilon is -1\.0, expected a number of 0 or more"):
-        read_header(tmp_path / "m.gguf")
-
-
-def test_a_token_that_appears_twice(tmp_path) -> None:
-    """llama.cpp would abort the process."""
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_token_list(["a", "", "b", "", "a"])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    with pytest.raises(UserError, match=r"the token 'a' appears twice"):
-        read_header(tmp_path / "m.gguf")
+@pytest.mark.parametrize(
+    ("add", "fault"),
+    [
+        (
+            (
+                lambda writer: writer.add_tokenizer_model("gpt2"),
+                lambda writer: writer.add_token_list(["a", "b"]),
+                lambda writer: writer.add_token_types([1, 6]),
+                lambda writer: writer.add_tensor("token_embd.weight", np.zeros((2, 8), np.float32)),
+            ),
+            "it has byte tokens",
+        ),
+        (
+            (lambda writer: writer.add_layer_norm_rms_eps(-1.0),),
+            r"layer_norm_rms_epsilon is -1\.0, expected a number of 0 or more",
+        ),
+        ((lambda writer: writer.add_token_list(["a", "", "b", "", "a"]),), "the token 'a' appears twice"),
+    ],
+    ids=["byte tokens", "epsilon", "tokens"],
+)
+def test_what_llama_cpp_would_abort_at(tmp_path, add, fault) -> None:
+    with pytest.raises(UserError, match=rf"m\.gguf is damaged \(.*{fault}"):
+        read_header(written(tmp_path / "m.gguf", *add))

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -311,6 +311,20 @@ def test_adapters_that_cannot_be_used(adapters):
     model.add_adapter("dora", LoraConfig(use_dora=True, target_modules=["q_proj"]))
     with pytest.raises(UserError, match="'dora' is more than plain LoRA"):
         TorchEngine(model).submit(Request(tokens=[1], adapter="a"))
+
+
+def test_an_adapter_of_another_kind_than_lora_runs_by_itself():
+    _, ours = stock_and_ours("llama")
+    config = IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    adapted = get_peft_model(ours, config).eval()
+    for name, parameter in adapted.named_parameters():
+        if "ia3_l" in name:
+            torch.nn.init.normal_(parameter, mean=1.0)
+    prompt = prompts_of(3)[0]
+    request = Request(tokens=prompt, sampling=Sampling(max_new_tokens=8))
+    assert TorchEngine(adapted).generate([request])[0].tokens == expected(adapted, prompt, 8)
+    with pytest.raises(UserError, match="more than plain LoRA"):
+        TorchEngine(adapted).submit(Request(tokens=prompt, adapter="default"))
 
 
 SAMPLED = Sampling(max_new_tokens=12, temperature=1.5, top_k=40, top_p=0.95, seed=3)

@@ -182,18 +182,18 @@ def attach(
     if not is_first and name in model.peft_config:
         raise UserError(f"{folder}: the model already has an adapter {name!r}; give this one another name.")
     _require_context(model, folder, is_first)
-    with _values_of(folder):
-        if is_first:
-            adapted = PeftModel.from_pretrained(model, str(folder), name, is_trainable, config=config)
-        else:
-            adapted = model
-            adapted.add_adapter(name, config)
-            adapted.load_adapter(str(folder), name, is_trainable=is_trainable)
     try:
+        with _values_of(folder):
+            if is_first:
+                adapted = PeftModel.from_pretrained(model, str(folder), name, is_trainable, config=config)
+            else:
+                adapted = model
+                adapted.add_adapter(name, config)
+                adapted.load_adapter(str(folder), name, is_trainable=is_trainable)
         _require_all(adapted, shapes, folder, name)
     except UserError:
-        if not is_first:
-            adapted.delete_adapter(name)
+        if not is_first and name in model.peft_config:
+            model.delete_adapter(name)
         raise
     return adapted.train(is_trainable)  # wrapper and base alike
 

@@ -41,6 +41,7 @@ class ModelAdapters:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._known: tuple[str, ...] = ()
         self._layers: dict[str, LoraLayer] = {}
 
     @property
@@ -69,11 +70,10 @@ class ModelAdapters:
         return self.identity(), *(float(weight.double().square().sum()) for weight in weights)
 
     def _first_layers(self) -> dict[str, LoraLayer]:
-        if tuple(self._layers) != self.names:
-            adapted = [module for module in self._model.modules() if isinstance(module, LoraLayer)]
-            self._layers = {
-                name: layer
-                for name in self.names
-                for layer in [next(each for each in adapted if name in each.lora_A)]
-            }
+        if self._known != self.names:
+            self._known, self._layers = self.names, {}
+            for module in self._model.modules():
+                if isinstance(module, LoraLayer):
+                    for name in module.lora_A:
+                        self._layers.setdefault(name, module)
         return self._layers

@@ -85,19 +85,22 @@ class AnswerFile:
 
     def _kept(self) -> dict[int, str]:
         """Return the answers of an earlier run. Raises UserError if they are to other prompts or settings."""
-        if not self.unfinished.is_file():
+        if not self.unfinished.exists():
             return {}
+        if not self.unfinished.is_file():
+            raise UserError(
+                f"{self.unfinished} is not a file: remove it, or choose another {option('output')}."
+            )
         lines = self.unfinished.read_bytes().splitlines(keepends=True)
-        whole = [
-            line for line in lines if line.endswith(b"\n")
-        ]  # a killed process may leave part of the last one
+        # a killed process may leave part of the last one
+        whole = [line for line in lines if line.endswith(b"\n")]
         try:
             header, *found = (json.loads(line) for line in whole)
             answers = {int(each["row"]): str(each["answer"]) for each in found}
         except (ValueError, KeyError, TypeError):
             header, answers = None, {}
-        if not answers and header is not None:
-            return {}
+        if not answers and isinstance(header, dict) and header.keys() == self._header.keys():
+            return {}  # stopped before the first answer
         if header != self._header or not all(0 <= number < len(self.rows) for number in answers):
             raise UserError(
                 f"{self.unfinished} has answers to other prompts or with other options: repeat that command to finish "

@@ -13,7 +13,7 @@ from fettle.data.read import records
 from fettle.data.rows import BadRows
 from fettle.data.turns import Message, turns
 from fettle.data.values import is_absent, kind, text
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 
 TURNS = ("messages", "conversations")
 
@@ -47,7 +47,7 @@ def _prompt(record: Any, where: str) -> PromptRow:
         raise UserError(f"{where}: is {kind(record)}; expected an object with `prompt` or `messages`.")
     for name, advice in (
         ("answer", "which the output would replace: rename it"),
-        ("system", "which is not used: write it as the first of `messages`, or use --system"),
+        ("system", f"which is not used: write it as the first of `messages`, or use {option('system')}"),
     ):
         if not is_absent(record.get(name)):
             raise UserError(f"{where}: has a column `{name}`, {advice}.")

@@ -80,6 +80,7 @@ class TokenEngine(ABC):
         finally:
             for number in places:
                 self.cancel(number)
+                self._undelivered.pop(number, None)
         return answers
 
     @cached_property

@@ -49,8 +49,6 @@ def load_weights(
     model = load_model(ref.base, name=ref.base_name, dtype=dtype, device=where, quantization=quantization)
     if ref.kind == "checkpoint":
         return model, tokenizer
-    if ref.facts is not None:
-        model.set_context(ref.facts.context_tokens)
     fit_vocabulary(model, ref.stored.config.vocab_size, ref.shapes)
     return attach(model, ref.path).eval(), tokenizer
 

@@ -70,9 +70,8 @@ class TorchEngine(TokenEngine):
                     f"give it at least {per_page:,} bytes."
                 )
         cache = make_cache(self.decoder, pages) if cache_bytes is not None else None
-        while (
-            cache is None
-        ):  # less may be allowed than is free: by a limit of the process or of its container
+        # less may be allowed than is free: by a limit of the process or of its container
+        while cache is None:
             try:
                 cache = make_cache(self.decoder, pages)
             except RuntimeError:  # torch.OutOfMemoryError is one too
@@ -89,6 +88,8 @@ class TorchEngine(TokenEngine):
         self._sequences: dict[int, Running] = {}
         self._weights: Hashable = None
         """A fingerprint: keys and values of other weights are not used again."""
+        self._mixable: Hashable = None
+        """The adapters' identity when they were last found fit to run beside each other."""
         self._submitted = 0
         self._model_modules = list(model.modules())
         self._launched: _Launched | None = None
@@ -123,8 +124,9 @@ class TorchEngine(TokenEngine):
     def _adapter_index(self, name: str | None) -> int:
         """Return the adapter's index among the model's; -1 for none. Raises UserError if the model has none like it."""
         adapters = self._runner.adapters
-        if name is not None and isinstance(self.model, PeftModel):
+        if name is not None and isinstance(self.model, PeftModel) and self._mixable != adapters.identity():
             require_mixable(self.model)
+            self._mixable = adapters.identity()
         name = adapters.active if name is None else name
         if name and name not in adapters.names:
             known = f"it has {', '.join(adapters.names)}" if adapters.names else "it has none"
