@@ -5,6 +5,7 @@ is tested on small trees that break each rule.
 """
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +100,17 @@ def _at_import(body: list[ast.stmt]) -> list[ast.stmt]:
 
 def test_every_folder_imports_only_from_those_below() -> None:
     assert violations(SOURCE) == []
+
+
+def test_no_class_has_the_name_of_another() -> None:
+    """A name that means two things sends a reader to the wrong file."""
+    names = [
+        node.name
+        for file in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
 
 
 def test_the_package_is_found() -> None:

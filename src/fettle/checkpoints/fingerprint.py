@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fettle.checkpoints.folder import weight_files
-from fettle.checkpoints.safetensors_header import Place, read_places
+from fettle.checkpoints.safetensors_header import TensorPlace, read_places
 from fettle.files import sha256_of
 
 
@@ -41,7 +41,7 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return sha256_of(Path(folder) / name for name in names if (Path(folder) / name).exists())
 
 
-def _sample_digest(stream: BinaryIO, place: Place, pieces: int = 16, piece_bytes: int = 256) -> bytes:
+def _sample_digest(stream: BinaryIO, place: TensorPlace, pieces: int = 16, piece_bytes: int = 256) -> bytes:
     """Hash a tensor's dtype, shape and `pieces` evenly spaced pieces of its bytes, including first and last."""
     digest = hashlib.sha256(json.dumps(place.header).encode())
     size = place.end - place.start

@@ -36,7 +36,7 @@ class TensorHeader(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
     """The byte range of one tensor in its file: [start, end)."""
 
     header: TensorHeader
@@ -44,7 +44,7 @@ class Place(NamedTuple):
     end: int
 
 
-def read_places(file: Path) -> dict[str, Place]:
+def read_places(file: Path) -> dict[str, TensorPlace]:
     """Parse a safetensors header and check it against the file; raises UserError if they disagree."""
     require_content(file)
     size = file.stat().st_size
@@ -78,7 +78,7 @@ def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
     return entries
 
 
-def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> Place:
+def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> TensorPlace:
     """Check the entry of one tensor: a known dtype, a shape, and a byte range of matching size."""
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -90,10 +90,10 @@ def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> Place:
         raise UserError(f"{file}: {name} is of type {dtype!r}, which safetensors does not define.")
     if math.prod(shape) * _DTYPE_BITS[dtype] != 8 * (end - start):
         raise _corrupt(file, f"{name} is {dtype} of shape {list(shape)} but takes {end - start} bytes")
-    return Place(TensorHeader(dtype, shape), data_start + start, data_start + end)
+    return TensorPlace(TensorHeader(dtype, shape), data_start + start, data_start + end)
 
 
-def _check_contiguous(file: Path, places: dict[str, Place], data_start: int, size: int) -> None:
+def _check_contiguous(file: Path, places: dict[str, TensorPlace], data_start: int, size: int) -> None:
     """Check that the tensors follow each other without gap or overlap, from the header to the end of the file."""
     expected = data_start
     for name, place in sorted(places.items(), key=lambda item: (item[1].start, item[1].end)):

@@ -10,7 +10,15 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from fettle.engine.request import LONGEST_COMPLETION, Answer, Event, Request, Sampling, ScoreRequest, Scores
+from fettle.engine.request import (
+    LONGEST_COMPLETION,
+    Completion,
+    Request,
+    Sampling,
+    ScoreRequest,
+    TextScores,
+    TokenEvent,
+)
 from fettle.errors import ModelFault, UserError, option
 
 if TYPE_CHECKING:
@@ -18,7 +26,7 @@ if TYPE_CHECKING:
 
 Model: TypeAlias = "PreTrainedModel | PeftModel | GGUFFile"
 
-OnEvent: TypeAlias = Callable[[int, Event], None]
+OnEvent: TypeAlias = Callable[[int, TokenEvent], None]
 """Called with a request's place in the list and its new token."""
 OnDistribution: TypeAlias = Callable[[int, torch.Tensor], None]
 """Called with a text's number and its log-probabilities, fp32 (positions, vocabulary) on the CPU."""
@@ -39,7 +47,7 @@ class TokenEngine(ABC):
         """Queue a request and return its number. Raises UserError if it can never run."""
 
     @abstractmethod
-    def step(self) -> list[Event]:
+    def step(self) -> list[TokenEvent]:
         """Compute one step for the queued requests; return their new tokens."""
 
     @abstractmethod
@@ -49,20 +57,20 @@ class TokenEngine(ABC):
     @abstractmethod
     def score(
         self, requests: Sequence[ScoreRequest], on_distribution: OnDistribution | None = None
-    ) -> list[Scores]:
+    ) -> list[TextScores]:
         """Return the scores of each text, in order. Raises ModelFault for NaN or Inf."""
 
     def ready(self) -> AbstractContextManager[None]:
         """Put the model into the state that `step` needs, for several steps."""
         return nullcontext()
 
-    def generate(self, requests: Sequence[Request], on_event: OnEvent | None = None) -> list[Answer]:
+    def generate(self, requests: Sequence[Request], on_event: OnEvent | None = None) -> list[Completion]:
         """Return the answer of each request, in order. on_event: called for every new token.
 
         If it ends early (Ctrl-C), unfinished requests are cancelled. Raises UserError for a request that can never
         run, before any of them runs.
         """
-        answers = [Answer() for _ in requests]
+        answers = [Completion() for _ in requests]
         places: dict[int, int] = {}
         """Of the unfinished requests in the list, by their numbers."""
         try:
@@ -84,22 +92,22 @@ class TokenEngine(ABC):
         return answers
 
     @cached_property
-    def _undelivered(self) -> dict[int, list[Event]]:
+    def _undelivered(self) -> dict[int, list[TokenEvent]]:
         """New tokens, by request, that were computed while the caller waited for those of others."""
         return {}
 
-    def _events_of(self, numbers: Container[int]) -> list[Event]:
+    def _events_of(self, numbers: Container[int]) -> list[TokenEvent]:
         """Compute one step unless there are undelivered tokens of the requests; return their new tokens."""
         if not any(number in numbers for number in self._undelivered):
             self._keep(self.step())
         mine = [number for number in self._undelivered if number in numbers]
         return [event for number in mine for event in self._undelivered.pop(number)]
 
-    def _keep(self, events: Sequence[Event]) -> None:
+    def _keep(self, events: Sequence[TokenEvent]) -> None:
         for event in events:
             self._undelivered.setdefault(event.request, []).append(event)
 
-    def stream(self, request: Request) -> Iterator[Event]:
+    def stream(self, request: Request) -> Iterator[TokenEvent]:
         """Yield the new tokens of one request as they are computed; closing the iterator cancels it."""
         number, is_finished = self.submit(request), False
         try:

@@ -102,7 +102,7 @@ class ScoreRequest:
     adapter: str | None = None
 
 
-class Event(NamedTuple):
+class TokenEvent(NamedTuple):
     """One new token of a request; `finish` is set with its last one."""
 
     request: int
@@ -112,14 +112,14 @@ class Event(NamedTuple):
 
 
 @dataclass(slots=True)
-class Answer:
+class Completion:
     """The new tokens of one request. log_probs is empty unless they were asked for."""
 
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finish: Finish | None = None
 
-    def add(self, event: Event) -> None:
+    def add(self, event: TokenEvent) -> None:
         self.tokens.append(event.token)
         if event.log_prob is not None:
             self.log_probs.append(event.log_prob)
@@ -127,19 +127,19 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class TextScores:
     """The scores of one text, both (positions,). log_probs: fp32, in nats. top: the most likely tokens, int64."""
 
     log_probs: torch.Tensor
     top: torch.Tensor
 
     @classmethod
-    def of(cls, log_probs: torch.Tensor, labels: Sequence[int]) -> "Scores":
+    def of(cls, log_probs: torch.Tensor, labels: Sequence[int]) -> "TextScores":
         """Return the scores of `labels`. log_probs: fp32 (positions, vocabulary)."""
         index = torch.tensor(labels, device=log_probs.device)[:, None]
         return cls(log_probs.gather(1, index)[:, 0].cpu(), log_probs.argmax(-1).cpu())
 
     @classmethod
-    def joined(cls, parts: Sequence["Scores"]) -> "Scores":
+    def joined(cls, parts: Sequence["TextScores"]) -> "TextScores":
         """Return the scores of one text that was scored in parts."""
         return cls(torch.cat([part.log_probs for part in parts]), torch.cat([part.top for part in parts]))

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from fettle.data import Message, end_of_turn, generation_prompt
 from fettle.data.tokenizer import Tokenizer
 from fettle.engine.base import Model, TokenEngine
-from fettle.engine.request import Answer, Event, Request, Sampling, ScoreRequest
+from fettle.engine.request import Completion, Request, Sampling, ScoreRequest, TokenEvent
 from fettle.errors import UserError, option
 
 Prompt: TypeAlias = str | Sequence[Message]
@@ -150,10 +150,10 @@ class Engine:
                 requests.append(self.request(tokens, replace(sampling, seed=seed), adapter))
             else:
                 requests.append(self.request(tokens, sampling, adapter))
-        running = [Answer() for _ in prompts]
+        running = [Completion() for _ in prompts]
         answers = [""] * len(prompts)
 
-        def add(place: int, event: Event) -> None:
+        def add(place: int, event: TokenEvent) -> None:
             running[place].add(event)
             if event.finish is not None:
                 answers[place] = self._text_of(prompts[place], running[place])
@@ -199,7 +199,7 @@ class Engine:
         """Return the request to continue `tokens` until an end-of-turn or end-of-text token."""
         return Request(tokens=tokens, sampling=sampling, stops=self.stops, adapter=adapter)
 
-    def _text_of(self, prompt: Sequence[int], answer: Answer) -> str:
+    def _text_of(self, prompt: Sequence[int], answer: Completion) -> str:
         tokens = answer.tokens[:-1] if answer.finish == "stop" else answer.tokens
         return Pieces(self.tokenizer, prompt).all(tokens)
 

@@ -19,7 +19,7 @@ from fettle.adapters.lora import require_mixable
 from fettle.adapters.mixed import ModelAdapters
 from fettle.engine.base import OnDistribution, TokenEngine, not_finite
 from fettle.engine.pages import PAGE_SIZE, PagePool
-from fettle.engine.request import Event, Request, ScoreRequest, Scores
+from fettle.engine.request import Request, ScoreRequest, TextScores, TokenEvent
 from fettle.engine.runner import Runner, cache_bytes_per_token, make_cache
 from fettle.engine.sampling import choose_tokens
 from fettle.engine.scheduler import MOST_RUNNING, STEP_TOKENS, Chunk, Root, Running, Scheduler
@@ -151,7 +151,7 @@ class TorchEngine(TokenEngine):
         with torch.inference_mode(), evaluating(self.model) if is_training else nullcontext():
             yield
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[TokenEvent]:
         with self.ready():
             launched, self._launched = self._launched, None
             if launched is None and (chunks := self._scheduler.next_chunks()):
@@ -170,10 +170,10 @@ class TorchEngine(TokenEngine):
                     self._scheduler.note_computed(sequence, len(sequence.tokens))
             return self._collect(launched)
 
-    def _prefill(self, chunks: list[Chunk]) -> list[Event]:
+    def _prefill(self, chunks: list[Chunk]) -> list[TokenEvent]:
         return self._first_tokens(chunks, self._runner.prefill(chunks))
 
-    def _first_tokens(self, chunks: list[Chunk], hidden: torch.Tensor) -> list[Event]:
+    def _first_tokens(self, chunks: list[Chunk], hidden: torch.Tensor) -> list[TokenEvent]:
         """Choose the token after every complete prompt. hidden: the decoder's output at the chunks' tokens."""
         ends = [n for n, chunk in zip(_ends(chunks), chunks, strict=True) if chunk.is_last]
         sequences = [chunk.sequence for chunk in chunks if chunk.is_last]
@@ -190,7 +190,7 @@ class TorchEngine(TokenEngine):
         newest = None if before is None else before.tokens_of(sequences)
         return _Launched(sequences, choose_tokens(self._runner.decode(sequences, newest), sequences))
 
-    def _collect(self, launched: "_Launched") -> list[Event]:
+    def _collect(self, launched: "_Launched") -> list[TokenEvent]:
         """Add the new tokens to their sequences, except to those that have ended since the step was started."""
         tokens, log_probs, largest = launched.read()
         events = []
@@ -204,17 +204,17 @@ class TorchEngine(TokenEngine):
             token, request = int(chosen), sequence.request
             if (finish := sequence.append(token)) is not None:
                 self._scheduler.finish(self._sequences.pop(sequence.number))
-            events.append(Event(sequence.number, token, log_prob if request.log_probs else None, finish))
+            events.append(TokenEvent(sequence.number, token, log_prob if request.log_probs else None, finish))
         return events
 
     # --- scores --------------------------------------------------------------------------------------------
 
     def score(
         self, requests: Sequence[ScoreRequest], on_distribution: OnDistribution | None = None
-    ) -> list[Scores]:
+    ) -> list[TextScores]:
         numbers: dict[int, int] = {}
         """From the sequence's number to the text's."""
-        parts: list[list[Scores]] = [[] for _ in requests]
+        parts: list[list[TextScores]] = [[] for _ in requests]
         rows: list[list[torch.Tensor]] = [[] for _ in requests]
         try:
             for number, request in enumerate(requests):
@@ -243,9 +243,9 @@ class TorchEngine(TokenEngine):
         finally:
             for number in numbers:
                 self.cancel(number)
-        return [Scores.joined(each) for each in parts]
+        return [TextScores.joined(each) for each in parts]
 
-    def _scored(self, chunk: Chunk, hidden: torch.Tensor) -> Iterator[tuple[torch.Tensor, Scores]]:
+    def _scored(self, chunk: Chunk, hidden: torch.Tensor) -> Iterator[tuple[torch.Tensor, TextScores]]:
         """Yield the log-probabilities, fp32 (positions, V), and the scores at the chunk's scored positions, in parts.
 
         hidden: the decoder's output at the chunk's tokens, (tokens, E).
@@ -256,7 +256,7 @@ class TorchEngine(TokenEngine):
             positions = wanted[begin : begin + SCORED_TOKENS]
             log_probs = self.decoder.logits(hidden[[p - 1 - chunk.begin for p in positions]]).float()
             log_probs = log_probs.log_softmax(-1)
-            scores = Scores.of(log_probs, [tokens[p] for p in positions])
+            scores = TextScores.of(log_probs, [tokens[p] for p in positions])
             if not scores.log_probs.isfinite().all():
                 raise not_finite(self.model)
             yield log_probs, scores

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from fettle.engine.base import OnDistribution, TokenEngine, not_finite
-from fettle.engine.request import Event, Finish, Request, Sampling, ScoreRequest, Scores
+from fettle.engine.request import Finish, Request, Sampling, ScoreRequest, TextScores, TokenEvent
 from fettle.errors import UserError
 from fettle.models.modes import evaluating
 
@@ -40,7 +40,7 @@ class TransformersEngine(TokenEngine):
     def cancel(self, number: int) -> None:
         self._waiting.pop(number, None)
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[TokenEvent]:
         if not self._waiting:
             return []
         number, (request, new_tokens) = self._waiting.popitem(last=False)
@@ -67,13 +67,13 @@ class TransformersEngine(TokenEngine):
             )
         tokens = output[0, len(request.tokens) :].tolist()
         log_probs = watch.log_probs_of(tokens) if request.log_probs else [None] * len(tokens)
-        events = [Event(number, *pair) for pair in zip(tokens, log_probs, strict=True)]
+        events = [TokenEvent(number, *pair) for pair in zip(tokens, log_probs, strict=True)]
         finish: Finish = "stop" if tokens[-1] in request.stops else "length"
-        return [*events[:-1], Event(number, tokens[-1], log_probs[-1], finish)]
+        return [*events[:-1], TokenEvent(number, tokens[-1], log_probs[-1], finish)]
 
     def score(
         self, requests: Sequence[ScoreRequest], on_distribution: OnDistribution | None = None
-    ) -> list[Scores]:
+    ) -> list[TextScores]:
         found = []
         for number, request in enumerate(requests):
             self.require_scorable(request)
@@ -83,7 +83,7 @@ class TransformersEngine(TokenEngine):
             with torch.inference_mode(), evaluating(self.model):
                 logits = self.model(input_ids=ids, logits_to_keep=before, use_cache=False).logits[0]
             log_probs = logits.float().log_softmax(-1).cpu()
-            scores = Scores.of(log_probs, [request.tokens[position] for position in request.positions])
+            scores = TextScores.of(log_probs, [request.tokens[position] for position in request.positions])
             if not scores.log_probs.isfinite().all():
                 raise not_finite(self.model)
             found.append(scores)

@@ -20,7 +20,7 @@ LENGTH = 512
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class CalibrationRows:
     """Rows of ids, each (1, tokens)."""
 
     calibration: list[torch.Tensor]
@@ -32,7 +32,7 @@ def first_rows(data: str | Path) -> list[Row]:
     return read_rows(str(data))[: SAMPLES + HELD_OUT]
 
 
-def split(given: list[Row], tokenizer: PreTrainedTokenizerBase) -> Rows:
+def split(given: list[Row], tokenizer: PreTrainedTokenizerBase) -> CalibrationRows:
     """Return the rows as ids; every eighth, up to HELD_OUT, is held out. Raises UserError if there are too few."""
     examples = tokenize_rows(given, tokenizer, max_length=LENGTH).examples
     rows = [torch.tensor([each.input_ids]) for each in examples if len(each.input_ids) > 1]
@@ -43,7 +43,7 @@ def split(given: list[Row], tokenizer: PreTrainedTokenizerBase) -> Rows:
         )
     held_out = rows[::8][:HELD_OUT] if len(rows) >= 8 else rows[:1]
     apart = {id(row) for row in held_out}
-    return Rows([row for row in rows if id(row) not in apart], held_out)
+    return CalibrationRows([row for row in rows if id(row) not in apart], held_out)
 
 
 @torch.no_grad()

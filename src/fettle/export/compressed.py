@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fettle.errors import UserError, option
 from fettle.events import Message, Report
-from fettle.export.calibration import Rows, curvatures_by_layer, first_rows, mean_loss, split
+from fettle.export.calibration import CalibrationRows, curvatures_by_layer, first_rows, mean_loss, split
 from fettle.export.checkpoint import Packing, export_folder, require_place, require_room
 from fettle.export.merge import load_merged, write_down_context
 from fettle.export.source import open_source
@@ -74,7 +74,7 @@ def export_four_bits(name: str, to: Path, *, data: str, report: Report, overwrit
 
 def _opened(
     name: str, to: Path, data: str, matrix_bytes: float, overwrite: bool
-) -> tuple[DecoderForCausalLM, PreTrainedTokenizerBase, Rows]:
+) -> tuple[DecoderForCausalLM, PreTrainedTokenizerBase, CalibrationRows]:
     """Load the merged model and tokenize the rows, after checking everything that could make the export fail."""
     require_place(to, overwrite)
     given, source = first_rows(data), open_source(name)
@@ -86,7 +86,7 @@ def _opened(
     return model, tokenizer, rows
 
 
-def _loss_before(model: DecoderForCausalLM, rows: Rows, name: str) -> float:
+def _loss_before(model: DecoderForCausalLM, rows: CalibrationRows, name: str) -> float:
     """Return the loss on the held-out rows; UserError if it is NaN or Inf, as calibration would be meaningless."""
     loss = mean_loss(model, rows.held_out)
     if not math.isfinite(loss):

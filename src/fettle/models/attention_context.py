@@ -150,7 +150,11 @@ class PagedTokens:
         kept: KeptAttention | None,
     ) -> torch.Tensor:
         keys, values = self.cache[layer.layer_idx]
-        rules: Rules = {"scale": layer.scaling, "window": layer.sliding_window, "softcap": layer.softcap}
+        rules: AttentionOptions = {
+            "scale": layer.scaling,
+            "window": layer.sliding_window,
+            "softcap": layer.softcap,
+        }
         if self.documents is not None:
             query, key = apply_rotary(query, *self.rotation), apply_rotary(key, *self.rotation)
             query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))  # (N, H or K, D)
@@ -165,7 +169,7 @@ class PagedTokens:
         return prefill_attention(query, keys, values, self.page_table, self.bounds, self.lengths, **rules)
 
 
-class Rules(TypedDict):
+class AttentionOptions(TypedDict):
     scale: float
     window: int | None
     softcap: float | None

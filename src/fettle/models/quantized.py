@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fettle.checkpoints.dtypes import SAFETENSORS, name_of
 from fettle.checkpoints.folder import Checkpoint, is_nf4
-from fettle.checkpoints.safetensors_header import Place, read_places
+from fettle.checkpoints.safetensors_header import TensorPlace, read_places
 from fettle.errors import UserError
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.device import maps_embedding
@@ -81,7 +81,7 @@ class StoredTensors:
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         self.files = checkpoint.tensor_files
         self.device = device
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, TensorPlace] = {}
         for file in checkpoint.weight_files:
             self.places |= read_places(file)
 

@@ -157,7 +157,7 @@ class Mark(NamedTuple):
 
 
 @dataclass(slots=True, kw_only=True)
-class Line:
+class ChartLine:
     """A curve on the page: its marks, and the `points` of its polylines."""
 
     name: str
@@ -171,7 +171,7 @@ class Chart:
     """Everything the template needs to draw a chart; ticks are (position, label)."""
 
     title: str
-    lines: list[Line]
+    lines: list[ChartLine]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     left_out: int  # points that are NaN or infinite
@@ -227,13 +227,13 @@ class _Scale:
         return round(BOTTOM - (value - self.y_low) * self.y_unit, 1)
 
 
-def _line(name: str, curve: Curve, scale: _Scale) -> Line:
+def _line(name: str, curve: Curve, scale: _Scale) -> ChartLine:
     marks = [Mark(scale.x(x), scale.y(y), f"step {x:,}: {name} {_figure(y)}") for x, y in _thin(curve)]
     smooth = None
     if len(curve) >= SMOOTH_MIN_POINTS and name == "training":
         smooth = _polyline((scale.x(x), scale.y(y)) for x, y in _thin(_smooth(curve)))
     path = _polyline((mark.x, mark.y) for mark in marks)
-    return Line(name=name, marks=marks, path=path, smooth_path=smooth)
+    return ChartLine(name=name, marks=marks, path=path, smooth_path=smooth)
 
 
 def _thin(curve: Curve) -> Curve:

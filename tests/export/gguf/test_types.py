@@ -10,7 +10,7 @@ from gguf import quants
 
 from fettle.engine.llama_cpp.library import library
 from fettle.export.gguf.ggml import quantize
-from fettle.export.gguf.types import QUANTIZATIONS, Place, quantization_of, tensor_type
+from fettle.export.gguf.types import QUANTIZATIONS, Position, quantization_of, tensor_type
 
 K_QUANTS = (Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_XS)
 
@@ -53,7 +53,7 @@ def test_importance_lessens_the_error_where_it_counts():
 
 
 def place(layer=0, layers=32, group=1, **options):
-    return Place(layer=layer, layers=layers, queries_per_key=group, **options)
+    return Position(layer=layer, layers=layers, queries_per_key=group, **options)
 
 
 # Worked out by hand from the rules of llama.cpp's llama-quant.cpp, for models of 32 layers; not its tool's output.

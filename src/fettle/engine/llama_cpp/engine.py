@@ -22,7 +22,7 @@ from fettle.engine.llama_cpp.context import (
     is_long,
 )
 from fettle.engine.llama_cpp.gguf_file import GGUFFile
-from fettle.engine.request import LONGEST_COMPLETION, Event, Request, ScoreRequest, Scores
+from fettle.engine.request import LONGEST_COMPLETION, Request, ScoreRequest, TextScores, TokenEvent
 from fettle.engine.sampling import choose_tokens
 from fettle.engine.scheduler import Running
 from fettle.errors import UserError
@@ -81,7 +81,7 @@ class LlamaCppEngine(TokenEngine):
 
     # --- steps ---------------------------------------------------------------------------------------------
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[TokenEvent]:
         self._admit()
         parts: list[Part] = []
         complete: list[Running] = []
@@ -103,7 +103,7 @@ class LlamaCppEngine(TokenEngine):
         assert self._context is not None
         return self._places[place].tokens[len(self._context.held[place]) :]
 
-    def _collect(self, sequences: list[Running], logits: torch.Tensor) -> list[Event]:
+    def _collect(self, sequences: list[Running], logits: torch.Tensor) -> list[TokenEvent]:
         events = []
         chosen = choose_tokens(logits.clone(), sequences).tolist()
         for sequence, token, log_prob, largest in zip(sequences, *chosen, strict=True):
@@ -113,7 +113,7 @@ class LlamaCppEngine(TokenEngine):
             if finish is not None:
                 self.cancel(sequence.number)
             wanted = log_prob if sequence.request.log_probs else None
-            events.append(Event(sequence.number, int(token), wanted, finish))
+            events.append(TokenEvent(sequence.number, int(token), wanted, finish))
         return events
 
     # --- places --------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class LlamaCppEngine(TokenEngine):
 
     def score(
         self, requests: Sequence[ScoreRequest], on_distribution: OnDistribution | None = None
-    ) -> list[Scores]:
+    ) -> list[TextScores]:
         for request in requests:
             self.require_scorable(request)
             self.require_ids(request.tokens)
@@ -195,12 +195,12 @@ class LlamaCppEngine(TokenEngine):
                 parts.append(scores)
                 if on_distribution is not None:
                     rows.append(log_probs)
-            found.append(Scores.joined(parts))
+            found.append(TextScores.joined(parts))
             if on_distribution is not None:
                 on_distribution(number, torch.cat(rows))
         return found
 
-    def _scored(self, request: ScoreRequest) -> Iterator[tuple[torch.Tensor, Scores]]:
+    def _scored(self, request: ScoreRequest) -> Iterator[tuple[torch.Tensor, TextScores]]:
         """Yield the log-probabilities, fp32 (positions, V), and the scores at the text's positions, in parts."""
         tokens = request.tokens
         context = self._context_for(len(tokens), 1)
@@ -211,7 +211,7 @@ class LlamaCppEngine(TokenEngine):
             logits = context.run([Part(place, new, [p - 1 - begin for p in positions])])
             if positions:
                 log_probs = logits.log_softmax(-1)
-                scores = Scores.of(log_probs, [tokens[p] for p in positions])
+                scores = TextScores.of(log_probs, [tokens[p] for p in positions])
                 if not scores.log_probs.isfinite().all():
                     raise damaged(self.name)
                 yield log_probs, scores

@@ -60,7 +60,7 @@ def read_header(path: Path) -> Header:
     """Return the file's header. Raises UserError if it contradicts itself or the file's size."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            header = _Reader(data).header()
+            header = _HeaderReader(data).header()
         _check_entries(header)
         return header
     except _Malformed as fault:
@@ -121,7 +121,7 @@ def _check_entries(header: Header) -> None:
         raise _Malformed(f"it has {tokens:,} tokens, but its embedding has {shape[-1]:,} rows")
 
 
-class _Reader:
+class _HeaderReader:
     """Reads the parts of the header in order."""
 
     def __init__(self, data: mmap.mmap) -> None:

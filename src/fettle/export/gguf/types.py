@@ -19,7 +19,7 @@ from fettle.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Position:
     """The position of a matrix in the model, as far as the rules depend on it."""
 
     layer: int
@@ -41,7 +41,7 @@ class Place:
         return self.is_early or self.layer >= 7 * self.layers // 8 or (self.layer - eighth) % 3 == 2
 
 
-Rule = Callable[[Place], Type | None]
+Rule = Callable[[Position], Type | None]
 """Returns the type for a position, or None for the quantization's usual one."""
 
 
@@ -169,7 +169,7 @@ def tensor_type(
     name: str,
     shape: tuple[int, ...],
     quantization: Quantization,
-    place: Place,
+    place: Position,
     *,
     is_tied: bool,
 ) -> Type:
@@ -182,7 +182,7 @@ def tensor_type(
     return _that_fits(_wanted(name, quantization, place, is_tied), shape[-1])
 
 
-def _wanted(name: str, quantization: Quantization, place: Place, is_tied: bool) -> Type:
+def _wanted(name: str, quantization: Quantization, place: Position, is_tied: bool) -> Type:
     if quantization.is_plain:
         return quantization.usual
     if name == "output.weight" or (is_tied and name == "token_embd.weight"):

@@ -23,7 +23,7 @@ from fettle.errors import UserError, option
 from fettle.export.gguf.ggml import quantize
 from fettle.export.gguf.metadata import as_stored, factor_tensors, figures_of, gguf_family_of, gguf_name
 from fettle.export.gguf.tokenizer import name_for, tokenizer_fields
-from fettle.export.gguf.types import Place, Quantization, quantization_of, tensor_type
+from fettle.export.gguf.types import Position, Quantization, quantization_of, tensor_type
 from fettle.files import require_free_space, write_aside
 from fettle.models.load import empty_model
 
@@ -117,7 +117,7 @@ def _plan(
     """Choose each tensor's type and its offset after the file's header."""
     slots, offset = {}, 0
     for name, shape in shapes.items():
-        place = Place(
+        place = Position(
             layer=int(name.split(".")[1]) if name.startswith("blk.") else 0,
             layers=config.num_hidden_layers,
             queries_per_key=config.num_attention_heads // config.num_key_value_heads,
