@@ -173,9 +173,9 @@ def test_prompts_that_are_none(loaded):
     engine = Engine(*loaded)
     with pytest.raises(UserError, match="prompts is one text; expected a list"):
         engine.generate("Hi")
-    with pytest.raises(UserError, match="not valid text"):
+    with pytest.raises(UserError, match="contains a lone surrogate"):
         engine.generate(["caf\udce9"])
-    with pytest.raises(UserError, match="not valid text"):
+    with pytest.raises(UserError, match="contains a lone surrogate"):
         engine.generate(["Hi"], system="caf\udce9")
     with pytest.raises(UserError, match="has no token of its own"):
         engine.score([("Say", "")])

@@ -116,6 +116,7 @@ class _Conversation:
             if len(self.engine.encode(text, is_rendered=True)) <= room:
                 break
             self.turns = self.turns[2:]
+            terminal.print_message("the oldest exchange no longer fits into the context and is left out")
 
 
 def _read() -> str | None:

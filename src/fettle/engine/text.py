@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fettle.data import Message, end_of_turn, generation_prompt
 from fettle.data.tokenizer import Tokenizer
+from fettle.data.values import require_shallow
 from fettle.engine.base import Model, TokenEngine
 from fettle.engine.request import Completion, Request, Sampling, ScoreRequest, TokenEvent
 from fettle.errors import UserError, option
@@ -170,11 +171,8 @@ class Engine:
     def text_of(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> str:
         """Return the text for the model to continue: the prompt in the chat template, or unchanged."""
         is_chat = self.is_chat(raw)
-        given = [prompt] if isinstance(prompt, str) else [str(turn.get("content", "")) for turn in prompt]
-        if any(_has_surrogate(text) for text in [*given, system or ""]):
-            raise UserError(
-                "The prompt is not valid text: it has bytes that are not UTF-8, or half of a character."
-            )
+        require_shallow(prompt, "The request", "prompt")
+        require_shallow(system, "The request", "system")
         if isinstance(prompt, str) and not prompt.strip():
             raise UserError("The prompt is empty; give at least one word.")
         if not is_chat:
@@ -272,14 +270,6 @@ def generate(
 ) -> str:
     """Return the completion of one prompt, without the prompt."""
     return Engine(model, tokenizer).generate([prompt], sampling, raw=raw, system=system)[0]
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def stop_ids(named: int | list[int] | None, tokenizer: Tokenizer) -> list[int]:
