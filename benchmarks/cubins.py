@@ -64,8 +64,7 @@ def cases(capability: int) -> Iterator[Case]:
     for hidden in (128, 3072, 8192):
         layout = rms_norm.layout(hidden)
         warps = layout.pop("num_warps")
-        for kernel in (rms_norm.rms_norm_forward_kernel, rms_norm.add_rms_norm_kernel):
-            yield Case(kernel, f"{hidden}", {"OFFSET": False, **layout}, warps)
+        yield Case(rms_norm.rms_norm_forward_kernel, f"{hidden}", {"OFFSET": False, **layout}, warps)
         for needed in (False, True):
             constants = {"OFFSET": False, "NEEDS_WEIGHT_GRAD": needed, **layout}
             size = f"{hidden} with weight" if needed else f"{hidden}"

@@ -30,7 +30,7 @@ from fettle.ops.paged_attention import (
     rotate_and_decode,
     write_cache,
 )
-from fettle.ops.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
+from fettle.ops.rms_norm import rms_norm
 from fettle.ops.rotary import apply_rotary, apply_rotary_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -250,12 +250,6 @@ def check_small() -> None:
             wrong.append("rotate_and_cache wrote elsewhere")
         write_cache(key, value, keys, values, slots.int())
         agree("write_cache", keys.flatten(0, 1)[slots[real]], key[real], 0)
-    for offset in (False, True):
-        x, residual, weight = torch.randn(3, 7, 3072, device=DEVICE).to(DTYPE).unbind()
-        total, normed = add_rms_norm(x, residual, weight[0], 1e-5, offset=offset)
-        agree("add_rms_norm, sum", total, x + residual, 0)
-        expected = rms_norm_reference(total.double(), weight[0].double(), 1e-5, offset=offset)
-        agree("add_rms_norm, norm", normed, expected)
 
 
 # --- time --------------------------------------------------------------------------------------------------
@@ -492,10 +486,6 @@ def time_small() -> None:
             microseconds([one] * 20),
             microseconds([apart] * 20),
         )
-        x, residual, weight = random(tokens, 3072), random(tokens, 3072), random(3072)
-        one = functools.partial(add_rms_norm, x, residual, weight, 1e-5)
-        two = functools.partial(lambda x, y, w: rms_norm(x + y, w, 1e-5), x, residual, weight)
-        line(f"add_rms_norm {tokens}", 8 * x.numel(), microseconds([one] * 20), microseconds([two] * 20))
         gate_up = random(tokens, 16384)
         one = functools.partial(gated_activation_forward, *gate_up.chunk(2, 1), "silu")
         two = functools.partial(lambda g, u: F.silu(g) * u, *gate_up.chunk(2, 1))

@@ -2,6 +2,7 @@
 
     python benchmarks/generation.py --model phi-3.5-mini --out generation.json
     python benchmarks/generation.py --model phi-3.5-mini --nf4 --cases one,many
+    python benchmarks/generation.py --gguf phi.gguf --cases one,prompt --prompt 512
 
 Weights are random, prompts too, and nothing stops an answer, so every contender computes the same tokens' worth. A
 figure is the best of --rounds after a warm-up. The ceilings are measured in the same process: reading every weight once
@@ -22,6 +23,9 @@ from shapes import SHAPES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from fettle.engine.base import TokenEngine
+from fettle.engine.llama_cpp.engine import LlamaCppEngine
+from fettle.engine.llama_cpp.gguf_file import GGUFFile
 from fettle.engine.request import Request, Sampling, ScoreRequest
 from fettle.engine.torch_engine import TorchEngine
 from fettle.models.decoder import causal_lm_class
@@ -43,6 +47,9 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(SHAPES), default="phi-3.5-mini")
     parser.add_argument("--layers", type=int, help="of the model (default: all)")
     parser.add_argument("--nf4", action="store_true", help="quantize the layers' matrices")
+    parser.add_argument(
+        "--gguf", type=Path, help="time this file in llama.cpp instead of a model with random weights"
+    )
     parser.add_argument("--cases", default="one,many,prompt,choices", help="with commas")
     parser.add_argument("--stock", action="store_true", help="time transformers too (not with --nf4)")
     parser.add_argument("--many", type=int, default=64, help="requests of the case `many`")
@@ -54,6 +61,15 @@ def main() -> None:
     options = parser.parse_args()
     cases = options.cases.split(",")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    random = Random(0)
+
+    def tokens(count: int) -> list[int]:
+        return [random.randrange(10, 30000) for _ in range(count)]
+
+    if options.gguf:
+        found = measure_engine(options, cases, tokens, LlamaCppEngine(GGUFFile(options.gguf)))
+        keep(options, {"model": options.gguf.stem, "llama.cpp": found})
+        return
     model = build(options, device)
     weights = sum(each.numel() * each.element_size() for each in _read_per_token(model))
     figures: dict[str, Any] = {"model": options.model, "nf4": options.nf4, "weights_gb": weights / 1e9}
@@ -62,28 +78,8 @@ def main() -> None:
     if "prompt" in cases:
         figures["ceiling"]["prompt_ms"] = 1000 * products_seconds(model, options.prompt)
     print(json.dumps(figures), flush=True)
-    random = Random(0)
-
-    def tokens(count: int) -> list[int]:
-        return [random.randrange(10, 30000) for _ in range(count)]
-
     engine = TorchEngine(model)
-    figures["fettle"] = measure(
-        options,
-        cases,
-        tokens,
-        generate=lambda prompts, new: len(
-            engine.generate([Request(tokens=p, sampling=Sampling(max_new_tokens=new)) for p in prompts])
-        ),
-        score=lambda prefix, choices: len(
-            engine.score(
-                [
-                    ScoreRequest(tokens=prefix + c, positions=range(len(prefix), len(prefix) + len(c)))
-                    for c in choices
-                ]
-            )
-        ),
-    )
+    figures["fettle"] = measure_engine(options, cases, tokens, engine)
     print(json.dumps({"fettle": figures["fettle"]}), flush=True)
     if options.profile:
         profile(engine, tokens(PROMPT), 8)
@@ -92,9 +88,15 @@ def main() -> None:
         del engine
         figures["transformers"] = measure_stock(options, cases, tokens, model, device)
         print(json.dumps({"transformers": figures["transformers"]}), flush=True)
+    keep(options, figures)
+
+
+def keep(options: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Print the figures, and append them to the file of `--out`."""
+    print(json.dumps(figures), flush=True)
     if options.out:
         earlier = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-        gpu = {"gpu": torch.cuda.get_device_name()} if device.type == "cuda" else {}
+        gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
         content = {"kind": "generation", **circumstances(), **gpu, "rows": [*earlier, figures]}
         options.out.write_text(json.dumps(content, indent=1))
 
@@ -136,6 +138,23 @@ def _read_per_token(model: Any) -> list[torch.Tensor]:
     if not model.config.tie_word_embeddings:
         found.pop("model.embed_tokens.weight")
     return list(found.values())
+
+
+def measure_engine(
+    options: argparse.Namespace, cases: list[str], tokens: Callable[[int], list[int]], engine: TokenEngine
+) -> dict[str, float]:
+    def generate(prompts: list[list[int]], new: int) -> None:
+        engine.generate([Request(tokens=p, sampling=Sampling(max_new_tokens=new)) for p in prompts])
+
+    def score(prefix: list[int], choices: list[list[int]]) -> None:
+        engine.score(
+            [
+                ScoreRequest(tokens=prefix + c, positions=range(len(prefix), len(prefix) + len(c)))
+                for c in choices
+            ]
+        )
+
+    return measure(options, cases, tokens, generate=generate, score=score)
 
 
 def measure(

@@ -26,6 +26,9 @@ SMALLEST_WIDTH = 32
 COLUMNS = 5
 """Numbers per sequence that a decode step reads besides its pages."""
 
+ALIGNED = 4
+"""Numbers of 4 bytes: kernels are compiled anew for tensors that do not begin at a multiple of 16 bytes."""
+
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -65,31 +68,22 @@ class Runner:
     def prefill(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Compute the chunks; return the decoder's output at every token, (T, E)."""
         sequences = [chunk.sequence for chunk in chunks]
-        ids = [token for c in chunks for token in c.sequence.tokens[c.begin : c.end]]
-        sizes = np.array([chunk.end - chunk.begin for chunk in chunks])
-        positions = np.concatenate([np.arange(chunk.begin, chunk.end) for chunk in chunks])
-        table = _page_table(sequences, max(len(sequence.pages) for sequence in sequences))
-        owner = np.repeat(np.arange(len(chunks)), sizes)
-        slots = table[owner, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
-        bounds = np.concatenate(([0], sizes.cumsum()))
-        whole = np.array([len(sequence.tokens) for sequence in sequences])[owner]
-        ends = np.array([chunk.end for chunk in chunks])
-        is_start = np.zeros(len(ids), dtype=bool)
-        is_start[bounds[:-1]] = True
+        tensors = self._tensors(*_prefill_inputs(chunks))
+        ids, positions, whole, slots, starts, lengths, adapters, bounds, ends, table = tensors
+        longest = max(chunk.end - chunk.begin for chunk in chunks)
         is_fresh = all(chunk.begin == 0 for chunk in chunks)
         context = PagedTokens(
-            rotation=self._rotation(self._tensor(positions), self._tensor(whole)),
+            rotation=self._rotation(positions, whole),
             cache=self.cache,
-            slots=self._tensor(slots),
-            page_table=self._tensor(table),
-            lengths=self._tensor(ends),
-            bounds=self._tensor(bounds),
-            documents=Documents.from_starts(torch.from_numpy(is_start).to(self.device)) if is_fresh else None,
+            slots=slots,
+            page_table=table,
+            lengths=ends,
+            bounds=bounds,
+            documents=Documents(lengths, starts, bounds, longest) if is_fresh else None,
         )
-        adapters = np.array([sequence.adapter for sequence in sequences])[owner]
-        mixed = MixedAdapters(self.adapters.names, self._tensor(adapters)) if _is_mixed(sequences) else None
+        mixed = MixedAdapters(self.adapters.names, adapters) if _is_mixed(sequences) else None
         decoder = self.model.model
-        x = decoder.embed(self._tensor(ids)[None], None)
+        x = decoder.embed(ids[None], None)
         with mixed_adapters(mixed):
             return decoder.norm(decoder.run_layers(x, context))[0]
 
@@ -132,8 +126,39 @@ class Runner:
         like = torch.empty(0, dtype=_dtype_of(self.model), device=self.device)
         return self.model.model.rotary_emb(like, positions[None], lengths[None])
 
-    def _tensor(self, values: np.ndarray | list[int]) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=np.int32)).to(self.device)
+    def _tensors(self, *arrays: np.ndarray) -> list[torch.Tensor]:
+        """Return the arrays on the device, as int32; one copy takes all of them there."""
+        places = np.cumsum([0, *(-(-array.size // ALIGNED) * ALIGNED for array in arrays)])
+        joined = np.empty(places[-1], dtype=np.int32)
+        for place, array in zip(places, arrays, strict=False):
+            joined[place : place + array.size] = array.ravel()
+        whole = torch.from_numpy(joined).to(self.device)
+        return [
+            whole[place : place + array.size].view(array.shape)
+            for place, array in zip(places, arrays, strict=False)
+        ]
+
+
+def _prefill_inputs(chunks: Sequence[Chunk]) -> tuple[np.ndarray, ...]:
+    """Return what a prefill reads.
+
+    Of each token, (T,): its id, its position, its sequence's length, its slot, where its chunk starts in this row, the
+    chunk's length, its adapter. Then where each chunk begins, (S + 1,), the position after its last token, (S,), and
+    the page table, (S, W).
+    """
+    sequences = [chunk.sequence for chunk in chunks]
+    ids = np.fromiter(chain.from_iterable(c.sequence.tokens[c.begin : c.end] for c in chunks), dtype=np.int32)
+    sizes = np.array([chunk.end - chunk.begin for chunk in chunks])
+    ends = np.array([chunk.end for chunk in chunks])
+    bounds = np.concatenate(([0], sizes.cumsum()))
+    starts, lengths = np.repeat(bounds[:-1], sizes), np.repeat(sizes, sizes)
+    positions = np.arange(len(ids)) - starts + np.repeat(ends - sizes, sizes)
+    table = _page_table(sequences, max(len(sequence.pages) for sequence in sequences))
+    owner = np.repeat(np.arange(len(chunks)), sizes)
+    slots = table[owner, positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+    whole = np.array([len(sequence.tokens) for sequence in sequences])[owner]
+    adapters = np.array([sequence.adapter for sequence in sequences])[owner]
+    return ids, positions, whole, slots, starts, lengths, adapters, bounds, ends, table
 
 
 def _decode_inputs(sequences: Sequence[Running], size: int, width: int, ahead: int = 0) -> np.ndarray:

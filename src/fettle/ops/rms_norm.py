@@ -41,20 +41,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: bool 
     return output
 
 
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, offset: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x + residual and `rms_norm` of it, for inference: one launch on a GPU."""
-    if weight.dtype == x.dtype == residual.dtype and uses_triton(x):
-        from fettle.ops.kernels import rms_norm as kernels
-
-        rows, added = (t.reshape(-1, t.shape[-1]) for t in (x, residual))
-        total, output = kernels.add_rms_norm(rows, added, weight, eps, offset)
-        return total.view(x.shape), output.view(x.shape)
-    total = x + residual
-    return total, rms_norm(total, weight, eps, offset=offset)
-
-
 def _normalize(
     x: torch.Tensor, weight: torch.Tensor, eps: float, offset: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

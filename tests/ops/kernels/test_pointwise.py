@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 from fettle.ops import apply_rotary, gated_activation, rms_norm
 from fettle.ops.dispatch import uses_triton
 from fettle.ops.gated_activation import gated_activation_backward, gated_activation_reference, gelu_tanh
-from fettle.ops.rms_norm import add_rms_norm, rms_norm_reference
+from fettle.ops.rms_norm import rms_norm_reference
 from fettle.ops.rotary import apply_rotary_reference
 
 Function = Callable[..., torch.Tensor]
@@ -63,17 +63,6 @@ def test_rms_norm_of_strided_rows(kernel_device: str) -> None:
         (mine,) = torch.autograd.grad(rms_norm(leaf, weight, 1e-6).sum(), leaf)
         (theirs,) = torch.autograd.grad(rms_norm_reference(leaf, weight, 1e-6).sum(), leaf)
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("offset", [False, True], ids=["plain", "offset"])
-@pytest.mark.parametrize("shape", [(1,), (0, 5), (3, 5, 33), (2, 1100)], ids=str)
-def test_add_rms_norm(kernel_device: str, shape: tuple[int, ...], offset: bool) -> None:
-    x, residual = torch.randn(2, *shape, device=kernel_device)
-    weight = torch.randn(shape[-1], device=kernel_device)
-    total, output = add_rms_norm(x, residual, weight, 0.01, offset=offset)
-    assert torch.equal(total, x + residual)
-    expected = rms_norm_reference(total.double(), weight.double(), 0.01, offset=offset)
-    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 # --- rotary ------------------------------------------------------------------------------------------------

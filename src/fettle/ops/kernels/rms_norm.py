@@ -33,25 +33,6 @@ def rms_norm_forward_kernel(
 
 
 @triton.jit
-def add_rms_norm_kernel(
-    x, x_stride, residual, residual_stride, weight, total, output, rows, hidden, eps,
-    OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    mask = (row < rows) & (column < hidden)
-    dtype = output.dtype.element_ty
-    values = tl.load(x + row * x_stride + column, mask, 0.0).to(tl.float32)
-    values += tl.load(residual + row * residual_stride + column, mask, 0.0).to(tl.float32)
-    values = values.to(dtype).to(tl.float32)
-    scale = tl.load(weight + column, column < hidden, 0.0).to(tl.float32)
-    tl.store(total + row * hidden + column, values.to(dtype), mask)
-    normalized = values * tl.rsqrt(tl.sum(values * values, 1, keep_dims=True) / hidden + eps)
-    product = normalized * (1.0 + scale) if OFFSET else normalized.to(dtype).to(tl.float32) * scale
-    tl.store(output + row * hidden + column, product.to(dtype), mask)
-
-
-@triton.jit
 def rms_norm_backward_kernel(
     grad, grad_stride, x, x_stride, weight, rstd, grad_x, partials, rows, hidden,
     OFFSET: tl.constexpr, NEEDS_WEIGHT_GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -100,24 +81,6 @@ def rms_norm_forward(
                 x, x.stride(0), weight, output, rstd, rows, hidden, eps, offset, **options
             )
     return output, rstd
-
-
-def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, offset: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return x + residual and its norm. x, residual: (rows, hidden)."""
-    x, residual, weight = _unit_stride(x), _unit_stride(residual), weight.contiguous()
-    rows, hidden = x.shape
-    total, output = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    options = layout(hidden)
-    if rows:
-        with torch.cuda.device_of(x):
-            add_rms_norm_kernel[(triton.cdiv(rows, options["ROWS"]),)](
-                *(x, x.stride(0), residual, residual.stride(0), weight, total, output),
-                *(rows, hidden, eps, offset),
-                **options,
-            )
-    return total, output
 
 
 def rms_norm_backward(
