@@ -192,27 +192,31 @@ def plan_memory_table(content: dict[str, Any]) -> str:
 
 
 def generation_table(content: dict[str, Any]) -> str:
+    is_gpu = "gpu" in content
+    cases = {"one": "1 request, tokens/s"}
+    cases |= {"many": "64 requests, tokens/s"} if is_gpu else {}
+    cases |= {"prompt_ms": "4,096-token prompt, ms" if is_gpu else "512-token prompt, s"}
+    cases |= {"choices": "choices/s"} if is_gpu else {}
+
+    def line(name: str, found: dict[str, float]) -> list[str]:
+        cells = []
+        for case in cases:
+            value = found.get(case)
+            if value is not None and case == "prompt_ms" and not is_gpu:
+                value /= 1000
+            cell = "" if value is None else f"{value:,.0f}" if is_gpu else f"{value:.2f}"
+            cells.append(
+                cell + (f" ({found['many_continuous']:,.0f})" if f"{case}_continuous" in found else "")
+            )
+        return [name, *cells]
+
     rows = []
     for row in content["rows"]:
-        ceiling, name = row["ceiling"], row["model"] + (", NF4" if row["nf4"] else ", bf16")
-        rows.append([
-            f"{name}: the hardware's limit",
-            f"{ceiling['one']:.0f}",
-            "",
-            f"{ceiling['prompt_ms']:.0f}" if "prompt_ms" in ceiling else "",
-            "",
-        ])  # fmt: skip
-        for contender in ("fettle", "transformers"):
-            if contender in row:
-                found = row[contender]
-                many = f"{found['many']:,.0f}"
-                if "many_continuous" in found:
-                    many += f" ({found['many_continuous']:,.0f})"
-                prompt = f"{found['prompt_ms']:.0f}" if "prompt_ms" in found else ""
-                choices = f"{found['choices']:,.0f}" if "choices" in found else ""
-                rows.append([f"{name}: {contender}", f"{found['one']:.0f}", many, prompt, choices])
-    head = ["", "1 request, tokens/s", "64 requests, tokens/s", "4,096-token prompt, ms", "choices/s"]
-    return table(head, rows)
+        name = row["model"] + ({True: ", NF4", False: ", bf16"}[row["nf4"]] if "nf4" in row else "")
+        contenders = {"the hardware's limit": "ceiling"}
+        contenders |= {each: each for each in ("fettle", "transformers", "llama.cpp")}
+        rows += [line(f"{name}: {label}", row[key]) for label, key in contenders.items() if key in row]
+    return table(["", *cases.values()], rows)
 
 
 TABLES = {
