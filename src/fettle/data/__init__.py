@@ -17,9 +17,10 @@ from fettle.data.chat import (
     render,
 )
 from fettle.data.pack import collator, pack, unpacked
+from fettle.data.preference_formats import labelled_of, read_labelled, read_preferences
 from fettle.data.prompts import PromptRow, read_prompts
 from fettle.data.read import fingerprint, read_rows
-from fettle.data.rows import BadRows, Reading, Row, Rows
+from fettle.data.rows import BadRows, LabelledRow, PreferenceRow, Reading, Row, RowList, Rows
 from fettle.data.split import split_held_out
 from fettle.data.summary import Summary
 from fettle.data.tokenize import Example, NothingToTrainOn, Tokenized, tokenize_rows
@@ -29,11 +30,14 @@ __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
     "BadRows",
     "Example",
+    "LabelledRow",
     "Message",
     "NothingToTrainOn",
+    "PreferenceRow",
     "PromptRow",
     "Reading",
     "Row",
+    "RowList",
     "Rows",
     "Segment",
     "Summary",
@@ -44,7 +48,10 @@ __all__ = [
     "fingerprint",
     "generation_prompt",
     "has_own_chat_template",
+    "labelled_of",
     "pack",
+    "read_labelled",
+    "read_preferences",
     "read_prompts",
     "read_rows",
     "render",

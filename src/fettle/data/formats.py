@@ -16,9 +16,10 @@ except text may have a `system` column, and those with a single answer may have 
 column (null, NaN, blank, an empty list) counts as absent, so one table may mix formats row by row.  NaN is a value in
 JSON, parquet and arrow files; in a CSV cell it cannot be distinguished from the word and is text.
 
-Rows that would be trained wrongly are refused rather than guessed at: preference pairs (a supervised loss would also
-teach the rejected answers), tool calls, numbers instead of text, and columns that belong to the question but not to
-the format.  Every other column (an id, a source) is ignored and listed in `Row.unused`.
+Rows that would be trained wrongly are refused rather than guessed at: preference data (a supervised loss would also
+teach the rejected answers; `preference_formats.py` reads it), tool calls, numbers instead of text, and columns that
+belong to the question but not to the format.  Every other column (an id, a source) is ignored and listed in
+`Row.unused`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from fettle.data.values import (
     printable,
     text,
 )
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 
 EXPECTED = "messages, conversations, instruction + output, prompt + completion, or text"
 TOOLS = ("tools", "functions", "tool_calls", "function_call")
@@ -54,6 +55,8 @@ _MARKS = re.compile(
     r"(?:<\|\w+\|>|<start_of_turn>)(?:(?:system|user|assistant|model)(?=\n|<))?|<end_of_turn>|</?s>|\[/?INST\]"
 )
 """What chat templates write around a turn, including the name of its role."""
+
+_TURNS_IN_JSON = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content|from|value)["']\s*:""")
 
 Record = Mapping[str, Any]
 
@@ -69,12 +72,9 @@ class _Format:
 
 def to_row(record: Any, where: str) -> Row:
     """Return the record of a file as a `Row`; raises `UserError` naming `where` if its format is not known."""
-    if not isinstance(record, Mapping):
-        raise UserError(f"{where}: found {kind(record)}; expected an object with named columns: {EXPECTED}.")
-    present = {str(name): value for name, value in record.items() if not is_null(value)}
-    filled = {name: value for name, value in present.items() if not _is_absent(name, value)}
+    present, filled = columns_of(record, where, EXPECTED)
     _refuse_preferences(filled, where)
-    _refuse_tools_and_media(filled, where)
+    refuse_tools_and_media(filled, where)
     format_ = _detect_format(present, filled)
     if format_ is None:
         raise UserError(_unknown_format(record, present, where))
@@ -82,7 +82,15 @@ def to_row(record: Any, where: str) -> Row:
     others = {
         name: value for name, value in filled.items() if name not in (*format_.columns, *format_.optional)
     }
-    return _with_other_columns(row, others, where)
+    return with_other_columns(row, others, where)
+
+
+def columns_of(record: Any, where: str, expected: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the record's columns that have a value, and those of them that are not empty."""
+    if not isinstance(record, Mapping):
+        raise UserError(f"{where}: found {kind(record)}; expected an object with named columns: {expected}.")
+    present = {str(name): value for name, value in record.items() if not is_null(value)}
+    return present, {name: value for name, value in present.items() if not _is_absent(name, value)}
 
 
 def _is_absent(name: str, value: Any) -> bool:
@@ -126,11 +134,12 @@ def _refuse_preferences(filled: Record, where: str) -> None:
     found = " and ".join(f"`{printable(name)}`" for name in pair) or f"a true/false `{label}`"
     raise UserError(
         f"{where}: has {found}, which is preference data; supervised training would also learn the rejected "
-        "answers, so keep only the good answers, as `messages` or `prompt` and `completion`."
+        f"answers, so train on it with {option('method')} {'dpo' if pair else 'kto'}, or keep only the good answers, "
+        "as `messages` or `prompt` and `completion`."
     )
 
 
-def _refuse_tools_and_media(filled: Record, where: str) -> None:
+def refuse_tools_and_media(filled: Record, where: str) -> None:
     for name in filled:
         if name in TOOLS:
             raise UserError(
@@ -153,6 +162,13 @@ def _from_sharegpt(record: Record, where: str) -> Row:
 
 
 def _from_alpaca(record: Record, where: str) -> Row:
+    question = alpaca_question(record, where)
+    answer = {"role": "assistant", "content": text(record["output"], where, "output")}
+    return Row(where, "Alpaca", messages=(*question, answer))
+
+
+def alpaca_question(record: Record, where: str) -> tuple[Message, ...]:
+    """Return the turns of `history`, then `instruction` and `input` as one user turn."""
     request = text(record["instruction"], where, "instruction")
     extra = text(record.get("input", ""), where, "input")
     messages: list[Message] = []
@@ -163,13 +179,12 @@ def _from_alpaca(record: Record, where: str) -> Row:
             )
         messages += _turn_pair(*(text(words, where, "history") for words in pair))
     request = "\n\n".join(part for part in (request, extra) if part.strip())
-    messages += _turn_pair(request, text(record["output"], where, "output"))
-    return Row(where, "Alpaca", messages=tuple(messages))
+    return (*messages, {"role": "user", "content": request})
 
 
 def _from_prompt(record: Record, where: str) -> Row:
-    prompt = parsed(record["prompt"], where, "prompt")
-    completion = parsed(record["completion"], where, "completion")
+    prompt = text_or_turns(record["prompt"], where, "prompt")
+    completion = text_or_turns(record["completion"], where, "completion")
     format_ = "prompt / completion"
     if not isinstance(prompt, list | tuple) and not isinstance(completion, list | tuple):
         prompt, completion = text(prompt, where, "prompt"), text(completion, where, "completion")
@@ -178,6 +193,18 @@ def _from_prompt(record: Record, where: str) -> Row:
     answer = turns(completion, where, "completion", role_of_text="assistant")
     _require_assistant(answer, where)
     return Row(where, format_, messages=context + answer, completion_turns=len(answer))
+
+
+def text_or_turns(value: Any, where: str, name: str) -> Any:
+    """Return the value, parsed if it is a cell with a list of turns as JSON; other JSON is the text of an answer."""
+    if not (isinstance(value, str) and _TURNS_IN_JSON.match(value)):
+        return value
+    found = parsed(value, where, name, opening="[")
+    are_turns = all(
+        isinstance(turn, Mapping) and ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys())
+        for turn in found
+    )
+    return found if are_turns else value
 
 
 def _from_text(record: Record, where: str) -> Row:
@@ -193,7 +220,7 @@ _FORMATS = [
 ]
 
 
-def _with_other_columns(row: Row, others: dict[str, Any], where: str) -> Row:
+def with_other_columns(row: Row, others: dict[str, Any], where: str) -> Row:
     """Apply the columns outside the format; those that are used are removed from `others`, the rest is unused."""
     _require_whole_question(row, others, where)
     weights = [name for name, value in others.items() if is_weight(name, value)]
@@ -211,7 +238,7 @@ def _require_whole_question(row: Row, others: Record, where: str) -> None:
     """
     is_complete = row.format in ("messages", "ShareGPT", "text")
     for name in ("history", *(SYSTEM if row.text is not None else ())) if is_complete else QUESTION:
-        if name in others and not _holds(row, others[name]):
+        if name in others and not holds(row, others[name]):
             raise UserError(
                 f"{where}: has `{name}`, which the {row.format} format does not use, so its text would be "
                 "lost; move it into the question, or remove the column."
@@ -267,7 +294,7 @@ def _with_reasoning(row: Row, others: dict[str, Any], where: str) -> Row:
     return replace(row, messages=(*row.messages[:-1], with_one_reasoning({**answer, **found}, where)))
 
 
-def _holds(row: Row, words: Any) -> bool:
+def holds(row: Row, words: Any) -> bool:
     """Whether the row's question or text already contains `words`, as whole consecutive lines."""
     asked = [turn["content"] for turn in row.messages if turn["role"] != "assistant"]
     texts = [each for each in (row.prompt, row.text, *asked) if each is not None]

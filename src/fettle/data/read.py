@@ -16,15 +16,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fettle.data.formats import to_row
-from fettle.data.rows import BadRows, Reading, Row, Rows
+from fettle.data.rows import BadRows, Reading, RowList, Rows
 from fettle.data.source import SUFFIXES, data_files, path_name, train_split
 from fettle.data.values import NotText, load_json, printable
 from fettle.errors import UserError, reason_of
 
 Records = Iterator[tuple[Any, str]]
+Converted = TypeVar("Converted")
 
 _IN_TABLES = "convert the column to text"
 """How to fix a number in a text column of a typed table."""
@@ -36,22 +37,30 @@ def read_rows(source: str | Path, *, skip_bad_rows: bool = False) -> Rows:
     Raises `UserError` with the file and the line if something is missing or unreadable, and `BadRows` with all
     rows of unknown format; with `skip_bad_rows` these are skipped and listed in `reading.bad`.
     """
+    rows = read_as(source, to_row, skip_bad_rows=skip_bad_rows)
+    return Rows(rows, rows.reading)
+
+
+def read_as(
+    source: str | Path, convert: Callable[[Any, str], Converted], *, skip_bad_rows: bool = False
+) -> RowList[Converted]:
+    """Return what `convert(record, where)` makes of each record. Raises and skips as `read_rows` does."""
     reading = Reading()
-    rows: list[Row] = []
+    rows: list[Converted] = []
     for record, where, number_hint in _all_records(source, reading):
         try:
             if isinstance(record, UserError):
                 raise record
-            rows.append(to_row(record, where))
+            rows.append(convert(record, where))
         except NotText as error:
             reading.bad.append(f"{str(error).removesuffix('.')}; {number_hint}.")
         except UserError as error:
-            reading.bad.append(str(error))
+            reading.bad.append(reason_of(error))
     if reading.bad and not (skip_bad_rows and rows):
         raise BadRows(reading.bad, len(reading.bad) + len(rows))
     if not rows:
         raise UserError(f"{path_name(source)}: has no rows; expected at least one.")
-    return Rows(rows, reading)
+    return RowList(rows, reading)
 
 
 def fingerprint(source: str | Path) -> str:

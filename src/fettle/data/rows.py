@@ -1,14 +1,20 @@
-"""Rows as they were read: `Row`, and a list of rows with a record of what was read and what was skipped."""
+"""Rows as they were read, and a list of rows with a record of what was read and what was skipped.
+
+Supervised training reads a `Row`.  Preference training reads two rows that answer the same question, or one row with a
+label, so that whatever applies to the rows of supervised training applies to those as well.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from fettle.data.turns import Message
 from fettle.errors import UserError
 
 SHOWN_PROBLEMS = 10
+Each = TypeVar("Each")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,55 @@ class Row:
     unused: tuple[str, ...] = ()
     is_rendered: bool = False
 
+    @property
+    def question(self) -> str | tuple[Message, ...]:
+        """What the answer answers: the prompt, or the messages before the last `completion_turns`."""
+        if self.prompt is not None:
+            return self.prompt
+        return self.messages[: len(self.messages) - (self.completion_turns or 0)]
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceRow:
+    """Two answers to one question, of which `chosen` is the better one."""
+
+    chosen: Row
+    rejected: Row
+
+    @property
+    def where(self) -> str:
+        return self.chosen.where
+
+    @property
+    def format(self) -> str:
+        return self.chosen.format
+
+    @property
+    def prompt(self) -> str | tuple[Message, ...]:
+        """The question of both."""
+        return self.chosen.question
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRow:
+    """A question and one answer, which is a good one or a bad one."""
+
+    row: Row
+    is_desirable: bool
+
+    @property
+    def where(self) -> str:
+        return self.row.where
+
+    @property
+    def format(self) -> str:
+        return self.row.format
+
+    @property
+    def prompt(self) -> str | tuple[Message, ...]:
+        """The question."""
+        return self.row.question
+
 
 @dataclass(slots=True)
 class Reading:
@@ -47,12 +102,19 @@ class Reading:
     bad: list[str] = field(default_factory=list)
 
 
-class Rows(list[Row]):
-    """A list of rows, with how they were read."""
+class RowList(list[Each]):
+    """A list of rows of one kind, with how they were read."""
 
-    def __init__(self, rows: Iterable[Row] = (), reading: Reading | None = None) -> None:
+    def __init__(self, rows: Iterable[Each] = (), reading: Reading | None = None) -> None:
         super().__init__(rows)
         self.reading = reading or Reading()
+
+
+class Rows(RowList[Row]):
+    """The rows of supervised training."""
+
+
+AnyRow = TypeVar("AnyRow", Row, PreferenceRow, LabelledRow)
 
 
 class BadRows(UserError):
