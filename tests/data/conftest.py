@@ -1,10 +1,12 @@
 """Small tokenizers of our own, one for each way in which chat templates differ."""
 
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 WORDS = (
     "Hello there! How are you today? I am fine, thank you. The sum of two and two is 4.\n"
@@ -160,3 +162,31 @@ def base() -> PreTrainedTokenizerFast:
     raw = train_tokenizer(is_byte_level=True, role_tokens=[])
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+CHECKPOINTS = {
+    "Phi-3.5-mini-instruct": "<|end|>",
+    "Llama-3.1-8B-Instruct": "<|eot_id|>",
+    "Mistral-7B-Instruct-v0.3": "</s>",
+    "gemma-2-9b-it": "<end_of_turn>",
+    "TinyLlama-1.1B-Chat-v1.0": "</s>",
+    "zephyr-7b-beta": "</s>",
+}
+"""Real tokenizers, and the token that ends an answer."""
+
+
+@cache
+def _tokenizer_at(path: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(path)
+
+
+@pytest.fixture(params=list(CHECKPOINTS))
+def tokenizer(request: pytest.FixtureRequest, shared_data: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of each real checkpoint in turn."""
+    return _tokenizer_at(shared_data / "checkpoints" / request.param)
+
+
+@pytest.fixture
+def end(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The token that ends an answer of the real checkpoint."""
+    return CHECKPOINTS[Path(tokenizer.name_or_path).name]

@@ -1,40 +1,15 @@
 """Six real tokenizers and templates, and rows that people really train on."""
 
-from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from fettle.data import end_of_turn, generation_prompt, read_rows, tokenize_rows
 from fettle.errors import UserError
 
-CHECKPOINTS = {
-    "Phi-3.5-mini-instruct": "<|end|>",
-    "Llama-3.1-8B-Instruct": "<|eot_id|>",
-    "Mistral-7B-Instruct-v0.3": "</s>",
-    "gemma-2-9b-it": "<end_of_turn>",
-    "TinyLlama-1.1B-Chat-v1.0": "</s>",
-    "zephyr-7b-beta": "</s>",
-}
 CHATS = ["alpaca_en_demo.json", "sharegpt_dummy_conversation.json", "identity.json"]
 SYSTEM = {"role": "system", "content": "Answer in one sentence."}
-
-
-@cache
-def tokenizer_at(path: Path):
-    return AutoTokenizer.from_pretrained(path)
-
-
-@pytest.fixture(params=list(CHECKPOINTS))
-def tokenizer(request, shared_data):
-    return tokenizer_at(shared_data / "checkpoints" / request.param)
-
-
-@pytest.fixture
-def end(request, tokenizer) -> str:
-    return CHECKPOINTS[Path(tokenizer.name_or_path).name]
 
 
 @pytest.mark.parametrize("name", CHATS)

@@ -18,6 +18,13 @@ from fettle.data.chat import (
 )
 from fettle.data.pack import collator, pack, unpacked
 from fettle.data.preference_formats import labelled_of, read_labelled, read_preferences
+from fettle.data.preference_summary import LabelledSummary, PairSummary
+from fettle.data.preferences import (
+    LabelledExample,
+    PreferenceExample,
+    tokenize_labelled,
+    tokenize_preferences,
+)
 from fettle.data.prompts import PromptRow, read_prompts
 from fettle.data.read import fingerprint, read_rows
 from fettle.data.rows import BadRows, LabelledRow, PreferenceRow, Reading, Row, RowList, Rows
@@ -30,9 +37,13 @@ __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
     "BadRows",
     "Example",
+    "LabelledExample",
     "LabelledRow",
+    "LabelledSummary",
     "Message",
     "NothingToTrainOn",
+    "PairSummary",
+    "PreferenceExample",
     "PreferenceRow",
     "PromptRow",
     "Reading",
@@ -56,6 +67,8 @@ __all__ = [
     "read_rows",
     "render",
     "split_held_out",
+    "tokenize_labelled",
+    "tokenize_preferences",
     "tokenize_rows",
     "unpacked",
 ]

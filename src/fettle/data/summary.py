@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from fettle.data.chat import Segment
 from fettle.data.rows import Reading
+from fettle.errors import UserError
 
 TRAINED_MARKS = ("⟦", "⟧")
 _SHOWN_CHARACTERS = 600  # of each segment of the example
@@ -61,37 +62,48 @@ class Summary:
 
     def counts(self) -> list[str]:
         """Return what was read, what it became, and what was changed or dropped."""
-        forms = ", ".join(f"{count:,} {form}" for form, count in self.formats.most_common())
+        return self.totals() + self.read + self._changes()
+
+    def totals(self) -> list[str]:
+        """Return how many rows were read and what they became, in examples and in tokens."""
         share = self.trained_tokens / max(self.tokens, 1)
-        lines = [
-            f"{_count(self.rows, 'row')} ({forms}) became {_count(self.examples, 'example')}",
-            f"{_count(self.tokens, 'token')}, {self.trained_tokens:,} of them trained on ({share:.0%})",
+        return [
+            f"{self.rows_read()} became {counted(self.examples, 'example')}",
+            f"{counted(self.tokens, 'token')}, {self.trained_tokens:,} of them trained on ({share:.0%})",
         ]
-        return lines + self.read + self._changes()
+
+    def rows_read(self) -> str:
+        """Return how many rows were read, with their formats."""
+        forms = ", ".join(f"{count:,} {form}" for form, count in self.formats.most_common())
+        return f"{counted(self.rows, 'row')} ({forms})"
+
+    def truncation(self) -> str:
+        """Return how many rows were truncated."""
+        return f"{counted(self.cut, 'row')} truncated to {self.max_length:,} tokens"
 
     def example_lines(self) -> list[str]:
         """Return the first example under a heading, its trained part between ⟦ and ⟧; [] if there is none."""
         if not self.example:
             return []
-        marked = "".join(_marked(segment) for segment in self.example)
-        return ["first example, trained part between ⟦ and ⟧:", *marked.splitlines()]
+        shown = "".join(marked(segment) for segment in self.example)
+        return ["first example, trained part between ⟦ and ⟧:", *shown.splitlines()]
 
     def _changes(self) -> list[str]:
         lines = []
         if self.has_chats and self.end_of_turn is None:
             lines.append("the chat template has no end-of-turn token: the model may not learn to stop")
         if self.cut:
-            lines.append(f"{_count(self.cut, 'row')} truncated to {self.max_length:,} tokens")
+            lines.append(self.truncation())
         if self.split:
-            lines.append(f"{_count(self.split, 'text')} split into windows of {self.max_length:,} tokens")
+            lines.append(f"{counted(self.split, 'text')} split into windows of {self.max_length:,} tokens")
         if self.folded_system:
-            chats = _count(self.folded_system, "chat")
+            chats = counted(self.folded_system, "chat")
             lines.append(
                 f"{chats}: system text moved into the user turn, as the chat template has no system turn"
             )
         if self.untrained:
-            lines.append(f"{_count(self.untrained, 'answer')} with weight 0, not trained on")
-        lines += [f"{_count(count, 'row')}: {what}" for what, count in self.noted.most_common()]
+            lines.append(f"{counted(self.untrained, 'answer')} with weight 0, not trained on")
+        lines += [f"{counted(count, 'row')}: {what}" for what, count in self.noted.most_common()]
         if self.unused:
             names = (f"{name} ({count:,})" for name, count in self.unused.most_common())
             lines.append(f"ignored: {', '.join(names)}")
@@ -101,20 +113,20 @@ class Summary:
         """Return how many rows were dropped or skipped, and why."""
         lines = []
         if self.dropped:
-            lines.append(f"{_count(len(self.dropped), 'row')} dropped: {self.reasons()}")
+            lines.append(f"{counted(len(self.dropped), 'row')} dropped: {self.reasons()}")
             lines += [f"  {where}: {reason}" for where, reason in self.dropped[:_SHOWN_DROPPED]]
         if len(self.dropped) > _SHOWN_DROPPED:
             lines.append(f"  and {len(self.dropped) - _SHOWN_DROPPED:,} more")
         if self.bad:
             lines.append(f"{self.bad_rows()}:")
-            lines += [f"  {problem}" for problem in self.bad[:_SHOWN_DROPPED]]
+            lines += [f"  {UserError(problem)}" for problem in self.bad[:_SHOWN_DROPPED]]
         if len(self.bad) > _SHOWN_DROPPED:
             lines.append(f"  and {len(self.bad) - _SHOWN_DROPPED:,} more")
         return lines
 
     def bad_rows(self) -> str:
         """Return how many rows were skipped because they cannot be trained on, "" if none."""
-        return f"{_count(len(self.bad), 'bad row')} skipped" if self.bad else ""
+        return f"{counted(len(self.bad), 'bad row')} skipped" if self.bad else ""
 
     def reasons(self) -> str:
         """Return the reasons why rows were dropped, each with its count, most common first."""
@@ -122,11 +134,13 @@ class Summary:
         return "; ".join(f"{count:,} because {reason}" for reason, count in counts.most_common())
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """Return "1 row", "2 rows"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _marked(segment: Segment) -> str:
+def marked(segment: Segment) -> str:
+    """Return the segment's text, shortened if it is long, between marks if it is trained."""
     text = segment.text
     if len(text) > _SHOWN_CHARACTERS:
         half = _SHOWN_CHARACTERS // 2

@@ -7,8 +7,9 @@ never trained, as there is nothing to predict it from.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fettle.data.chat import (
     Segment,
@@ -21,13 +22,14 @@ from fettle.data.chat import (
 )
 from fettle.data.fit import fit, without_ends
 from fettle.data.layout import added_tokens, unwritten
-from fettle.data.rows import BadRows, Row, Rows
+from fettle.data.rows import AnyRow, BadRows, Row, RowList
 from fettle.data.summary import Summary
 from fettle.data.tokenizer import Tokenizer
 from fettle.errors import ModelFault, UserError, option
 
 NOT_TRAINED = -100
 Span = tuple[int, int]
+Made = TypeVar("Made")
 
 
 class NothingToTrainOn(UserError):
@@ -75,37 +77,53 @@ def tokenize_rows(
     render wrongly (with `skip_bad_rows` they are skipped and listed in the summary), and `NothingToTrainOn` if no
     row remains.
     """
-    if max_length < 2:
+    summary = Summary(max_length, rows=len(rows), formats=Counter(row.format for row in rows))
+    uses_turns = prepare(rows, tokenizer, summary)
+    examples = collect(
+        rows, lambda row: examples_of(row, tokenizer, uses_turns, train_on, summary), summary, skip_bad_rows
+    )
+    summary.tokens = sum(len(example.input_ids) for example in examples)
+    summary.trained_tokens = sum(example.trained_tokens for example in examples)
+    return Tokenized(examples, summary)
+
+
+def prepare(rows: Sequence[Row], tokenizer: Tokenizer, summary: Summary) -> bool:
+    """Return whether prompts and completions become turns; give a tokenizer for chats a template if it has none."""
+    if summary.max_length < 2:
         raise UserError(
-            f"{option('max_length')} is {max_length}; expected at least 2, as each token is predicted from "
+            f"{option('max_length')} is {summary.max_length}; expected at least 2, as each token is predicted from "
             "those before it."
         )
     if not tokenizer.is_fast:
         raise UserError(
             "The tokenizer has no tokenizer.json, which is needed to map tokens to characters; add one."
         )
-    summary = Summary(max_length, rows=len(rows), formats=Counter(row.format for row in rows))
     uses_turns = has_own_chat_template(tokenizer)
     if any(row.messages or (uses_turns and row.prompt is not None) for row in rows):
         ensure_chat_template(tokenizer)
         summary.has_chats, summary.end_of_turn = True, end_of_turn(tokenizer)
-    examples: list[Example] = []
+    return uses_turns
+
+
+def collect(
+    rows: Sequence[AnyRow],
+    convert: Callable[[AnyRow], list[Made]],
+    summary: Summary,
+    skip_bad_rows: bool,
+) -> list[Made]:
+    """Return what `convert` makes of the rows. Raises `BadRows` and `NothingToTrainOn` as `tokenize_rows` does."""
+    examples: list[Made] = []
     for row in rows:
         try:
-            examples += _examples(row, tokenizer, uses_turns, train_on, summary)
+            examples += convert(row)
         except ModelFault:
             raise
         except UserError as error:
             summary.bad.append(f"{row.where}: {error}")
     if summary.bad and not skip_bad_rows:
         raise BadRows(summary.bad, len(rows))
-    if isinstance(rows, Rows):
+    if isinstance(rows, RowList):
         summary.add_reading(rows.reading)
-    _count(examples, summary)
-    return Tokenized(examples, summary)
-
-
-def _count(examples: list[Example], summary: Summary) -> None:
     if not examples:
         reasons = [reason for reason in (summary.reasons(), summary.bad_rows()) if reason]
         raise NothingToTrainOn(
@@ -114,13 +132,13 @@ def _count(examples: list[Example], summary: Summary) -> None:
             summary.bad,
         )
     summary.examples = len(examples)
-    summary.tokens = sum(len(example.input_ids) for example in examples)
-    summary.trained_tokens = sum(example.trained_tokens for example in examples)
+    return examples
 
 
-def _examples(
+def examples_of(
     row: Row, tokenizer: Tokenizer, uses_turns: bool, train_on: TrainOn, summary: Summary
 ) -> list[Example]:
+    """Return the row as examples of at most the summary's `max_length` tokens; [] if it is dropped."""
     if not row.is_trained:
         summary.dropped.append((row.where, "its weight is 0"))
         return []
@@ -150,7 +168,7 @@ def _chat_examples(row: Row, tokenizer: Tokenizer, train_on: TrainOn, summary: S
     segments = render(tokenizer, folded, row.completion_turns, train_on)
     ids, labels, ends = _encode(tokenizer, segments, adds_special_tokens=False)
     limit = summary.max_length
-    if not _has_loss(labels[:limit]):
+    if not has_loss(labels[:limit]):
         summary.dropped.append((row.where, f"its answer begins after the first {limit:,} tokens"))
         return []
     summary.folded_system += folded is not messages
@@ -182,7 +200,7 @@ def _plain_examples(row: Row, tokenizer: Tokenizer, train_on: TrainOn, summary: 
     limit = summary.max_length
     windows = _windows(len(ids), limit) if row.text is not None else [(0, min(limit, len(ids)))]
     examples = [Example(ids[a:b], [NOT_TRAINED, *labels[a + 1 : b]], row.where) for a, b in windows]
-    if not any(_has_loss(example.labels) for example in examples):
+    if not any(has_loss(example.labels) for example in examples):
         reason = (
             f"its completion begins after the first {limit:,} tokens"
             if len(ids) > limit
@@ -279,7 +297,8 @@ def _windows(length: int, limit: int) -> list[Span]:
     return list(zip(starts, [*starts[1:], length], strict=True))
 
 
-def _has_loss(labels: Sequence[int]) -> bool:
+def has_loss(labels: Sequence[int]) -> bool:
+    """Whether any token is trained on."""
     return any(label != NOT_TRAINED for label in labels)
 
 
