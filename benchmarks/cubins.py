@@ -32,7 +32,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 FLOATS = "scale eps nested_offset".split()
 FP32_POINTERS = "rstd partials table absmax code_book nested_absmax logsumexp delta".split()
-INT_POINTERS = "starts ends bounds lengths slots page_table words".split()
+INT_POINTERS = "starts roots prefix_ends ends bounds lengths slots page_table words".split()
 HALF_POINTERS = """x weight output grad grad_x gate up grad_gate grad_up product cos sin query key value out
     grad_query grad_key grad_value keys values rotated residual total norm""".split()
 POINTERS = dict.fromkeys(FP32_POINTERS, "*fp32") | dict.fromkeys(INT_POINTERS, "*i32") | {"packed": "*u8"}

@@ -8,7 +8,8 @@ A pack is several concatenated documents. A dense mask over the whole pack would
 mostly zeros. On a GPU, FlashAttention-2 takes the documents' bounds, and a Triton kernel covers what it does not
 support (a soft cap, fp32, GPUs before Ampere). On a CPU, documents of similar length (the same next power of two) are
 gathered into one right-padded batch: with causal attention the padding comes after every real query, so no mask is
-needed. Cost: the sum of the documents' lengths squared, at most 4 times that with padding.
+needed. Cost: the sum of the documents' lengths squared, at most 4 times that with padding. Documents may share their
+first tokens (see `shared_prefix.py`).
 
 Saved for backward: query, key, value, out and logsumexp (one fp32 number per token and head). Recomputed: the
 weights, tile by tile (FlashAttention-2, arXiv 2307.08691).
@@ -25,8 +26,15 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fettle.ops.attention_cpu import Rules, tiled_backward, tiled_forward
-from fettle.ops.attention_flash import cudnn_forward, flash_backward, flash_forward
+from fettle.ops.attention_flash import (
+    cudnn_forward,
+    flash_backward,
+    flash_forward,
+    flash_prefix_backward,
+    flash_prefix_forward,
+)
 from fettle.ops.dispatch import product_dtype, uses_cudnn_attention, uses_flash_attention, uses_triton
+from fettle.ops.shared_prefix import Prefixes, merge
 
 SMALLEST_GROUP = 16
 """Documents shorter than this share one group, as separate calls would cost more than the padding."""
@@ -80,23 +88,29 @@ class Group:
 class Documents:
     """The documents of a flat row of T tokens; made once per batch, used by every layer.
 
-    lengths: (T,), the length of each token's document. starts: (T,) int32, the start of each token's document.
-    bounds: (documents + 1,) int32, the start of each document, and T. longest: length of the longest document.
+    lengths: (T,), the length of each token's document, with the tokens that it shares. starts: (T,) int32, the start of
+    each token's document. bounds: (documents + 1,) int32, the start of each document, and T. longest: length of the
+    longest document, without shared tokens. prefixes: the shared tokens, if there are any (see `shared_prefix.py`).
     """
 
     lengths: torch.Tensor
     starts: torch.Tensor
     bounds: torch.Tensor
     longest: int
+    prefixes: Prefixes | None = None
 
     @classmethod
-    def from_starts(cls, is_start: torch.Tensor) -> "Documents":
-        """is_start: (T,) bool, True where a document begins; the first must be True."""
+    def from_starts(cls, is_start: torch.Tensor, shared: torch.Tensor | None = None) -> "Documents":
+        """is_start: (T,) bool, True where a document begins; the first must be True. shared: (T,), at each start how
+        many tokens of its root the document continues, 0 for a root; None if no document does."""
         starts = is_start.nonzero().flatten()
         bounds = torch.cat((starts, starts.new_tensor([is_start.numel()])))
-        lengths = bounds.diff()
-        per_token = torch.stack((lengths, starts)).repeat_interleave(lengths, dim=1)
-        return cls(per_token[0], per_token[1].int(), bounds.int(), int(lengths.max()))
+        lengths, prefixes, longest = bounds.diff(), None, int(bounds.diff().max())
+        whole = lengths
+        if shared is not None and bool((continued := shared[starts]).any()):
+            prefixes, whole = Prefixes.of(bounds, continued), lengths + continued
+        per_token = torch.stack((whole, starts)).repeat_interleave(lengths, dim=1)
+        return cls(per_token[0], per_token[1].int(), bounds.int(), longest, prefixes)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -143,6 +157,8 @@ def packed_attention_reference(
     position = torch.arange(len(query), device=query.device)
     i, j = position[:, None], position[None]
     seen = (j <= i) & (j >= documents.starts[:, None])
+    if (prefixes := documents.prefixes) is not None:
+        seen |= (j >= prefixes.roots[:, None]) & (j < prefixes.ends[:, None])
     if window is not None:
         seen &= j > i - window
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
@@ -221,24 +237,39 @@ def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, rules: Rules
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out, (T, H, D), and the logsumexp of the scores, (H, T)."""
+    prefixes = documents.prefixes
     if rules.softcap is None and uses_flash_attention(query):
-        return flash_forward(query, key, value, documents.bounds, documents.longest, rules)
+        out, logsumexp = flash_forward(query, key, value, documents.bounds, documents.longest, rules)
+        if prefixes is not None:
+            merge(out, logsumexp, *flash_prefix_forward(query, key, value, prefixes, rules.scale))
+        return out, logsumexp
     if uses_triton(query):
         from fettle.ops.kernels.attention import attention_forward
 
-        return attention_forward(query, key, value, documents.starts, **rules._asdict())
+        return attention_forward(query, key, value, documents.starts, prefixes, *rules[:3])
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     wide = torch.promote_types(query.dtype, torch.float32)
     logsumexp = torch.empty(query.shape[1], len(query), dtype=wide, device=query.device)
     dtype = product_dtype(query)
     for group in documents.groups:
-        forward = _fused_forward if _prefers_fused(query, group, rules) else _tiled_forward
+        forward = _fused_forward if _prefers_fused(query, group.index.shape[1], rules) else _tiled_forward
         # (documents, H or K, longest, D)
         q, k, v = (group.gather(x).to(dtype) for x in (query, key, value))
         group_out, group_logsumexp = forward(q, k, v, rules)
         group.scatter(group_out, out)
         group.scatter(group_logsumexp, logsumexp.T)
+    for queries, keys in prefixes.spans() if prefixes is not None else ():
+        rules = rules._replace(window=None, is_causal=False)
+        forward = _fused_forward if _prefers_fused(query, keys.stop - keys.start, rules) else _tiled_forward
+        q, k, v = (_one(x, part).to(dtype) for x, part in ((query, queries), (key, keys), (value, keys)))
+        shared_out, shared_logsumexp = forward(q, k, v, rules)
+        merge(out[queries], logsumexp[:, queries], shared_out[0].transpose(0, 1), shared_logsumexp[0])
     return out, logsumexp
+
+
+def _one(x: torch.Tensor, part: slice) -> torch.Tensor:
+    """Return a part of x (T, heads, D) as a batch of one, (1, heads, tokens, D)."""
+    return x[part].transpose(0, 1)[None]
 
 
 def _backward(
@@ -251,28 +282,43 @@ def _backward(
     documents: Documents,
     rules: Rules,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    saved = (query, key, value, out, logsumexp)
+    saved, prefixes = (query, key, value, out, logsumexp), documents.prefixes
     if rules.softcap is None and uses_flash_attention(query):
-        return flash_backward(grad, saved, documents.bounds, documents.longest, rules)
+        own = flash_backward(grad, saved, documents.bounds, documents.longest, rules)
+        if prefixes is None:
+            return own
+        shared = flash_prefix_backward(grad, saved, prefixes, rules.scale)
+        return own[0].add_(shared[0]), own[1].add_(shared[1]), own[2].add_(shared[2])
     if uses_triton(query):
         from fettle.ops.kernels.attention import attention_backward
 
-        return attention_backward(grad, *saved, documents.starts, **rules._asdict())
+        return attention_backward(grad, *saved, documents.starts, prefixes, *rules[:3])
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
     dtype = product_dtype(query)
     for group in documents.groups:
-        backward = _fused_backward if _prefers_fused(query, group, rules) else _tiled_backward
+        backward = _fused_backward if _prefers_fused(query, group.index.shape[1], rules) else _tiled_backward
         q, k, v, group_out, group_grad = (group.gather(x).to(dtype) for x in (query, key, value, out, grad))
         if not group.is_whole:  # padding repeats a document's last token, whose gradient must count only once
             group_grad = group_grad.masked_fill(~group.is_real[:, None, :, None], 0)
         group_grads = backward(group_grad, q, k, v, group_out, group.gather(logsumexp.T), rules)
         for target, part in zip(grads, group_grads, strict=True):
             group.scatter(part, target)
+    for queries, keys in prefixes.spans() if prefixes is not None else ():
+        rules = rules._replace(window=None, is_causal=False)
+        backward = (
+            _fused_backward if _prefers_fused(query, keys.stop - keys.start, rules) else _tiled_backward
+        )
+        places = (queries, queries, keys, keys, queries)
+        g, q, k, v, o = (
+            _one(x, part).to(dtype) for x, part in zip((grad, query, key, value, out), places, strict=True)
+        )
+        added = backward(g, q, k, v, o, logsumexp[None, :, queries], rules)
+        for target, place, more in zip(grads, (queries, keys, keys), added, strict=True):
+            target[place] += more[0].transpose(0, 1)
     return grads[0], grads[1], grads[2]
 
 
-def _prefers_fused(query: torch.Tensor, group: Group, rules: Rules) -> bool:
-    longest = group.index.shape[1]
+def _prefers_fused(query: torch.Tensor, longest: int, rules: Rules) -> bool:
     is_plain = rules.softcap is None and (rules.window is None or longest <= rules.window)
     is_quicker = longest > TILED_TOKENS or product_dtype(query) == torch.float32
     return is_plain and query.device.type == "cpu" and is_quicker
@@ -288,7 +334,7 @@ def _fused_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     key, value = _repeat(key, query), _repeat(value, query)
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, logsumexp = fused(query, key, value, 0.0, True, scale=rules.scale)
+    out, logsumexp = fused(query, key, value, 0.0, rules.is_causal, scale=rules.scale)
     return out, logsumexp
 
 
@@ -303,7 +349,7 @@ def _fused_backward(
 ) -> tuple[torch.Tensor, ...]:
     repeated = (query, _repeat(key, query), _repeat(value, query))
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    grads = fused(grad, *repeated, out, logsumexp, 0.0, True, scale=rules.scale)
+    grads = fused(grad, *repeated, out, logsumexp, 0.0, rules.is_causal, scale=rules.scale)
     if (shared := key.shape[1]) == query.shape[1]:
         return tuple(grads)
     # A shared key head gets the sum of its query heads' gradients: (B, H, N, D) -> (B, K, H / K, N, D) -> (B, K, N, D).

@@ -1,4 +1,4 @@
-"""Causal attention in tiles of queries, in plain PyTorch: memory is one tile, never tokens^2.
+"""Attention in tiles of queries, in plain PyTorch: memory is one tile, never tokens^2.
 
 A tile is one block of queries with all keys that it attends to: at most window + block keys with a sliding window.
 Backward recomputes it from the logsumexp of its rows (FlashAttention-2, arXiv 2307.08691, section 2.3):
@@ -26,11 +26,15 @@ TILE_SCORES = 1 << 20
 
 
 class Rules(NamedTuple):
-    """softmax(scale * q k^T) over the last `window` tokens; scores capped to softcap * tanh(s / softcap)."""
+    """softmax(scale * q k^T) over the last `window` tokens; scores capped to softcap * tanh(s / softcap).
+
+    is_causal: query i attends to the keys up to i; otherwise to all keys, of which there may be another number.
+    """
 
     scale: float
     window: int | None
     softcap: float | None
+    is_causal: bool = True
 
 
 class Tile(NamedTuple):
@@ -46,19 +50,19 @@ def tiled_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out, shaped as query, and the logsumexp of the scores, (B, G, N).
 
-    query: (B, G, N, D); key, value: (B, N, D).
+    query: (B, G, N, D); key, value: (B, N, D), or any number of keys if the rules are not causal.
     """
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     wide = torch.promote_types(query.dtype, torch.float32)
     logsumexp = torch.empty(query.shape[:3], dtype=wide, device=query.device)
-    tiles = _tiles(query, rules.window)
+    tiles = _tiles(query, key.shape[1], rules)
     scratch = _scratch(query, tiles, wide)
     for tile in tiles:
         rows = query[tile.batch, :, tile.queries]  # (b, G, q, D)
         scores = _scores(rows, key[tile.batch, tile.keys], rules, scratch)  # (b, G * q, k)
-        scores.unflatten(1, rows.shape[1:3]).masked_fill_(
-            _hidden(tile, rules.window, query.device), -torch.inf
-        )
+        if rules.is_causal:
+            hidden = _hidden(tile, rules.window, query.device)
+            scores.unflatten(1, rows.shape[1:3]).masked_fill_(hidden, -torch.inf)
         highest = scores.amax(-1)
         weights = torch.softmax(scores, -1, out=scores)
         # The largest weight is exp(highest - logsumexp), so the softmax gives the logsumexp without a second pass.
@@ -83,7 +87,7 @@ def tiled_backward(
     wide = torch.promote_types(query.dtype, torch.float32)
     # Several tiles add to the same keys and values, so their sums are in fp32.
     grad_key, grad_value = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (key, value))
-    tiles = _tiles(query, rules.window)
+    tiles = _tiles(query, key.shape[1], rules)
     scratch, grad_scratch, narrow_scratch = (_scratch(query, tiles, t) for t in (wide, wide, query.dtype))
     for tile in tiles:
         rows, grad_rows, out_rows = (
@@ -98,8 +102,9 @@ def tiled_backward(
         scores = _scores(rows, keys, rules, scratch)  # (b, G * q, k), overwritten by the weights below
         slope = None if rules.softcap is None else (scores / rules.softcap).square_().neg_().add_(1)
         weights = scores.sub_(row_logsumexp).exp_()
-        hidden = _hidden(tile, rules.window, query.device)
-        weights.unflatten(1, rows.shape[1:3]).masked_fill_(hidden, 0)
+        if rules.is_causal:
+            hidden = _hidden(tile, rules.window, query.device)
+            weights.unflatten(1, rows.shape[1:3]).masked_fill_(hidden, 0)
         grad_scores = grad_scratch[: scores.numel()].view(scores.shape)
         torch.bmm(grad_rows.to(wide), values.to(wide).mT, out=grad_scores).sub_(delta).mul_(weights)
         if slope is not None:
@@ -115,17 +120,17 @@ def tiled_backward(
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-def _tiles(query: torch.Tensor, window: int | None) -> list[Tile]:
+def _tiles(query: torch.Tensor, keys: int, rules: Rules) -> list[Tile]:
     batch, groups, tokens, _ = query.shape
     tiles = []
     for first in range(0, tokens, BLOCK):
         last = min(first + BLOCK, tokens)
-        earliest = 0 if window is None else max(0, first - window + 1)
-        heads = max(1, TILE_SCORES // (groups * (last - first) * (last - earliest)))
+        seen = slice(0, keys)
+        if rules.is_causal:
+            seen = slice(0 if rules.window is None else max(0, first - rules.window + 1), last)
+        heads = max(1, TILE_SCORES // (groups * (last - first) * (seen.stop - seen.start)))
         for head in range(0, batch, heads):
-            tiles.append(
-                Tile(slice(head, min(head + heads, batch)), slice(first, last), slice(earliest, last))
-            )
+            tiles.append(Tile(slice(head, min(head + heads, batch)), slice(first, last), seen))
     return tiles
 
 

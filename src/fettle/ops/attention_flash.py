@@ -7,6 +7,7 @@ so the last bits may differ between runs unless `torch.use_deterministic_algorit
 import torch
 
 from fettle.ops.attention_cpu import Rules
+from fettle.ops.shared_prefix import Prefixes
 
 
 def flash_forward(
@@ -57,3 +58,36 @@ def flash_backward(
 def _options(rules: Rules) -> dict[str, float | int]:
     windows = {} if rules.window is None else {"window_size_left": rules.window - 1, "window_size_right": 0}
     return {"scale": rules.scale, **windows}
+
+
+def flash_prefix_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefixes: Prefixes, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the attention to the shared tokens, (T, H, D), and its logsumexp, (H, T): -inf where there are none."""
+    bounds = (prefixes.query_bounds, prefixes.key_bounds, prefixes.longest_query, prefixes.longest_key)
+    out, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
+        *(query, key, value, *bounds, 0.0, False, False), scale=scale
+    )
+    return out, logsumexp.masked_fill(~prefixes.continues, -torch.inf)
+
+
+def flash_prefix_backward(
+    grad: torch.Tensor,
+    saved: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    prefixes: Prefixes,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what the attention to the shared tokens adds to the gradients of query, key and value.
+
+    saved: query, key, value, and the merged out and logsumexp.
+    """
+    query, key, value, out, logsumexp = saved
+    # weights are exp(score - logsumexp): 0 for tokens that attend to nothing shared
+    logsumexp = logsumexp.masked_fill(~prefixes.continues, torch.inf)
+    random = torch.zeros(2, dtype=torch.uint64, device=grad.device)
+    bounds = (prefixes.query_bounds, prefixes.key_bounds, prefixes.longest_query, prefixes.longest_key)
+    grads = torch.ops.aten._flash_attention_backward(
+        *(grad.contiguous(), query, key, value, out, logsumexp, *bounds, 0.0, False, random, random),
+        scale=scale,
+    )
+    return grads[0], grads[1], grads[2]

@@ -1,6 +1,6 @@
 """Log-probabilities of given next tokens, without materializing the logits of all tokens at once.
 
-    logits = cap * tanh(h W^T / cap) or h W^T;  log_prob = logits[label] - logsumexp(logits)
+    logits = (cap * tanh(h W^T / cap) or h W^T) / temperature;  log_prob = logits[label] - logsumexp(logits)
 
 Tokens are processed in chunks with logits of (chunk, V). With a frozen head the gradient of a log-probability with
 respect to its hidden state, (onehot - softmax) W, is computed in the forward pass, while the chunk's logits exist, and
@@ -36,54 +36,76 @@ SLICE = 4096
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """log_probs (with gradient) and entropy (without): fp32 (T,), in nats; is_top1: bool (T,), whether the
-    label is the most likely token."""
+    """Of each label: log_probs (with gradient) and, without, entropy, mean_logits and log_sum_sq_probs (the logarithm of
+    the sum of all squared probabilities), in fp32, and is_top1, whether it is the most likely token. All are (T,)."""
 
     log_probs: torch.Tensor
     entropy: torch.Tensor
+    mean_logits: torch.Tensor
+    log_sum_sq_probs: torch.Tensor
     is_top1: torch.Tensor
 
 
 def token_log_probs_reference(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    softcap: float | None = None,
+    temperature: float = 1.0,
 ) -> TokenScores:
     """Compute the formula above in plain PyTorch: the specification of `token_log_probs`."""
     logits = (hidden @ weight.T).float()
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
+    logits = logits / temperature
     log_probs = torch.log_softmax(logits, -1)
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     return TokenScores(
-        log_probs.gather(1, labels[:, None])[:, 0], entropy.detach(), logits.argmax(-1) == labels
+        log_probs.gather(1, labels[:, None])[:, 0],
+        entropy.detach(),
+        logits.mean(-1).detach(),
+        (2 * log_probs).logsumexp(-1).detach(),
+        logits.argmax(-1) == labels,
     )
 
 
 def token_log_probs(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    softcap: float | None = None,
+    temperature: float = 1.0,
 ) -> TokenScores:
     """Score `labels` (T,) for `hidden` (T, E) with the head `weight` (V, E) of the same dtype; both get gradients."""
     assert hidden.dtype == weight.dtype, f"hidden is {hidden.dtype} and the head {weight.dtype}"
-    log_probs, entropy, is_top1 = _TokenLogProbs.apply(hidden, weight, labels, softcap)
-    return TokenScores(log_probs, entropy, is_top1)
+    return TokenScores(*_TokenLogProbs.apply(hidden, weight, labels, softcap, temperature))
 
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        softcap: float | None,
+        temperature: float,
     ) -> tuple[torch.Tensor, ...]:
         is_trained, has_gradient = ctx.needs_input_grad[1], ctx.needs_input_grad[0]
         log_probs = torch.empty(len(hidden), dtype=_wide(hidden), device=hidden.device)
-        entropy = torch.empty_like(log_probs)
+        entropy, mean, log_sum_sq = (torch.empty_like(log_probs) for _ in range(3))
         is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         slope = torch.empty_like(hidden) if has_gradient and not is_trained else None
         with _buffers(hidden, weight, softcap) as buffers:
             for chunk in _chunks(hidden, weight):
                 logits, spare = _logits(hidden[chunk], weight, softcap, buffers)  # (chunk, V) each
                 is_top1[chunk] = logits.argmax(-1) == labels[chunk]
-                label_logits = logits.gather(1, labels[chunk, None])[:, 0]
                 if slope is not None:  # before the logits are overwritten
                     factor = _cap_slope(logits, softcap, buffers)
+                if temperature != 1:
+                    logits.div_(temperature)
+                label_logits = logits.gather(1, labels[chunk, None])[:, 0]
+                mean[chunk] = logits.mean(-1)
                 highest = logits.amax(-1, keepdim=True)
                 total = torch.sub(logits, highest, out=spare).exp_().sum(-1)
                 logsumexp = total.log_().add_(highest[:, 0])
@@ -91,14 +113,17 @@ class _TokenLogProbs(torch.autograd.Function):
                 each_log_prob = logits.sub_(
                     logsumexp[:, None]
                 )  # the logits become log-probabilities in place
-                entropy[chunk] = torch.exp(each_log_prob, out=spare).mul_(each_log_prob).sum(-1).neg_()
+                probs = torch.exp(each_log_prob, out=spare)
+                log_sum_sq[chunk] = torch.linalg.vector_norm(probs, dim=-1).log_().mul_(2)
+                entropy[chunk] = probs.mul_(each_log_prob).sum(-1).neg_()
                 if slope is not None:  # and now probabilities, and then the gradient of the logits
-                    grad_logits = _score_gradient(each_log_prob.exp_(), labels[chunk], factor)
+                    grad_logits = _score_gradient(each_log_prob.exp_(), labels[chunk], factor, temperature)
                     _times_head(grad_logits, weight, buffers, out=slope[chunk])
-        ctx.softcap = softcap
+        ctx.softcap, ctx.temperature = softcap, temperature
         ctx.save_for_backward(*((hidden, weight, labels) if is_trained else (slope,)))
-        ctx.mark_non_differentiable(entropy, is_top1)
-        return log_probs, entropy, is_top1
+        others = (entropy, mean, log_sum_sq, is_top1)
+        ctx.mark_non_differentiable(*others)
+        return log_probs, *others
 
     @staticmethod
     @once_differentiable
@@ -106,7 +131,7 @@ class _TokenLogProbs(torch.autograd.Function):
         grad = grads[0]
         if not ctx.needs_input_grad[1]:
             (slope,) = ctx.saved_tensors
-            return (slope * grad[:, None]).to(slope.dtype), None, None, None
+            return (slope * grad[:, None]).to(slope.dtype), None, None, None, None
         hidden, weight, labels = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
@@ -114,12 +139,13 @@ class _TokenLogProbs(torch.autograd.Function):
             for chunk in _chunks(hidden, weight):
                 logits, _ = _logits(hidden[chunk], weight, ctx.softcap, buffers)
                 factor = _cap_slope(logits, ctx.softcap, buffers)
-                slope = _score_gradient(torch.softmax(logits, -1), labels[chunk], factor)
+                probs = torch.softmax(logits.div_(ctx.temperature), -1)
+                slope = _score_gradient(probs, labels[chunk], factor, ctx.temperature)
                 grad_logits = slope.mul_(grad[chunk, None])
                 _times_head(grad_logits, weight, buffers, out=grad_hidden[chunk])
                 dtype = product_dtype(hidden[chunk])
                 grad_weight += (grad_logits.to(dtype).T @ hidden[chunk].to(dtype)).float()
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,11 +229,15 @@ def _cap_slope(capped: torch.Tensor, softcap: float | None, buffers: _Buffers) -
     return torch.div(capped, softcap, out=buffers.slope[: len(capped)]).square_().neg_().add_(1)
 
 
-def _score_gradient(probs: torch.Tensor, labels: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    """Return (onehot - probs) * factor, in place of `probs` (chunk, V). factor: the derivative of the soft cap."""
+def _score_gradient(
+    probs: torch.Tensor, labels: torch.Tensor, factor: torch.Tensor | None, temperature: float
+) -> torch.Tensor:
+    """Return (onehot - probs) * factor / temperature, in place of `probs` (chunk, V). factor: the soft cap's
+    derivative."""
     slope = probs.neg_()
     slope[torch.arange(len(labels), device=labels.device), labels] += 1
-    return slope if factor is None else slope.mul_(factor)
+    slope = slope if factor is None else slope.mul_(factor)
+    return slope if temperature == 1 else slope.div_(temperature)
 
 
 def chunk_tokens(vocabulary: int, device_type: str) -> int:

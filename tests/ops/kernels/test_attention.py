@@ -17,6 +17,13 @@ CASES = {
     "window": ([25, 8], 2, 1, 32, {"window": 6}),
     "softcap and odd channels": ([19, 4], 2, 1, 24, {"softcap": 2.0}),
 }
+SHARED = {"several answers": [0, 18, 18], "packed and shared": [0, 4, 4, 0, 9], "with softcap": [0, 6]}
+"""How many tokens of its root each document continues; for the cases of the same names."""
+CASES |= {
+    "several answers": ([20, 25, 6], 2, 2, 32, {}),
+    "packed and shared": ([5, 17, 1, 10, 9], 4, 2, 32, {}),
+    "with softcap": ([19, 4], 2, 1, 24, {"softcap": 2.0}),
+}
 
 
 @inside
@@ -35,13 +42,17 @@ def test_values_and_gradients_agree_with_packed_attention(case: str, monkeypatch
     is_start = torch.zeros(tokens, dtype=torch.bool).index_fill(0, begins, True)
     grad = torch.randn(tokens, heads, channels)
     exact = [part.double().requires_grad_() for part in parts]
-    expected = packed_attention(*exact, Documents.from_starts(is_start), scale=0.3, **rules)
+    continued = torch.zeros(tokens, dtype=torch.long)
+    continued[begins] = torch.tensor(SHARED.get(case, [0] * len(lengths)))
+    documents = Documents.from_starts(is_start, continued)
+    expected = packed_attention(*exact, documents, scale=0.3, **rules)
     expected_grads = torch.autograd.grad(expected, exact, grad.double())
 
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    out, logsumexp = attention_forward(*parts, starts, scale=0.3, block=16, **rules)
-    grads = attention_backward(grad, *parts, out, logsumexp, starts, scale=0.3, block=16, **rules)
+    options = (starts, documents.prefixes, 0.3, rules.get("window"), rules.get("softcap"))
+    out, logsumexp = attention_forward(*parts, *options, block=16)
+    grads = attention_backward(grad, *parts, out, logsumexp, *options, block=16)
     for ours, theirs in zip((out, *grads), (expected, *expected_grads), strict=True):
         torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=2e-5)
 
@@ -62,7 +73,8 @@ def test_every_kernel_fits_shared_memory(capability: int, channels: int) -> None
     constants = {"GROUP": 2, "D": channels, "PADDED": padded, "SOFTCAP": 0.0, "QUERIES": block, "KEYS": block}
     half = "*fp16" if capability < 80 else "*bf16"
     types = dict.fromkeys("query key value grad out grad_query grad_key grad_value".split(), half)
-    types |= {"starts": "*i32", "ends": "*i32", "logsumexp": "*fp32", "delta": "*fp32", "scale": "fp32"}
+    types |= dict.fromkeys(("starts", "roots", "prefix_ends", "ends"), "*i32")
+    types |= {"logsumexp": "*fp32", "delta": "*fp32", "scale": "fp32"}
     for kernel in (
         attention.forward_kernel,
         attention.query_gradient_kernel,

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fettle.ops.shared_prefix import Prefixes
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -42,8 +44,9 @@ def _scores(left, right, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _visible(i, j, starts, T, window):
-    return (j >= starts) & (j <= i) & (j > i - window) & (i < T)
+def _visible(i, j, starts, roots, prefix_ends, T, window):
+    own = (j >= starts) & (j <= i) & (j > i - window)
+    return (own | ((j >= roots) & (j < prefix_ends))) & (i < T)
 
 
 @triton.jit
@@ -68,7 +71,7 @@ def _score_gradient(
 
 @triton.jit
 def forward_kernel(
-    query, key, value, starts, out, logsumexp, T, window, scale,
+    query, key, value, starts, roots, prefix_ends, out, logsumexp, T, window, scale,
     query_token, query_head, key_token, key_head, value_token, value_head, out_token, out_head,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, SOFTCAP: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -77,13 +80,15 @@ def forward_kernel(
     head = tl.program_id(1)
     queries = first + tl.arange(0, QUERIES)
     own = tl.load(starts + queries, mask=queries < T, other=T)  # start of each query's document
+    root = tl.load(roots + queries, mask=queries < T, other=T)
+    prefix_end = tl.load(prefix_ends + queries, mask=queries < T, other=T)
     q = _load(query + head * query_head, queries, query_token, T, D, PADDED)
     # Finite, so that a row without visible keys so far gives exp2(-inf - highest) = 0 instead of NaN.
     highest = tl.full((QUERIES,), -1.0e30, tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     result = tl.zeros((QUERIES, PADDED), tl.float32)
-    # The first query has the earliest start, so no query of the block attends to a key before `begin`.
-    begin = tl.maximum(tl.load(starts + first), first - window + 1)
+    # The first query has the earliest root, so no query of the block attends to a key before `begin`.
+    begin = tl.maximum(tl.load(roots + first), first - window + 1)
     for block in range(begin, tl.minimum(first + QUERIES, T), KEYS):
         keys = block + tl.arange(0, KEYS)
         k = _load(key + head // GROUP * key_head, keys, key_token, T, D, PADDED)
@@ -91,7 +96,11 @@ def forward_kernel(
         # In units of log 2, as exp2 is faster than exp.
         scores = _scores(q, k, scale, SOFTCAP) * LOG2_E
         scores = tl.where(
-            _visible(queries[:, None], keys[None, :], own[:, None], T, window), scores, float("-inf")
+            _visible(
+                queries[:, None], keys[None, :], own[:, None], root[:, None], prefix_end[:, None], T, window
+            ),
+            scores,
+            float("-inf"),
         )
         # Online softmax: rescale sum and result whenever a row's maximum grows.
         higher = tl.maximum(highest, tl.max(scores, 1))
@@ -107,7 +116,7 @@ def forward_kernel(
 
 @triton.jit
 def query_gradient_kernel(
-    query, key, value, grad, starts, logsumexp, delta, grad_query, T, window, scale,
+    query, key, value, grad, starts, roots, prefix_ends, logsumexp, delta, grad_query, T, window, scale,
     query_token, query_head, key_token, key_head, value_token, value_head, grad_token, grad_head,
     out_token, out_head,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -117,17 +126,21 @@ def query_gradient_kernel(
     head = tl.program_id(1)
     queries = first + tl.arange(0, QUERIES)
     own = tl.load(starts + queries, mask=queries < T, other=T)
+    root = tl.load(roots + queries, mask=queries < T, other=T)
+    prefix_end = tl.load(prefix_ends + queries, mask=queries < T, other=T)
     q = _load(query + head * query_head, queries, query_token, T, D, PADDED)
     g = _load(grad + head * grad_head, queries, grad_token, T, D, PADDED)
     row_logsumexp = tl.load(logsumexp + head * T + queries, mask=queries < T, other=0.0)
     row_delta = tl.load(delta + head * T + queries, mask=queries < T, other=0.0)
     result = tl.zeros((QUERIES, PADDED), tl.float32)
-    begin = tl.maximum(tl.load(starts + first), first - window + 1)
+    begin = tl.maximum(tl.load(roots + first), first - window + 1)
     for block in range(begin, tl.minimum(first + QUERIES, T), KEYS):
         keys = block + tl.arange(0, KEYS)
         k = _load(key + head // GROUP * key_head, keys, key_token, T, D, PADDED)
         v = _load(value + head // GROUP * value_head, keys, value_token, T, D, PADDED)
-        seen = _visible(queries[:, None], keys[None, :], own[:, None], T, window)
+        seen = _visible(
+            queries[:, None], keys[None, :], own[:, None], root[:, None], prefix_end[:, None], T, window
+        )
         _, slope = _score_gradient(
             q, k, g, v, row_logsumexp[:, None], row_delta[:, None], seen, scale, SOFTCAP
         )
@@ -137,7 +150,7 @@ def query_gradient_kernel(
 
 @triton.jit
 def key_value_gradient_kernel(
-    query, key, value, grad, starts, ends, logsumexp, delta, grad_key, grad_value, T, window, scale,
+    query, key, value, grad, starts, roots, prefix_ends, ends, logsumexp, delta, grad_key, grad_value, T, window, scale,
     query_token, query_head, key_token, key_head, value_token, value_head, grad_token, grad_head,
     out_token, out_head,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -150,7 +163,7 @@ def key_value_gradient_kernel(
     v = _load(value + shared * value_head, keys, value_token, T, D, PADDED)
     sum_key = tl.zeros((KEYS, PADDED), tl.float32)
     sum_value = tl.zeros((KEYS, PADDED), tl.float32)
-    # The last key has the latest end of document and window, so no query from `end` on attends to the block.
+    # The last key has the latest end of group and window, so no query from `end` on attends to the block.
     last = tl.minimum(first + KEYS, T) - 1
     end = tl.minimum(tl.load(ends + last), last + window)
     # All query heads of the shared key head, in one program instead of with atomics.
@@ -158,11 +171,15 @@ def key_value_gradient_kernel(
         for block in range(first, end, QUERIES):
             queries = block + tl.arange(0, QUERIES)
             own = tl.load(starts + queries, mask=queries < T, other=T)
+            root = tl.load(roots + queries, mask=queries < T, other=T)
+            prefix_end = tl.load(prefix_ends + queries, mask=queries < T, other=T)
             q = _load(query + head * query_head, queries, query_token, T, D, PADDED)
             g = _load(grad + head * grad_head, queries, grad_token, T, D, PADDED)
             row_logsumexp = tl.load(logsumexp + head * T + queries, mask=queries < T, other=0.0)
             row_delta = tl.load(delta + head * T + queries, mask=queries < T, other=0.0)
-            seen = _visible(queries[None, :], keys[:, None], own[None, :], T, window)
+            seen = _visible(
+                queries[None, :], keys[:, None], own[None, :], root[None, :], prefix_end[None, :], T, window
+            )
             weights, slope = _score_gradient(
                 k, q, v, g, row_logsumexp[None, :], row_delta[None, :], seen, scale, SOFTCAP
             )
@@ -205,21 +222,31 @@ def _dense_channels(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in tensors]
 
 
+def _bounds(
+    starts: torch.Tensor, prefixes: Prefixes | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return each token's start of its document, start of its group, and end of the tokens that it shares."""
+    starts = starts.contiguous()
+    return (starts, starts, starts) if prefixes is None else (starts, prefixes.roots, prefixes.ends)
+
+
 def attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     starts: torch.Tensor,
-    *,
+    prefixes: Prefixes | None,
     scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    window: int | None,
+    softcap: float | None,
+    *,
     block: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return softmax(scale * q k^T) v, (T, H, D), and the natural logsumexp of the scores, fp32 (H, T).
 
     query: (T, H, D); key, value: (T, K, D). starts: int32 (T,), where each token's document begins:
-    token i attends to j with starts[i] <= j <= i and j > i - window. block: tokens per block, by device if None.
+    token i attends to j with starts[i] <= j <= i and j > i - window, and to the tokens that it shares, if any (a window
+    must be longer than every group then). block: tokens per block, by device if None.
     """
     query, key, value = _dense_channels(query, key, value)
     tokens, heads, _ = query.shape
@@ -228,7 +255,7 @@ def attention_forward(
     options = _options(query, key, softcap, block)
     with torch.cuda.device_of(query):
         forward_kernel[(triton.cdiv(tokens, options["QUERIES"]), heads)](
-            query, key, value, starts.contiguous(), out, logsumexp, tokens, window or tokens, scale,
+            query, key, value, *_bounds(starts, prefixes), out, logsumexp, tokens, window or tokens, scale,
             *_strides(query, key, value, out), **options,
         )  # fmt: skip
     return out, logsumexp
@@ -242,19 +269,19 @@ def attention_backward(
     out: torch.Tensor,
     logsumexp: torch.Tensor,
     starts: torch.Tensor,
-    *,
+    prefixes: Prefixes | None,
     scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    window: int | None,
+    softcap: float | None,
+    *,
     block: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value, given that of out and the results of forward."""
     query, key, value, grad = _dense_channels(query, key, value, grad)
     tokens, heads, _ = query.shape
-    starts = starts.contiguous()
-    ends = torch.searchsorted(
-        starts, starts, right=True, out_int32=True
-    )  # (T,), where each token's document ends
+    bounds = _bounds(starts, prefixes)
+    roots = bounds[1]
+    ends = torch.searchsorted(roots, roots, right=True, out_int32=True)  # (T,), where each token's group ends
     delta = (grad.float() * out.float()).sum(-1).T.contiguous()  # (H, T), see ops/attention_cpu.py
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
     options = _options(query, key, softcap, block)
@@ -262,11 +289,11 @@ def attention_backward(
     blocks = triton.cdiv(tokens, options["QUERIES"])
     with torch.cuda.device_of(query):
         query_gradient_kernel[(blocks, heads)](
-            query, key, value, grad, starts, logsumexp, delta, grads[0], tokens, window or tokens, scale,
+            query, key, value, grad, *bounds, logsumexp, delta, grads[0], tokens, window or tokens, scale,
             *strides, *_strides(grads[0]), **options,
         )  # fmt: skip
         key_value_gradient_kernel[(blocks, key.shape[1])](
-            query, key, value, grad, starts, ends, logsumexp, delta, grads[1], grads[2], tokens,
+            query, key, value, grad, *bounds, ends, logsumexp, delta, grads[1], grads[2], tokens,
             window or tokens, scale, *strides, *_strides(grads[1]), **options,
         )  # fmt: skip
     return grads[0], grads[1], grads[2]
