@@ -265,12 +265,12 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
     from fettle import terminal
     from fettle.adapters.lora import adapt
     from fettle.cli.display import Display
+    from fettle.methods.sft import SupervisedTrainer as Trainer
     from fettle.models.config import StoredModel
     from fettle.models.load import empty_model
     from fettle.recompute.allocator import restored_heap, set_heap
     from fettle.runs.memory_plan import plan_run
     from fettle.runs.options import TrainOptions
-    from fettle.runs.steps import Trainer
 
     config = config_of(options)
     data = data_of(options, config.vocab_size)

@@ -9,7 +9,7 @@ import transformers
 
 import fettle
 from fettle import events
-from fettle.methods.sft import train
+from fettle.methods.finetune import train
 from fettle.runs.options import TrainOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from fettle.export.checkpoint import export_safetensors
     from fettle.export.gguf import export_gguf
     from fettle.export.merge import merge
+    from fettle.methods.finetune import resume_training, train
     from fettle.methods.pretrain import pretrain, resume_pretraining
-    from fettle.methods.sft import resume_training, train
     from fettle.models.save import save_model
     from fettle.runs.options import PretrainOptions, TrainOptions
     from fettle.runs.outcome import Outcome
@@ -57,11 +57,11 @@ _HOME = {
     "pretrain": "fettle.methods.pretrain",
     "read_rows": "fettle.data",
     "resume_pretraining": "fettle.methods.pretrain",
-    "resume_training": "fettle.methods.sft",
+    "resume_training": "fettle.methods.finetune",
     "save_model": "fettle.models.save",
     "split_held_out": "fettle.data",
     "tokenize_rows": "fettle.data",
-    "train": "fettle.methods.sft",
+    "train": "fettle.methods.finetune",
 }
 
 _JOBS = ("compare", "export_gguf", "pretrain", "resume_pretraining", "resume_training", "train")

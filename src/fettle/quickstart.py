@@ -20,7 +20,7 @@ from fettle.events import Message, Report, ignore
 from fettle.export.checkpoint import export_safetensors
 from fettle.export.gguf import export_gguf
 from fettle.files import require_new_folder, shell_path
-from fettle.methods.sft import train
+from fettle.methods.finetune import train
 from fettle.runs.options import TrainOptions
 from fettle.runs.outcome import Outcome
 from fettle.runs.resume import REPORT

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fettle.cli.display import Display
 from fettle.data import read_rows, tokenize_rows
 from fettle.engine.load import load
-from fettle.methods.sft import fixed_context, resume_training, train
+from fettle.methods.finetune import fixed_context, resume_training, train
 from fettle.models.load import load_model, load_tokenizer
 from fettle.runs.options import TrainOptions
 

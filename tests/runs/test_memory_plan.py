@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from fettle.cli.display import Display
 from fettle.errors import UserError
 from fettle.methods import sft
-from fettle.methods.sft import train
+from fettle.methods.finetune import train
+from fettle.methods.sft import rows_of
 from fettle.models import layer
 from fettle.recompute import allocator
 from fettle.recompute.policies import Policy
 from fettle.runs import memory_plan as planning
 from fettle.runs.memory_plan import RunPlan, plan
 from fettle.runs.options import PlanOptions, TrainOptions
-from fettle.runs.steps import rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
 

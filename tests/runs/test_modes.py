@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTTrainer
 
 from fettle.adapters.lora import adapt, attach
+from fettle.methods.finetune import resume_training, train
 from fettle.methods.pretrain import pretrain, resume_pretraining
-from fettle.methods.sft import resume_training, train
 from fettle.models.load import load_model
 from fettle.models.modes import evaluating
 from fettle.runs.options import PretrainOptions, TrainOptions

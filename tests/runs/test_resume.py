@@ -15,8 +15,8 @@ import pytest
 from fettle.errors import UserError
 from fettle.events import Message
 from fettle.files import sha256_of
+from fettle.methods.finetune import resume_training, train
 from fettle.methods.pretrain import new_model
-from fettle.methods.sft import resume_training, train
 from fettle.models.save import save_model
 from fettle.options import write
 from fettle.runs import resume

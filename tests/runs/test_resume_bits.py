@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from fettle.methods.sft import resume_training, train
+from fettle.methods.finetune import resume_training, train
 from fettle.runs.options import TrainOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")

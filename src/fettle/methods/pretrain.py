@@ -11,6 +11,7 @@ from fettle.data import Row, end_of_turn
 from fettle.errors import UserError, option
 from fettle.events import Report, ignore
 from fettle.files import shell_path
+from fettle.methods.sft import Supervised
 from fettle.models.decoder import DecoderForCausalLM, causal_lm_class
 from fettle.models.device import device_of
 from fettle.models.families import FAMILIES
@@ -20,7 +21,7 @@ from fettle.runs.defaults import complete, length_limit, require_valid
 from fettle.runs.job import Job, run
 from fettle.runs.options import Device, PretrainOptions
 from fettle.runs.outcome import Outcome
-from fettle.runs.rows import fingerprints, prepare, read_data, summary_of
+from fettle.runs.rows import fingerprints, read_data, summary_of
 from fettle.tiny.tokenizer import train_tokenizer
 
 
@@ -50,7 +51,8 @@ def _prepare(options: PretrainOptions, facts: dict[str, Any], report: Report) ->
     resume.require_unchanged(facts, seen, options)
     longest = length_limit(options, options.context)
     tokenizer = _tokenizer(rows, options)
-    data = prepare(options, tokenizer, longest, rows)
+    method = Supervised()
+    data = method.prepare(options, tokenizer, longest)
     report(summary_of(data, options))
     device = cast(Device, device_of(options.device).type)
     set_seed(options.seed)
@@ -62,6 +64,7 @@ def _prepare(options: PretrainOptions, facts: dict[str, Any], report: Report) ->
         parameters=parameters,
         weight_bytes=model.get_memory_footprint(),
         is_full=True,
+        method=method,
     )
     output = shell_path(Path(options.output))
     return Job(
@@ -71,6 +74,7 @@ def _prepare(options: PretrainOptions, facts: dict[str, Any], report: Report) ->
         tokenizer=tokenizer,
         data=data,
         model_name=f"{FAMILIES[options.family].architecture} with {parameters / 1e6:.2f} M parameters",
+        training=method,
         method=f"from scratch, learning rate {options.learning_rate:g}, {device}",
         command="pretrain",
         facts=facts | {"fingerprints": seen},

@@ -1,163 +1,80 @@
-"""Supervised fine-tuning with LoRA: `fettle train`, top to bottom."""
+"""Supervised fine-tuning: the loss is the mean over the trained tokens of packed rows. Also used for pretraining."""
 
-import dataclasses
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, set_seed
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
 
-from fettle.adapters.lora import adapt
-from fettle.adapters.model_ref import resolve
-from fettle.checkpoints.adapter_facts import AdapterFacts, write_facts
-from fettle.checkpoints.dtypes import name_of
-from fettle.checkpoints.fingerprint import fingerprint, tokenizer_fingerprint
-from fettle.errors import UserError, option
-from fettle.evaluation import longest_exchange
-from fettle.events import Report, ignore
-from fettle.files import shell_path, sibling
-from fettle.models.decoder import DecoderForCausalLM
-from fettle.models.device import device_of
-from fettle.models.load import load_model
-from fettle.models.save import save_tokenizer
-from fettle.planning.program import note_program
-from fettle.planning.shapes import Shapes
-from fettle.quantization.layers import is_quantized
-from fettle.recompute.allocator import restored_heap
-from fettle.runs import resume
-from fettle.runs.defaults import complete, length_limit, require_valid
-from fettle.runs.job import Job, run
-from fettle.runs.memory_plan import plan_run
-from fettle.runs.options import Device, Quantization, TrainOptions
-from fettle.runs.outcome import Outcome
-from fettle.runs.rows import fingerprints, prepare, read_data, summary_of
+from fettle.data import collator
+from fettle.events import Report, progress
+from fettle.models.modes import evaluating
+from fettle.runs.options import PretrainOptions, TrainOptions
+from fettle.runs.recovery import Recovery
+from fettle.runs.rows import RunData, prepare, read_data
 
 
-def train(options: TrainOptions, *, report: Report = ignore) -> Outcome:
-    """Fine-tune `options.model` on `options.data`; write adapter, tokenizer, options and report to `options.output`.
+class SupervisedTrainer(Recovery, SFTTrainer):
+    """TRL's SFT trainer for packs made by `fettle.data.pack`."""
 
-    The folder is a plain PEFT adapter. Raises UserError for an error the user can fix, before anything is written.
-    Ctrl-C stops the run after the current step with a checkpoint, from which `resume_training` continues.
-    """
-    require_valid(options)
-    options = dataclasses.replace(options, output=resume.new_output(options.output))
-    note_program()
-    with restored_heap():
-        return run(_prepare(options, {}, report))
+    def rows_of(self, inputs: dict[str, Any]) -> list[str]:
+        assert isinstance(self.train_dataset, Dataset)
+        return rows_of(self.train_dataset, inputs["input_ids"].flatten().tolist())
 
 
-def resume_training(output: str | Path, *, report: Report = ignore) -> Outcome | None:
-    """Resume the interrupted run in `output` with its original options; return None if it has already finished.
+@dataclass(frozen=True, slots=True)
+class Supervised:
+    epochs: float = 3.0
+    learning_rate_share: float = 1.0
+    batch_size: int = 1
+    forward_passes: int = 0
 
-    The final weights are bit-identical to those of an uninterrupted run.
-    """
-    output = Path(output).expanduser()
-    options = resume.options_to_resume(output, TrainOptions)
-    if options is None:
-        return None
-    with restored_heap():
-        return run(_prepare(options, resume.read_facts(output), report))
+    def prepare(
+        self, options: TrainOptions | PretrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int
+    ) -> RunData:
+        return prepare(options, tokenizer, longest, read_data(options.data))
 
+    def trainer(
+        self, options: TrainOptions | PretrainOptions, arguments: dict[str, Any], **parts: Any
+    ) -> SupervisedTrainer:
+        config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
+        return SupervisedTrainer(args=config, data_collator=collator(parts["processing_class"]), **parts)
 
-def _prepare(options: TrainOptions, facts: dict[str, Any], report: Report) -> Job:
-    """Read the data, choose the remaining options, plan the memory, load the model."""
-    asked_steps = options.max_steps
-    ref = resolve(options.model)
-    stored = ref.stored  # first, so that a broken model is reported before the data is read
-    if ref.kind == "adapter":
-        raise UserError(
-            f"{option('model')} {options.model} is an adapter; merge it first (fettle export --model "
-            f"{shell_path(options.model)} --format safetensors --to FOLDER) and train on the merged model."
-        )
-    device = device_of(options.device)
-    rows = read_data(options.data)
-    seen = fingerprints(options)
-    seen |= {"model": fingerprint(ref.base), "tokenizer": tokenizer_fingerprint(ref.base)}
-    resume.require_unchanged(facts, seen, options)
-    tokenizer = ref.tokenizer
-    longest = length_limit(options, stored.config.max_position_embeddings)
-    data = prepare(options, tokenizer, longest, rows)
-    report(summary_of(data, options))
-    options = complete(
-        dataclasses.replace(options, device=cast(Device, device.type), max_length=longest),
-        packs=len(data.train),
-        parameters=Shapes.of(stored.config).parameters,
-    )
-    run_plan = plan_run(
-        options,
-        stored,
-        device,
-        data.train_lengths,
-        report,
-        data.held_out_lengths,
-        longest_exchange(
-            [*data.held_out_questions, *data.keep_questions], tokenizer, stored.config.max_position_embeddings
-        ),
-    )
-    # by folder, as PEFT reads the base's config from `name_or_path` at each save
-    base = load_model(ref.base, dtype=run_plan.work.dtype, device=device, quantization=options.quantization)
-    model = _adapt(base, options)
-    context = fixed_context(base, longest)
-    quantization: Quantization | None = "nf4" if is_quantized(base) else None
-    adapter_facts = AdapterFacts(
-        base_fingerprint=seen["model"], context_tokens=context, quantization=quantization
-    )
-    dtype = quantization or name_of(base.dtype)
-    result = Path(options.output)
-    output, merged, gguf = map(shell_path, (result, sibling(result, "-merged"), sibling(result, ".gguf")))
-    return Job(
-        options=options,
-        asked_steps=asked_steps,
-        model=model,
-        tokenizer=tokenizer,
-        data=data,
-        model_name=options.model,
-        method=f"LoRA rank {options.rank}, learning rate {options.learning_rate:g}, {device.type}, {dtype}",
-        command="train",
-        facts=facts | {"fingerprints": seen},
-        begin=lambda: base.set_context(context),
-        save=lambda to: _save_adapter(model, tokenizer, ref.name, adapter_facts, to),
-        last_file="adapter_config.json",
-        next_commands=[
-            f'fettle generate --model {output} --prompt "..."',
-            f"fettle chat --model {output}",
-            f"fettle export --model {output} --format safetensors --to {merged}",
-            f"fettle export --model {output} --format gguf --to {gguf} --verify --ollama",
-            f"vllm serve {merged}",
-        ],
-        report=report,
-        run_plan=run_plan,
-    )
+    @torch.no_grad()
+    def held_out(self, trainer: Recovery, when: str, report: Report) -> dict[str, float]:
+        """Return the mean loss and top-1 accuracy over the held-out tokens; empty if there are none.
+
+        The mean is over tokens, not over batches as in the trainer's own evaluation, so it does not depend on how
+        the rows are packed.
+        """
+        if trainer.eval_dataset is None:
+            return {}
+        loss, right, tokens = 0.0, 0, 0
+        batches = trainer.get_eval_dataloader()
+        with evaluating(trainer.model), progress(f"{when}: computing the held-out loss", report) as advance:
+            for number, batch in enumerate(batches):
+                advance(number / len(batches))
+                inputs = trainer._prepare_inputs(batch)
+                outputs = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
+                # log_probs is 0 at positions without a label
+                loss -= float(outputs.log_probs.double().sum())
+                right += int(outputs.is_top1.sum())
+                tokens += int(outputs.label_mask.sum())
+        return {"loss": loss / max(1, tokens), "token_accuracy": right / max(1, tokens)}
 
 
-def _adapt(base: DecoderForCausalLM, options: TrainOptions) -> PeftModel:
-    set_seed(options.seed)  # the adapter's initial weights are random
-    return adapt(
-        base,
-        rank=options.rank,
-        alpha=options.alpha,
-        dropout=options.dropout,
-        target_modules=options.target_modules or "all-linear",
-    )
-
-
-def fixed_context(model: DecoderForCausalLM, longest: int) -> int | None:
-    """The context length to fix LongRoPE's factors for: the run's, if its rows may exceed the original context."""
-    original = model.config.rope_parameters.get("original_max_position_embeddings")
-    return longest if original is not None and longest > original else None
-
-
-def _save_adapter(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    base_name: str,
-    adapter_facts: AdapterFacts,
-    to: Path,
-) -> None:
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = base_name
-    config.target_modules = sorted(config.target_modules)  # the order of a set varies between processes
-    model.save_pretrained(str(to), save_embedding_layers=False)
-    (to / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    save_tokenizer(tokenizer, to)
-    write_facts(to, adapter_facts)
+def rows_of(packs: Dataset, tokens: list[int]) -> list[str]:
+    """Return the data rows of the packs that are concatenated in `tokens`."""
+    found: list[str] = []
+    start = 0
+    every = packs["input_ids"]
+    while start < len(tokens):
+        fitting = (i for i, ids in enumerate(every) if tokens[start : start + len(ids)] == ids)
+        index = next(fitting, None)
+        if index is None:
+            break
+        found += packs[index]["rows"]
+        start += len(every[index])
+    return found

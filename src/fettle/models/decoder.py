@@ -109,16 +109,20 @@ class Decoder(DecoderPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        shares_prefixes: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids: (B, N). `position_ids` (B, N) that restart within a row mark packed documents."""
+        """input_ids: (B, N). `position_ids` (B, N) that restart within a row mark packed documents; with
+        `shares_prefixes` those that restart above 0 mark documents that share their first tokens (packing.py)."""
         x = self.embed(input_ids, inputs_embeds)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         packed = None
         if position_ids is None:
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
         elif seen == 0:
-            packed = find_documents(position_ids.expand(x.shape[0], -1), attention_mask)
+            packed = find_documents(
+                position_ids.expand(x.shape[0], -1), attention_mask, shares_prefixes=shares_prefixes
+            )
         if packed is not None and past_key_values is not None:
             raise ValueError(
                 "packed rows (position_ids that restart) cannot fill a cache; pass use_cache=False"
@@ -127,7 +131,7 @@ class Decoder(DecoderPreTrainedModel):
         if use_cache and past_key_values is None and packed is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
         is_long = not use_cache and x.shape[1] > LONG_ROW
-        is_own = packed is None and past_key_values is None and self._has_own_attention
+        is_own = packed is None and past_key_values is None and self.has_own_attention
         documents = row_documents(x, attention_mask) if is_own and (self.training or is_long) else packed
 
         lengths = None if packed is None else packed.lengths.view(x.shape[:2])
@@ -150,7 +154,7 @@ class Decoder(DecoderPreTrainedModel):
         return BaseModelOutputWithPast(self.norm(self.run_layers(x, context)), past_key_values)
 
     @property
-    def _has_own_attention(self) -> bool:
+    def has_own_attention(self) -> bool:
         """Whether packed attention may replace the configured one: not if the user chose an implementation."""
         return self.config._attn_implementation in ("sdpa", "eager")
 

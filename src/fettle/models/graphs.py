@@ -13,6 +13,7 @@ Shapes: B batch, N tokens per row, E hidden size, T = B * N tokens in all, padde
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from fettle.models.attention_context import PackedDocuments
 from fettle.ops import Documents
+from fettle.ops.shared_prefix import Prefixes
 
 Layers = Callable[..., torch.Tensor]
 
@@ -86,13 +88,20 @@ class LayerGraphs:
         bounds = len(context.documents.bounds) + 1  # one more for the padding
         # Bounds are rounded up to a power of two, so that a few captures serve every number of documents.
         size, state = 1 << (bounds - 1).bit_length(), self.state()
+
+        def serves(found: "_Inputs | None") -> bool:
+            if found is None or len(found.context.documents.bounds) < bounds:
+                return False
+            return context.documents.prefixes is None or found.context.documents.prefixes is not None
+
         if torch.is_grad_enabled():
-            if self.captured is None or len(self.captured.context.documents.bounds) < bounds:
+            if not serves(self.captured):
                 self.captured = None  # free its memory before capturing the next
                 self.captured = _Captured(self, rows, context, size)
+            assert self.captured is not None
             return self.captured
         found = self.without_gradient.pop(state, None)
-        if found is None or len(found.context.documents.bounds) < bounds:
+        if found is None or not serves(found):
             found = None
             found = _Forward(self, rows, context, size)
         self.without_gradient[state] = found
@@ -120,6 +129,11 @@ class _Inputs:
             longest=tokens,
         )
         documents.bounds[0] = 0
+        if context.documents.prefixes is not None:
+            # one more group for the padding; bounds of a group in pairs, and two for the ends
+            each, pairs = documents.starts, documents.bounds.new_full((2 * bounds + 2,), tokens)
+            parts = (each.clone(), each.clone(), pairs.clone(), pairs.clone())
+            documents = replace(documents, prefixes=Prefixes(*parts, tokens, tokens))
         self.context = PackedDocuments((cos, sin), documents)
 
     def take(self, x: torch.Tensor, context: PackedDocuments) -> None:
@@ -133,6 +147,22 @@ class _Inputs:
         starts[length:].fill_(length)
         bounds[: len(documents.bounds)].copy_(documents.bounds)
         bounds[len(documents.bounds) :].fill_(self.x.shape[1])
+        if self.context.documents.prefixes is not None:
+            self._take_prefixes(self.context.documents.prefixes, documents, length)
+
+    def _take_prefixes(self, prefixes: Prefixes, documents: Documents, length: int) -> None:
+        given = documents.prefixes or Prefixes.of(documents.bounds, torch.zeros_like(documents.bounds[1:]))
+        for target, source in ((prefixes.roots, given.roots), (prefixes.ends, given.ends)):
+            target[:length].copy_(source)
+            target[length:].fill_(length)
+        count = len(given.query_bounds) - 1
+        for target, source in (
+            (prefixes.query_bounds, given.query_bounds),
+            (prefixes.key_bounds, given.key_bounds),
+        ):
+            target[:count].copy_(source[:count])
+            target[count:].fill_(self.x.shape[1])
+        prefixes.key_bounds[count : count + 2].fill_(length)  # the padding attends to nothing before it
 
 
 class _Forward(_Inputs):

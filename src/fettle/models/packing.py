@@ -1,10 +1,14 @@
 """Find the documents of packed rows: a document begins wherever the positions restart.
 
 Stock transformers looks for restarts only without an attention mask and without a cache, and otherwise attends across
-documents. Here every forward pass that starts a row looks for them.
+documents. Here every forward pass that starts a row looks for them. A caller may ask that positions which restart above
+0 mean a document that shares its first tokens with the last one that began at 0 (ops/shared_prefix.py).
 
 Shapes: B rows, N tokens per row.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -12,13 +16,16 @@ from fettle.ops import Documents
 
 
 def find_documents(
-    position_ids: torch.Tensor, attention_mask: torch.Tensor | dict[str, torch.Tensor] | None
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | dict[str, torch.Tensor] | None,
+    *,
+    shares_prefixes: bool = False,
 ) -> Documents | None:
     """Return the documents of packed rows, or None if no row restarts its positions.
 
     position_ids: (B, N). A document starts at every position that is neither one more than its predecessor nor, in
     rows with padding (zeros in a (B, N) mask), one more than that of the last real token. Padding may have any
-    positions.
+    positions. shares_prefixes: a document that starts at position p shares p tokens; for rows without a mask.
     """
     breaks = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if isinstance(attention_mask, dict) or (attention_mask is not None and attention_mask.dim() != 2):
@@ -35,7 +42,51 @@ def find_documents(
     elif not breaks.any():
         return None
     is_start = torch.cat((torch.ones_like(breaks[:, :1]), breaks), dim=1)
-    return Documents.from_starts(is_start.flatten())
+    return Documents.from_starts(is_start.flatten(), position_ids.flatten() if shares_prefixes else None)
+
+
+class PackedBatch(NamedTuple):
+    """A padded batch as one row without padding. input_ids, position_ids: (1, T). places: (B, N), where each token of
+    the batch is in that row; 0 for padding."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    places: torch.Tensor
+
+
+def pack_batch(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, *, share: bool
+) -> PackedBatch:
+    """Concatenate the real tokens of a batch's rows. All three are (B, N); a label of -100 is none.
+
+    share: rows with the same prompt, which is what precedes their first label, share its tokens. It reads the device.
+    """
+    table = torch.stack((input_ids, attention_mask.to(input_ids.dtype), labels)).tolist()
+    rows = [[n for n, is_real in enumerate(mask) if is_real] for mask in table[1]]
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, (row, ids, targets) in enumerate(zip(rows, table[0], table[2], strict=True)):
+        prompt = next((n for n, at in enumerate(row) if targets[at] != -100), len(row)) if share else 0
+        # rows that share nothing get a group of their own, under a key that is no token
+        key = tuple(ids[at] for at in row[:prompt]) or (-1 - number,)
+        groups.setdefault(key, []).append(number)
+    packed: list[int] = []
+    positions: list[int] = []
+    places = [[0] * input_ids.shape[1] for _ in rows]
+    for prompt_ids, members in groups.items():
+        root = len(packed)
+        for number in members:
+            shared = len(prompt_ids) if len(packed) > root else 0
+            for position, at in enumerate(rows[number]):
+                if position < shared:
+                    places[number][at] = root + position
+                    continue
+                places[number][at] = len(packed)
+                packed.append(table[0][number][at])
+                positions.append(position)
+    made: Sequence[torch.Tensor] = [
+        torch.tensor(each, device=input_ids.device) for each in ([packed], [positions], places)
+    ]
+    return PackedBatch(*made)
 
 
 def row_documents(

@@ -36,8 +36,9 @@ SLICE = 4096
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """Of each label: log_probs (with gradient) and, without, entropy, mean_logits and log_sum_sq_probs (the logarithm of
-    the sum of all squared probabilities), in fp32, and is_top1, whether it is the most likely token. All are (T,)."""
+    """Of each label: log_probs (with gradient) and, without, entropy, mean_logits and log_sum_sq_probs (the logarithm
+    of the sum of all squared probabilities), in fp32, and is_top1, whether it is the most likely token. All are (T,).
+    """
 
     log_probs: torch.Tensor
     entropy: torch.Tensor

@@ -61,6 +61,7 @@ class Workload:
     (CPU). returns_memory: on a CPU, freed tensors are returned to the system immediately instead of kept in the heap.
     stored_item: bytes per weight in the checkpoint file, 0 if unknown. evaluated_tokens: tokens of the largest batch
     of held-out rows; answered_tokens: tokens of the longest question with its answer; 0 if there is none.
+    forward_passes: passes without gradient per batch, each over as many tokens, such as that of a reference model.
     """
 
     tokens: int
@@ -77,6 +78,7 @@ class Workload:
     stored_item: int = 0
     evaluated_tokens: int = 0
     answered_tokens: int = 0
+    forward_passes: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -19,14 +19,16 @@ EMBEDDING_SECONDS = 2e-10
 """Seconds per byte of token embeddings copied from host memory to the GPU."""
 RETURN_FACTOR = 1.4
 """Slowdown of a step if freed memory is returned to the system immediately: new pages are zeroed for each tensor."""
+LEAST_FORWARD, FORWARD_HEAD = 0.3, 0.5
+"""A pass without gradient: at least this share of the time of a layer that keeps everything, and of the head's."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
     """The seconds of a step's parts, for any choice of policies.
 
-    layers: by policy, the cumulative seconds of the first 0, 1, 2, ... layers for one batch. head, embedding: seconds
-    per batch. update: seconds of the optimizer per step.
+    layers: by policy, the cumulative seconds of the first 0, 1, 2, ... layers for one batch. head: seconds per batch of
+    the head, and of passes without gradient; embedding: of the embedding. update: seconds of the optimizer per step.
     """
 
     work: Workload
@@ -45,12 +47,16 @@ class StepTime:
             policy: [0.0, *itertools.accumulate(line.at(work.tokens) + n * pair.of(policy) for n in pairs)]
             for policy, line in rates.layers.items()
         }
+        # a recomputed layer runs forward once more than one that is kept
+        twice, once = (layers[policy][-1] for policy in (Policy.RECOMPUTE, Policy.KEEP))
+        forward = max(twice - once, LEAST_FORWARD * once) + FORWARD_HEAD * rates.head * work.tokens
         copies_embedding = work.has_offloaded_embedding and is_cuda
         row = EMBEDDING_SECONDS * shapes.hidden * work.item if copies_embedding else 0.0
         update = rates.update * trained_bytes(shapes, work)[2] / 8
         update += TENSOR_SECONDS[work.device_type] * shapes.adapter_tensors(work.targets)
         update += STEP_SECONDS[work.device_type]
-        return cls(work, layers, rates.head * work.tokens, row * work.tokens, update)
+        head = rates.head * work.tokens + work.forward_passes * forward
+        return cls(work, layers, head, row * work.tokens, update)
 
     def seconds(self, runs: Runs, accumulation: int) -> float:
         """Return the seconds of an optimizer step of `accumulation` batches."""

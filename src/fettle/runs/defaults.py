@@ -7,16 +7,18 @@ rate of full fine-tuning); smaller models tolerate, and need, higher learning ra
 
 import dataclasses
 import math
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fettle.errors import UserError, option
 from fettle.planning.budget import parse_bytes
-from fettle.runs.options import LoopOptions, PlanOptions
+from fettle.runs.options import LOSSES, LoopOptions, PlanOptions, TrainOptions
+
+if TYPE_CHECKING:
+    from fettle.runs.method import Method  # which imports the trainers
 
 Options = TypeVar("Options", bound=LoopOptions)
 
 DEFAULT_MAX_LENGTH = 2048
-EPOCHS = 3.0
 MIN_STEPS_PER_EPOCH = 32
 """Fewer updates per epoch teach little, so small data gets shorter packs, and thus more and cheaper steps."""
 MAX_STEPS_PER_EPOCH = 512
@@ -66,9 +68,71 @@ def require_valid(options: LoopOptions | PlanOptions) -> None:
         count: Any = getattr(options, name, 0)
         if count < 0:
             raise UserError(f"{option(name)} is {count}; expected 0 or more.")
+    if isinstance(options, TrainOptions):
+        _require_for_method(options)
     seed = getattr(options, "seed", 0)
     if not 0 <= seed < 2**32:
         raise UserError(f"{option('seed')} is {seed}; expected a whole number from 0 to {2**32 - 1}.")
+
+
+METHODS_OF = {
+    "beta": ("dpo", "kto", "orpo", "simpo"),
+    "loss": ("dpo", "kto"),
+    "label_smoothing": ("dpo",),
+    "margin": ("simpo",),
+}
+"""Options that only some methods have."""
+
+
+def _require_for_method(options: TrainOptions) -> None:
+    """Raise UserError for an option that the method does not have, or whose value is out of range."""
+    for name, methods in METHODS_OF.items():
+        if getattr(options, name) is not None and options.method not in methods:
+            raise UserError(
+                f"{option(name)} belongs to {option('method')} {' or '.join(methods)}, but the method is "
+                f"{options.method}; leave it out."
+            )
+    if options.method != "sft" and options.train_on != "assistant":
+        raise UserError(
+            f"{option('train_on')} is {options.train_on}, but {option('method')} {options.method} compares answers; "
+            "leave it out."
+        )
+    if options.method in LOSSES:
+        weighted_losses(options)
+    if options.beta is not None and not 0 < options.beta < LARGEST:
+        raise UserError(f"{option('beta')} is {options.beta}; expected a number above 0.")
+    if options.margin is not None and not 0 <= options.margin < LARGEST:
+        raise UserError(f"{option('margin')} is {options.margin}; expected 0 or more.")
+    if options.label_smoothing is not None and not 0 <= options.label_smoothing < 0.5:
+        raise UserError(
+            f"{option('label_smoothing')} is {options.label_smoothing}; expected a fraction from 0 to below 0.5."
+        )
+
+
+def weighted_losses(options: TrainOptions) -> dict[str, float]:
+    """Return the weight of each loss variant. Raises UserError for an unknown one, or a weight that is none."""
+    known = LOSSES[options.method]
+    weights: dict[str, float] = {}
+    for text in options.loss or known[:1]:
+        name, _, weight = text.partition("=")
+        if name not in known:
+            raise UserError(
+                f"{option('loss')}: {name!r} is not a loss of {option('method')} {options.method}; "
+                f"expected {', '.join(known[:-1])} or {known[-1]}."
+            )
+        if name in weights:
+            raise UserError(f"{option('loss')}: {name} is given twice; give it once, with one weight.")
+        try:
+            weights[name] = float(weight or 1)
+        except ValueError:
+            weights[name] = math.nan
+        if not 0 < weights[name] < LARGEST:
+            raise UserError(f"{option('loss')}: {text!r} has no weight above 0; expected such as {name}=0.5.")
+    if len(weights) > 1 and options.method == "kto":
+        raise UserError(f"{option('loss')}: {option('method')} kto takes one loss, not {len(weights)}.")
+    if "exo_pair" in weights and not options.label_smoothing:
+        raise UserError(f"{option('loss')} exo_pair needs {option('label_smoothing')} above 0, such as 0.01.")
+    return weights
 
 
 def length_limit(options: LoopOptions, context_tokens: int) -> int:
@@ -98,13 +162,19 @@ def learning_rate(parameters: int, *, is_full: bool = False) -> float:
 
 
 def complete(
-    options: Options, *, packs: int, parameters: int, weight_bytes: int = 0, is_full: bool = False
+    options: Options,
+    *,
+    packs: int,
+    parameters: int,
+    method: "Method",
+    weight_bytes: int = 0,
+    is_full: bool = False,
 ) -> Options:
     """Return the options with every None that the training loop needs replaced by its default for this run."""
-    batch = options.batch_size or 1
+    batch = options.batch_size or method.batch_size
     # larger steps through accumulation, as a larger batch would need memory for all its rows at once
     accumulation = options.gradient_accumulation_steps or max(1, round(packs / batch / MAX_STEPS_PER_EPOCH))
-    epochs = options.epochs or EPOCHS
+    epochs = options.epochs or method.epochs
     steps_per_epoch = math.ceil(packs / (batch * accumulation))
     steps = options.max_steps or max(1, math.ceil(epochs * steps_per_epoch))
     checkpointing = options.gradient_checkpointing
@@ -116,7 +186,8 @@ def complete(
         gradient_accumulation_steps=accumulation,
         epochs=epochs,
         max_steps=steps,
-        learning_rate=options.learning_rate or learning_rate(parameters, is_full=is_full),
+        learning_rate=options.learning_rate
+        or method.learning_rate_share * learning_rate(parameters, is_full=is_full),
         gradient_checkpointing=checkpointing,
         eval_steps=options.eval_steps or max(1, math.ceil(steps / 5)),
         save_steps=options.save_steps or max(1, math.ceil(steps / 10)),

@@ -22,6 +22,7 @@ from fettle.recompute.allocator import release_unused
 from fettle.runs import resume
 from fettle.runs.measure import Measurement, measure
 from fettle.runs.memory_plan import RunPlan
+from fettle.runs.method import Method
 from fettle.runs.options import PretrainOptions, TrainOptions
 from fettle.runs.outcome import Outcome, describe
 from fettle.runs.report import write_report
@@ -36,7 +37,8 @@ OVERHEAD_BYTES = 50 * 10**6
 class Job:
     """A run with all options resolved.
 
-    options: complete. asked_steps: `max_steps` as the user gave it. facts: the contents of facts.json.
+    training: the method; method: its description for the report. options: complete. asked_steps: `max_steps` as the
+    user gave it. facts: the contents of facts.json.
     begin: called before training; finish: called after training, before scoring. save: writes the result into a
     folder; last_file: the file that marks the result as complete, moved into place last. run_plan: the memory plan.
     """
@@ -47,6 +49,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     data: RunData
     model_name: str
+    training: Method
     method: str
     command: str
     facts: dict[str, Any]
@@ -79,10 +82,10 @@ def run(job: Job) -> Outcome:
 
 def _run(job: Job) -> Outcome:
     trainer = build(
+        job.training,
         job.model,
         job.tokenizer,
-        job.data.train,
-        job.data.held_out,
+        job.data,
         job.options,
         job.output,
         job.report,
@@ -164,7 +167,7 @@ def _before(job: Job, trainer: Run) -> Measurement:
 
 
 def _measure(job: Job, trainer: Run, when: str) -> Measurement:
-    held_out = trainer.held_out(when, job.report)
+    held_out = job.training.held_out(trainer.trainer, when, job.report)
     memory = {} if job.run_plan is None else job.run_plan.engine_memory
     measurement = measure(
         Engine(job.model, job.tokenizer, **memory),

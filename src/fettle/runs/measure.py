@@ -25,7 +25,8 @@ class Answered:
 
 @dataclass(slots=True)
 class Measurement:
-    """A model's scores. held_out: loss and token_accuracy on held-out rows, empty if there are none. exact: the
+    """A model's scores. held_out: scores on held-out rows by name, loss and others that depend on the method; empty if
+    there are none. exact: the
     exact-match rate on held-out rows, None if there are no questions; kept_exact: the same on `keep_data`.
     """
 
@@ -92,6 +93,18 @@ def scores(before: Measurement, after: Measurement) -> list[Score]:
             "held-out token accuracy",
             before.held_out.get("token_accuracy"),
             after.held_out.get("token_accuracy"),
+            "%",
+        ),
+        Score(
+            "held-out pairs, chosen answer preferred",
+            before.held_out.get("preferred"),
+            after.held_out.get("preferred"),
+            "%",
+        ),
+        Score(
+            "held-out answers, good told from bad",
+            before.held_out.get("told_apart"),
+            after.held_out.get("told_apart"),
             "%",
         ),
         Score("old skills: exact match", before.kept_exact, after.kept_exact, "%"),

@@ -250,14 +250,15 @@ def plan_run(
     stored: StoredModel,
     device: torch.device,
     lengths: Sequence[Sequence[int]],
+    forward_passes: int,
     report: Report,
     held_out_lengths: Sequence[int] = (),
     answered_tokens: int = 0,
 ) -> RunPlan:
     """Plan the run before its model is loaded, and report the plan.
 
-    lengths: tokens of each document of each pack; held_out_lengths: tokens of each held-out pack. answered_tokens:
-    tokens of the longest question with its answer.
+    lengths: tokens of each document of each pack; forward_passes: as in `Workload`; held_out_lengths: tokens of each
+    held-out pack. answered_tokens: tokens of the longest question with its answer.
     """
     assert options.batch_size
     free = free_bytes(device)
@@ -265,11 +266,16 @@ def plan_run(
         options,
         stored,
         device,
-        tokens=options.batch_size * max(sum(pack) for pack in lengths),
+        tokens=sum(sorted(map(sum, lengths))[-options.batch_size :]),
         documents=max(1, round(options.batch_size * sum(map(len, lengths)) / len(lengths))),
     )
     evaluated = options.batch_size * max(held_out_lengths, default=0)
-    work = replace(work, evaluated_tokens=evaluated, answered_tokens=answered_tokens)
+    work = replace(
+        work,
+        evaluated_tokens=evaluated,
+        answered_tokens=answered_tokens,
+        forward_passes=forward_passes,
+    )
     run_plan = _choose(options, stored.config, lambda: stored.config, work, report)
     report(planned(run_plan.plan, work=work, budget=run_plan.budget))
     if run_plan.budget > free:

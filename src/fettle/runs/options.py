@@ -13,6 +13,29 @@ TrainDtype = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["cosine", "linear", "constant"]
 Quantization = Literal["nf4"]
 TrainOn = Literal["assistant", "all"]
+MethodName = Literal["sft", "dpo", "kto", "orpo", "simpo"]
+LOSSES: dict[str, tuple[str, ...]] = {
+    "dpo": (
+        *(
+            "sigmoid",
+            "sigmoid_norm",
+            "hinge",
+            "ipo",
+            "robust",
+            "exo_pair",
+            "nca_pair",
+            "bco_pair",
+            "sppo_hard",
+        ),
+        *("apo_zero", "apo_down", "aot", "aot_unpaired", "discopop", "sft"),
+    ),
+    "kto": ("kto", "apo_zero_unpaired"),
+}
+"""The loss variants of TRL's trainers, by method; the first one is the default."""
+METHOD_HELP = (
+    "sft: learn the answers; dpo: prefer chosen to rejected answers, relative to the model before training; kto: the "
+    "same from single answers labelled good or bad; orpo, simpo: prefer chosen answers without that reference"
+)
 
 
 def _option(help: str, default: Any = None) -> Any:
@@ -69,9 +92,21 @@ class TrainOptions(LoopOptions):
             "help": ".jsonl, .json, .csv, .parquet, .arrow or .txt file, a folder of them, or a hub name"
         }
     )
+    method: MethodName = _option(METHOD_HELP, "sft")
     train_on: TrainOn = _option(
         "compute the loss on the assistant's turns only, or on all tokens", "assistant"
     )
+    beta: float | None = _option(
+        "dpo, kto: how strongly to stay near the model before training (default: 0.1); simpo: scale of the reward "
+        "(default: 2); orpo: weight of the preference (default: 0.1)"
+    )
+    loss: list[str] | None = _option(
+        "dpo, kto: loss variants of TRL, with or without a weight, such as sigmoid=1 sft=0.2 (default: sigmoid, kto)"
+    )
+    label_smoothing: float | None = _option(
+        "dpo: share of the pairs whose labels are assumed to be wrong (default: 0)"
+    )
+    margin: float | None = _option("simpo: how much better a chosen answer has to be (default: 1)")
     dtype: TrainDtype = _option("dtype of the frozen weights (auto: as stored; never float16)", "auto")
     quantization: Quantization | None = _option("store the frozen weights in 4 bits (default: see --dtype)")
     memory: str | None = _option("memory budget, such as 8GB (default: the device's free memory)")
@@ -111,6 +146,7 @@ class PlanOptions:
 
     model: str = field(metadata={"help": "folder with a config.json, hub name, or fettle-tiny"})
     context: int | None = _option("tokens per row (default: the model's context, at most 2048)")
+    method: MethodName = _option(METHOD_HELP, "sft")
     memory: str | None = _option("memory budget, such as 16GB (default: the device's free memory)")
     rank: int = _option("LoRA rank", 16)
     dropout: float = _option("LoRA dropout", 0.0)

@@ -37,30 +37,21 @@ MIN_WINDOWS_TO_HOLD_OUT = 20
 class RunData:
     """The prepared data of a run: packs to train and evaluate on, and questions to answer.
 
-    held_out_examples: number of examples in `held_out`. shared_rows: number of held-out rows that also occur in the
-    training data. notes: remarks on the held-out rows and those of `keep_data`.
+    train_lengths: tokens of each document in each pack; held_out_lengths: tokens of each held-out pack, whatever is
+    computed together. held_out_examples: number of examples in `held_out`. shared_rows: number of held-out rows that
+    also occur in the training data. notes: remarks on the held-out rows and those of `keep_data`.
     """
 
     train: Dataset
     held_out: Dataset | None
+    train_lengths: list[list[int]]
+    held_out_lengths: list[int]
     held_out_examples: int
     shared_rows: int
     held_out_questions: list[Question]
     keep_questions: list[Question]
     summary: Summary
     notes: list[str]
-
-    @property
-    def train_lengths(self) -> list[list[int]]:
-        """Tokens of each document in each pack."""
-        if "seq_lengths" in self.train.column_names:
-            return list(self.train["seq_lengths"])
-        return [[len(ids)] for ids in self.train["input_ids"]]
-
-    @property
-    def held_out_lengths(self) -> list[int]:
-        """Tokens of each held-out pack."""
-        return [] if self.held_out is None else [len(ids) for ids in self.held_out["input_ids"]]
 
 
 def read_data(source: str) -> Rows:
@@ -107,16 +98,26 @@ def prepare(
     if not held_out_rows and options.eval_data is None:
         examples, held_out_examples = _hold_out_windows(examples, options)
     length = pack_length([len(example.input_ids) for example in examples], longest)
+    packs = _lay_out(examples, length, options.packing)
+    held_out_packs = _lay_out(held_out_examples, length, options.packing) if held_out_examples else None
     return RunData(
-        train=_lay_out(examples, length, options.packing),
-        held_out=_lay_out(held_out_examples, length, options.packing) if held_out_examples else None,
+        train=packs,
+        held_out=held_out_packs,
+        train_lengths=_document_lengths(packs),
+        held_out_lengths=[] if held_out_packs is None else [len(ids) for ids in held_out_packs["input_ids"]],
         held_out_examples=len(held_out_examples),
         shared_rows=_shared(train_rows, held_out_rows),
-        held_out_questions=_sample(questions(held_out_rows, tokenizer), options),
-        keep_questions=_sample(_keep_questions(options, keep_rows, tokenizer), options),
+        held_out_questions=sample(questions(held_out_rows, tokenizer), options),
+        keep_questions=sample(keep_questions(options, keep_rows, tokenizer), options),
         summary=train.summary,
         notes=_notes(held_out, keep_rows),
     )
+
+
+def _document_lengths(packs: Dataset) -> list[list[int]]:
+    if "seq_lengths" in packs.column_names:
+        return list(packs["seq_lengths"])
+    return [[len(ids)] for ids in packs["input_ids"]]
 
 
 def fingerprints(options: TrainOptions | PretrainOptions) -> dict[str, str]:
@@ -151,14 +152,14 @@ def _shared(train: list[Row], held_out: list[Row]) -> int:
     return sum(_content(row) in seen for row in held_out)
 
 
-def _sample(found: list[Question], options: LoopOptions) -> list[Question]:
+def sample(found: list[Question], options: LoopOptions) -> list[Question]:
     """At most `samples` questions, chosen at random because a file may be sorted."""
     if len(found) <= options.samples:
         return found
     return Random(options.seed).sample(found, options.samples)
 
 
-def _keep_questions(options: LoopOptions, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+def keep_questions(options: LoopOptions, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
     found = questions(rows, tokenizer)
     if not found and options.keep_data is not None:
         raise UserError(

@@ -1,6 +1,5 @@
-"""TRL's SFT trainer, set up for rows that are already tokenized and packed."""
+"""Set up a method's trainer, and run it: checkpoints, Ctrl-C, the log."""
 
-import dataclasses
 import signal
 import threading
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import (
     PreTrainedModel,
@@ -20,18 +18,17 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
-from trl import SFTConfig
 
-from fettle.data import collator
-from fettle.events import Report, progress
-from fettle.models.modes import evaluating
+from fettle.events import Report
 from fettle.models.progress_bars import without_progress_bars
 from fettle.planning.program import peak_memory_bytes, reset_peak_memory
 from fettle.runs.memory_plan import RunPlan
+from fettle.runs.method import Method
 from fettle.runs.options import LoopOptions
 from fettle.runs.progress import Point, ProgressCallback, points, report_progress
+from fettle.runs.recovery import Recovery
 from fettle.runs.resume import CHECKPOINTS, MarkComplete, last_complete
-from fettle.runs.steps import Trainer
+from fettle.runs.rows import RunData
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
@@ -69,7 +66,7 @@ class StopOnInterrupt(TrainerCallback):
 class Run:
     """A trainer with its progress and its Ctrl-C handler."""
 
-    trainer: Trainer
+    trainer: Recovery
     progress: ProgressCallback
     interrupt: StopOnInterrupt
     peak_before_bytes: int = 0
@@ -101,57 +98,30 @@ class Run:
         """The logged points, including those from before a resume."""
         return points(self.trainer.state.log_history)
 
-    @torch.no_grad()
-    def held_out(self, when: str, report: Report) -> dict[str, float]:
-        """Mean loss and top-1 accuracy over the held-out tokens; empty if there are none.
-
-        The mean is over tokens, not over batches as in the trainer's own evaluation, so it does not depend on how
-        the rows are packed.
-        """
-        if self.trainer.eval_dataset is None:
-            return {}
-        model = self.trainer.model
-        loss, right, tokens = 0.0, 0, 0
-        batches = self.trainer.get_eval_dataloader()
-        what = f"{when}: computing the held-out loss"
-        with evaluating(model), progress(what, report) as advance:
-            for number, batch in enumerate(batches):
-                advance(number / len(batches))
-                inputs = self.trainer._prepare_inputs(batch)
-                outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-                # log_probs is 0 at positions without a label
-                loss -= float(outputs.log_probs.double().sum())
-                right += int(outputs.is_top1.sum())
-                tokens += int(outputs.label_mask.sum())
-        return {"loss": loss / max(1, tokens), "token_accuracy": right / max(1, tokens)}
-
 
 def build(
+    method: Method,
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_packs: Dataset,
-    held_out_packs: Dataset | None,
+    data: RunData,
     options: LoopOptions,
     output: Path,
     report: Report,
     run_plan: RunPlan | None = None,
 ) -> Run:
-    """Return TRL's trainer for packs made by `fettle.data.pack`; `options` must be complete.
+    """Return the method's trainer for the prepared data; `options` must be complete.
 
     run_plan: the memory plan; without one, `options.gradient_checkpointing` recomputes all layers or none.
     """
     interrupt = StopOnInterrupt()
-    trainer = Trainer(
+    recomputes = run_plan is None and bool(options.gradient_checkpointing)
+    trainer = method.trainer(
+        options,
+        training_arguments(options, output, has_held_out=data.held_out is not None, recomputes=recomputes),
         model=model,
-        args=sft_config(
-            options if run_plan is None else dataclasses.replace(options, gradient_checkpointing=False),
-            output,
-            has_held_out=held_out_packs is not None,
-        ),
-        train_dataset=train_packs,
-        eval_dataset=held_out_packs,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
         processing_class=tokenizer,
-        data_collator=collator(tokenizer),
         callbacks=[
             _tensorboard(output / "tensorboard"),
             MarkComplete(),
@@ -159,6 +129,8 @@ def build(
         ],
         **({} if run_plan is None else {"use_leaner_plan": run_plan.use_leaner_plan}),
     )
+    # with several visible GPUs the trainer would use DataParallel, which the plan does not cover
+    trainer.args._n_gpu = 1
     if run_plan is not None:
         run_plan.apply_to(model.get_base_model() if isinstance(model, PeftModel) else model)
     return Run(trainer, report_progress(trainer, report), interrupt)
@@ -171,37 +143,34 @@ def _tensorboard(folder: Path) -> TensorBoardCallback:
     return callback
 
 
-def sft_config(options: LoopOptions, output: Path, *, has_held_out: bool) -> SFTConfig:
-    """Translate fettle's options to TRL's."""
+def training_arguments(
+    options: LoopOptions, output: Path, *, has_held_out: bool, recomputes: bool
+) -> dict[str, Any]:
+    """Translate fettle's options to arguments that all of TRL's configs take."""
     assert options.max_steps and options.learning_rate and options.batch_size and options.save_steps
-    config = SFTConfig(
-        output_dir=str(output / CHECKPOINTS),
-        max_steps=options.max_steps,
-        per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type=_SCHEDULES[options.schedule],
-        warmup_steps=round(options.warmup_ratio * options.max_steps),
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        gradient_checkpointing=bool(options.gradient_checkpointing),
-        eval_strategy="steps" if has_held_out else "no",
-        eval_steps=options.eval_steps,
-        save_strategy="steps",
-        save_steps=options.save_steps,
-        save_total_limit=2,
-        logging_steps=max(1, options.max_steps // 100),
-        seed=options.seed,
-        data_seed=options.seed,
-        use_cpu=options.device == "cpu",
-        bf16=False,  # the weights already have their dtype: no autocast
-        dataloader_pin_memory=torch.cuda.is_available(),
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    # with several visible GPUs the trainer would use DataParallel, which the plan does not cover
-    config._n_gpu = 1
-    return config
+    return {
+        "output_dir": str(output / CHECKPOINTS),
+        "max_steps": options.max_steps,
+        "per_device_train_batch_size": options.batch_size,
+        "per_device_eval_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": _SCHEDULES[options.schedule],
+        "warmup_steps": round(options.warmup_ratio * options.max_steps),
+        "weight_decay": options.weight_decay,
+        "max_grad_norm": options.max_grad_norm,
+        "gradient_checkpointing": recomputes,
+        "eval_strategy": "steps" if has_held_out else "no",
+        "eval_steps": options.eval_steps,
+        "save_strategy": "steps",
+        "save_steps": options.save_steps,
+        "save_total_limit": 2,
+        "logging_steps": max(1, options.max_steps // 100),
+        "seed": options.seed,
+        "data_seed": options.seed,
+        "use_cpu": options.device == "cpu",
+        "bf16": False,  # the weights already have their dtype: no autocast
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": "none",
+        "disable_tqdm": True,
+    }

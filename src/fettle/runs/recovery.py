@@ -1,40 +1,58 @@
-"""TRL's SFT trainer with out-of-memory recovery and a stop when the loss is NaN or Inf."""
+"""What every trainer of fettle adds to TRL's: out-of-memory recovery, and a stop when the loss is NaN or Inf."""
 
 import gc
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
-from trl import SFTTrainer
 
 from fettle.errors import UserError, option
 from fettle.models.decoder import DecoderForCausalLM
 from fettle.runs.head import use_own_head
 from fettle.runs.single_process import is_single_process, without_module_walks
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
 
-class Trainer(SFTTrainer):
-    """TRL's SFT trainer, extended.
+
+class Recovery(_Base):
+    """A mixin before a TRL trainer that has `_metrics` and `_total_train_tokens`.
 
     use_leaner_plan: switches the model to a plan with less memory and returns True, or returns False if there is none.
+    temperature: of the head (see `use_own_head`).
     """
 
+    _metrics: dict[str, dict[str, list[float]]]
+    _total_train_tokens: int
+
     def __init__(
-        self, *args: Any, use_leaner_plan: Callable[[], bool] = lambda: False, **kwargs: Any
+        self,
+        *args: Any,
+        use_leaner_plan: Callable[[], bool] = lambda: False,
+        temperature: float = 1.0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
+            # TRL's copy of the adapter as reference: a new adapter changes nothing, so it is the model without it
+            self.model.delete_adapter("ref")
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         if isinstance(base, DecoderForCausalLM):
-            use_own_head(base)
+            use_own_head(base, temperature=temperature)
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._parameters = self.model.num_parameters(exclude_embeddings=True)
         self.use_leaner_plan = use_leaner_plan
         self._batches: list[dict[str, Any]] = []  # of the current step, to repeat it from its start
         self._step_start: _StepStart | None = None
+
+    def rows_of(self, inputs: dict[str, Any]) -> list[str]:
+        """Return the data rows of a batch, as "file:line"."""
+        raise NotImplementedError
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class, without module walks in a single process."""
@@ -96,8 +114,7 @@ class Trainer(SFTTrainer):
             self.model.zero_grad()
             self._save_checkpoint(self.model, trial=None)
             self.callback_handler.on_save(self.args, self.state, self.control)
-        assert isinstance(self.train_dataset, Dataset)
-        rows = rows_of(self.train_dataset, inputs["input_ids"].flatten().tolist())
+        rows = self.rows_of(inputs)
         raise UserError(
             f"the loss is {loss} at step {self.state.global_step + 1}; the weights were not updated. "
             f"Probable cause: {cause}. Rows of this batch: {', '.join(rows[:8])}"
@@ -122,32 +139,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def rows_of(packs: Dataset, tokens: list[int]) -> list[str]:
-    """The data rows of the packs that are concatenated in `tokens`."""
-    found: list[str] = []
-    start = 0
-    every = packs["input_ids"]
-    while start < len(tokens):
-        fitting = (i for i, ids in enumerate(every) if tokens[start : start + len(ids)] == ids)
-        index = next(fitting, None)
-        if index is None:
-            break
-        found += packs[index]["rows"]
-        start += len(every[index])
-    return found
-
-
 class _StepStart:
     """The state at the start of a step that its batches change, to restore before they are repeated."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Recovery) -> None:
         self.step = trainer.state.global_step
         self.random = torch.get_rng_state()
         self.cuda_random = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         self.tokens = trainer._total_train_tokens
         self.metrics = {name: len(values) for name, values in trainer._metrics["train"].items()}
 
-    def restore(self, trainer: Trainer) -> None:
+    def restore(self, trainer: Recovery) -> None:
         trainer.model.zero_grad(set_to_none=True)
         gc.collect()
         if torch.cuda.is_available():

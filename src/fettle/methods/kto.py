@@ -1,0 +1,135 @@
+"""Kahneman-Tversky optimization (Ethayarajh et al., 2024, arXiv 2402.01306): single answers labelled good or bad.
+
+TRL's trainer; the reference is the model without its adapter. Its estimate of the KL divergence needs each prompt with
+the answer to another one, which comes from the same batch of rows, so a batch has several.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import KTOConfig, KTOTrainer
+from trl.trainer.utils import use_adapter
+
+from fettle.data import LabelledExample, read_labelled, tokenize_labelled
+from fettle.data.tokenize import NOT_TRAINED
+from fettle.events import Report, progress
+from fettle.methods.preference import answer_scores, as_dataset, padded
+from fettle.models.modes import evaluating
+from fettle.runs.defaults import weighted_losses
+from fettle.runs.options import TrainOptions
+from fettle.runs.preference_rows import RowKind, prepare_preferences
+from fettle.runs.recovery import Recovery
+from fettle.runs.rows import RunData
+
+BATCH_SIZE = 4
+
+
+class LabelledTrainer(Recovery, KTOTrainer):
+    """TRL's KTO trainer for rows that are already tokenized."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def rows_of(self, inputs: dict[str, Any]) -> list[str]:
+        found = []
+        for ids, mask in zip(
+            *(inputs[name].tolist() for name in ("input_ids", "attention_mask")), strict=True
+        ):
+            tokens = [token for token, is_real in zip(ids, mask, strict=True) if is_real]
+            found += [
+                row["where"]
+                for row in self.train_dataset
+                if row["prompt_ids"] + row["completion_ids"] == tokens
+            ]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class KTO:
+    epochs: float = 1.0
+    learning_rate_share: float = 0.05
+    batch_size: int = BATCH_SIZE
+    forward_passes: int = 3
+    """The reference's, and both models' over the mismatched answers."""
+
+    def prepare(self, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int) -> RunData:
+        kind = RowKind(
+            read=read_labelled,
+            tokenize=tokenize_labelled,
+            shown=lambda row: row.row if row.is_desirable else None,
+            lengths=lambda each: [len(each.prompt_ids) + len(each.completion_ids)],
+            dataset=lambda examples: _dataset(examples, options.batch_size or BATCH_SIZE),
+        )
+        return prepare_preferences(kind, options, tokenizer, longest)
+
+    def trainer(self, options: TrainOptions, arguments: dict[str, Any], **parts: Any) -> Recovery:
+        (loss,) = weighted_losses(options)
+        config = KTOConfig(
+            **arguments,
+            beta=0.1 if options.beta is None else options.beta,
+            loss_type=loss,
+            disable_dropout=options.dropout == 0,
+            max_length=None,
+            remove_unused_columns=False,
+        )
+        return LabelledTrainer(args=config, data_collator=_collator(parts["processing_class"]), **parts)
+
+    @torch.no_grad()
+    def held_out(self, trainer: Recovery, when: str, report: Report) -> dict[str, float]:
+        """Return the mean loss, and `told_apart`: how often a good answer has a higher reward than a bad one, over all
+        such pairs of held-out answers; ties count half. Empty if there are none."""
+        if trainer.eval_dataset is None:
+            return {}
+        losses: list[float] = []
+        rewards: dict[bool, list[float]] = {True: [], False: []}
+        batches = trainer.get_eval_dataloader()
+        with evaluating(trainer.model), progress(f"{when}: scoring the held-out answers", report) as advance:
+            for number, batch in enumerate(batches):
+                advance(number / len(batches))
+                inputs = trainer._prepare_inputs(batch)
+                scores, _ = answer_scores(trainer.model, inputs)
+                with use_adapter(trainer.model, adapter_name=None):
+                    before, _ = answer_scores(trainer.model, inputs)
+                for label, reward in zip(inputs["label"].tolist(), (scores - before).tolist(), strict=True):
+                    rewards[bool(label)].append(reward)
+                losses += [float(trainer.compute_loss(trainer.model, inputs))] * len(scores)
+        trainer._metrics["eval"].clear()  # the trainer would log them with its next evaluation
+        scores_found = {"loss": sum(losses) / max(1, len(losses))}
+        if rewards[True] and rewards[False]:
+            good, bad = (torch.tensor(rewards[kind])[:, None] for kind in (True, False))
+            scores_found["told_apart"] = float(((good > bad.T).double() + 0.5 * (good == bad.T)).mean())
+        return scores_found
+
+
+def _dataset(examples: Sequence[LabelledExample], batch_size: int) -> Dataset:
+    """Return the rows, each with the answer before it in its batch of rows, which the KL estimate is made from."""
+    mismatched = []
+    for start in range(0, len(examples), batch_size):
+        batch = [each.completion_ids for each in examples[start : start + batch_size]]
+        mismatched += [batch[-1], *batch[:-1]]
+    names = ("prompt_ids", "completion_ids", "completion_labels")
+    rows = as_dataset(examples, names, label=[each.is_desirable for each in examples])
+    return rows.add_column("KL_completion_ids", mismatched)
+
+
+def _collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Return a function from rows to a batch for TRL's KTO trainer."""
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        prompts = [(row["prompt_ids"], [NOT_TRAINED] * len(row["prompt_ids"])) for row in rows]
+        pad = tokenizer.pad_token_id or 0
+        both = list(zip(prompts, rows, strict=True))
+        own = [
+            (ids + row["completion_ids"], labels + row["completion_labels"]) for (ids, labels), row in both
+        ]
+        other = [
+            (ids + row["KL_completion_ids"], labels + row["KL_completion_ids"]) for (ids, labels), row in both
+        ]
+        mismatched = {f"KL_{name}": each for name, each in padded(other, pad).items()}
+        return {**padded(own, pad), **mismatched, "label": torch.tensor([row["label"] for row in rows])}
+
+    return collate

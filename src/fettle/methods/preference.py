@@ -1,0 +1,132 @@
+"""What the methods that learn from pairs of a chosen and a rejected answer share.
+
+A step scores both answers of a few pairs in one packed row, in which a pair's prompt is computed once (runs/head.py).
+The trainer is TRL's DPO trainer, for its data order and metrics; rows come tokenized, and a method may have its own
+loss.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, List, Value
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+from trl import DPOTrainer
+
+from fettle.data import read_preferences, tokenize_preferences
+from fettle.data.tokenize import NOT_TRAINED
+from fettle.events import Report, progress
+from fettle.models.modes import evaluating
+from fettle.runs.preference_rows import RowKind
+from fettle.runs.recovery import Recovery
+
+
+class PairTrainer(Recovery, DPOTrainer):
+    """TRL's DPO trainer for rows that are already tokenized."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def rows_of(self, inputs: dict[str, Any]) -> list[str]:
+        found = []
+        for ids, mask in zip(
+            *(inputs[name].tolist() for name in ("input_ids", "attention_mask")), strict=True
+        ):
+            tokens = [token for token, is_real in zip(ids, mask, strict=True) if is_real]
+            found += [
+                row["where"] for row in self.train_dataset if row["prompt_ids"] + row["chosen_ids"] == tokens
+            ]
+        return found
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count the prompt of a pair once, as it is computed."""
+        real = inputs["attention_mask"].sum(-1)
+        prompts = real - inputs["completion_mask"].sum(-1)
+        self.state.num_input_tokens_seen += int(real.sum() - prompts[len(prompts) // 2 :].sum())
+
+
+def answer_scores(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed log-probability and the number of tokens of each answer in a batch of TRL's collator."""
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    outputs = model(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        labels=labels,
+        use_cache=False,
+        fused_lm_head=True,
+    )
+    return outputs.log_probs.sum(-1), outputs.label_mask.sum(-1)
+
+
+@torch.no_grad()
+def held_out_scores(trainer: Recovery, when: str, report: Report) -> dict[str, float]:
+    """Return the method's mean loss over the held-out pairs, and `preferred`: the share of pairs whose chosen answer
+    has the higher log-probability per token. Empty if there are none."""
+    if trainer.eval_dataset is None:
+        return {}
+    loss, preferred, pairs = 0.0, 0, 0
+    batches = trainer.get_eval_dataloader()
+    with evaluating(trainer.model), progress(f"{when}: comparing the held-out pairs", report) as advance:
+        for number, batch in enumerate(batches):
+            advance(number / len(batches))
+            inputs = trainer._prepare_inputs(batch)
+            scores, tokens = answer_scores(trainer.model, inputs)
+            chosen, rejected = (scores / tokens.clamp(min=1)).chunk(2)
+            preferred += int((chosen > rejected).sum())
+            loss += float(trainer.compute_loss(trainer.model, inputs)) * len(chosen)
+            pairs += len(chosen)
+    trainer._metrics["eval"].clear()  # the trainer would log them with its next evaluation
+    return {"loss": loss / max(1, pairs), "preferred": preferred / max(1, pairs)}
+
+
+PAIRS = RowKind(
+    read=read_preferences,
+    tokenize=tokenize_preferences,
+    shown=lambda row: row.chosen,
+    # the second document continues the prompt of the first
+    lengths=lambda pair: [len(pair.prompt_ids) + len(pair.chosen_ids), len(pair.rejected_ids)],
+    dataset=lambda pairs: as_dataset(
+        pairs, ("prompt_ids", "chosen_ids", "chosen_labels", "rejected_ids", "rejected_labels")
+    ),
+)
+
+
+def as_dataset(examples: Sequence[Any], names: Sequence[str], **flags: list[bool]) -> Dataset:
+    """Return a dataset with a column for each of these token lists, one for `where`, and flags."""
+    columns: dict[str, list[Any]] = {name: [getattr(each, name) for each in examples] for name in names}
+    where = {"where": [str(each.where) for each in examples]}
+    types = {name: List(Value("int32")) for name in names} | {"where": Value("string")}
+    types |= {name: Value("bool") for name in flags}
+    return Dataset.from_dict(columns | where | flags, features=Features(types))
+
+
+def padded(documents: Sequence[tuple[list[int], list[int]]], pad_token: int) -> dict[str, torch.Tensor]:
+    """Return a batch as TRL's collators make it, of documents given as ids and labels.
+
+    input_ids, attention_mask, completion_mask: (documents, longest).
+    """
+    ids = [torch.tensor(ids) for ids, _ in documents]
+    labels = [torch.tensor(labels) for _, labels in documents]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token),
+        "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True),
+        "completion_mask": pad_sequence([(each != NOT_TRAINED).long() for each in labels], batch_first=True),
+    }
+
+
+def pair_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Return a function from rows to a batch for TRL's DPO trainer: all chosen answers, then all rejected ones."""
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        documents = [
+            (
+                row["prompt_ids"] + row[f"{side}_ids"],
+                [NOT_TRAINED] * len(row["prompt_ids"]) + row[f"{side}_labels"],
+            )
+            for side in ("chosen", "rejected")
+            for row in rows
+        ]
+        return padded(documents, tokenizer.pad_token_id or 0)
+
+    return collate

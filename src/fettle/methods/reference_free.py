@@ -1,0 +1,102 @@
+"""Methods that compare the two answers of a pair without a reference model: ORPO and SimPO, with losses of our own.
+
+Both work on the mean log-probability per token of each answer, c for the chosen and r for the rejected one:
+
+    ORPO (Hong et al., 2024, arXiv 2403.07691):   -c - beta * log sigmoid(log odds(c) - log odds(r))
+                                                  with odds(x) = exp(x) / (1 - exp(x))
+    SimPO (Meng et al., 2024, arXiv 2405.14734):  -log sigmoid(beta * (c - r) - margin)
+
+The loss is the mean over the pairs, so that a step of several batches equals one large batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig
+
+from fettle.events import Report
+from fettle.methods.preference import PAIRS, PairTrainer, answer_scores, held_out_scores, pair_collator
+from fettle.runs.options import TrainOptions
+from fettle.runs.preference_rows import prepare_preferences
+from fettle.runs.recovery import Recovery
+from fettle.runs.rows import RunData
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From the means (pairs,) of the chosen and of the rejected answers to each pair's loss."""
+
+
+def orpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float) -> torch.Tensor:
+    log_odds = (chosen - rejected) - (_log_complement(chosen) - _log_complement(rejected))
+    return -chosen - beta * F.logsigmoid(log_odds)
+
+
+def simpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, margin: float) -> torch.Tensor:
+    return -F.logsigmoid(beta * (chosen - rejected) - margin)
+
+
+def _log_complement(log_prob: torch.Tensor) -> torch.Tensor:
+    """Return log(1 - exp(x)) for x < 0, exact for x near 0 (Maechler, 2012)."""
+    near_zero = torch.log(-torch.expm1(log_prob.clamp(max=-1e-7)))
+    return torch.where(log_prob > -0.6931, near_zero, torch.log1p(-log_prob.exp()))
+
+
+class ReferenceFreeTrainer(PairTrainer):
+    """pair_loss: the loss; beta: scale of the rewards that are logged."""
+
+    def __init__(self, *args: Any, pair_loss: Loss, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pair_loss = pair_loss
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> torch.Tensor:
+        scores, tokens = answer_scores(model, inputs)
+        chosen, rejected = (scores / tokens.clamp(min=1)).chunk(2)
+        logged = {
+            "rewards/chosen": self.beta * chosen,
+            "rewards/rejected": self.beta * rejected,
+            "rewards/accuracies": (chosen > rejected).float(),
+            "rewards/margins": self.beta * (chosen - rejected),
+        }
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in logged.items():
+            metrics[name].append(float(self.accelerator.gather(value.detach()).mean()))
+        return self.pair_loss(chosen, rejected).mean()
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceFree:
+    """ORPO or SimPO, by the options' method."""
+
+    learning_rate_share: float
+    epochs: float = 1.0
+    batch_size: int = 1
+    forward_passes: int = 0
+
+    def prepare(self, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int) -> RunData:
+        return prepare_preferences(PAIRS, options, tokenizer, longest)
+
+    def trainer(self, options: TrainOptions, arguments: dict[str, Any], **parts: Any) -> Recovery:
+        is_orpo = options.method == "orpo"
+        beta = (0.1 if is_orpo else 2.0) if options.beta is None else options.beta
+        margin = 1.0 if options.margin is None else options.margin
+
+        def loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+            if is_orpo:
+                return orpo_loss(chosen, rejected, beta)
+            return simpo_loss(chosen, rejected, beta, margin)
+
+        config = DPOConfig(
+            **arguments,
+            beta=beta,
+            disable_dropout=options.dropout == 0,
+            max_length=None,
+            remove_unused_columns=False,
+        )
+        collate = pair_collator(parts["processing_class"])
+        return ReferenceFreeTrainer(args=config, pair_loss=loss, data_collator=collate, **parts)
+
+    def held_out(self, trainer: Recovery, when: str, report: Report) -> dict[str, float]:
+        return held_out_scores(trainer, when, report)
