@@ -23,7 +23,8 @@ from fettle.methods.finetune import METHODS
 from fettle.models.decoder import causal_lm_class
 from fettle.models.families import FAMILIES
 from fettle.recompute.policies import Policy
-from fettle.runs.options import LOSSES, TrainOptions
+from fettle.runs.method_facts import METHOD_FACTS
+from fettle.runs.options import TrainOptions
 from fettle.runs.trainer import training_arguments
 
 SHAPE: dict[str, Any] = {
@@ -152,7 +153,7 @@ def test_dpo_is_trls_for_every_family(family: str, tokenizer: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_every_loss_variant_is_trls(part: int, tokenizer: Any, tmp_path: Path) -> None:
-    losses = [f"{name}={weight}" for weight, name in enumerate(LOSSES["dpo"][part::3], start=1)]
+    losses = [f"{name}={weight}" for weight, name in enumerate(METHOD_FACTS["dpo"].losses[part::3], start=1)]
     assert_dpo_is_trls("llama", losses, tokenizer, tmp_path)
 
 
@@ -161,7 +162,7 @@ def test_accumulated_batches_are_trls(tokenizer: Any, tmp_path: Path) -> None:
     assert_dpo_is_trls("phi3", ["sigmoid=1"], tokenizer, tmp_path, **accumulated)
 
 
-@pytest.mark.parametrize("loss", LOSSES["kto"])
+@pytest.mark.parametrize("loss", METHOD_FACTS["kto"].losses)
 def test_kto_is_trls(loss: str, tokenizer: Any, tmp_path: Path) -> None:
     stock, ours = bases("llama")
     options = options_of("kto", loss=[loss])

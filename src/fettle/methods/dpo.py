@@ -3,7 +3,6 @@
 The reference is the model without its adapter, so one set of weights serves both.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -18,13 +17,7 @@ from fettle.runs.recovery import Recovery
 from fettle.runs.rows import RunData
 
 
-@dataclass(frozen=True, slots=True)
 class DPO:
-    epochs: float = 1.0
-    learning_rate_share: float = 0.05
-    batch_size: int = 1
-    forward_passes: int = 1
-
     def prepare(self, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int) -> RunData:
         return prepare_preferences(PAIRS, options, tokenizer, longest)
 

@@ -34,6 +34,7 @@ from fettle.runs.defaults import complete, length_limit, require_valid
 from fettle.runs.job import Job, run
 from fettle.runs.memory_plan import plan_run
 from fettle.runs.method import Method
+from fettle.runs.method_facts import METHOD_FACTS, MethodName
 from fettle.runs.options import Device, Quantization, TrainOptions
 from fettle.runs.outcome import Outcome
 from fettle.runs.rows import fingerprints, summary_of
@@ -65,18 +66,13 @@ def resume_training(output: str | Path, *, report: Report = ignore) -> Outcome |
         return run(_prepare(options, resume.read_facts(output), report))
 
 
-METHODS: dict[str, Callable[[], Method]] = {
+METHODS: dict[MethodName, Callable[[], Method]] = {
     "sft": Supervised,
     "dpo": DPO,
     "kto": KTO,
-    "orpo": lambda: ReferenceFree(learning_rate_share=0.25),
-    "simpo": lambda: ReferenceFree(learning_rate_share=0.05),
+    "orpo": ReferenceFree,
+    "simpo": ReferenceFree,
 }
-
-
-def method_of(options: TrainOptions) -> Method:
-    """Return the method that the options name."""
-    return METHODS[options.method]()
 
 
 def _prepare(options: TrainOptions, facts: dict[str, Any], report: Report) -> Job:
@@ -95,21 +91,21 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], report: Report) -> Jo
     resume.require_unchanged(facts, seen, options)
     tokenizer = ref.tokenizer
     longest = length_limit(options, stored.config.max_position_embeddings)
-    method = method_of(options)
+    method, method_facts = METHODS[options.method](), METHOD_FACTS[options.method]
     data = method.prepare(options, tokenizer, longest)
     report(summary_of(data, options))
     options = complete(
         dataclasses.replace(options, device=cast(Device, device.type), max_length=longest),
         packs=len(data.train),
         parameters=Shapes.of(stored.config).parameters,
-        method=method,
+        facts=method_facts,
     )
     run_plan = plan_run(
         options,
         stored,
         device,
         data.train_lengths,
-        method.forward_passes,
+        method_facts.forward_passes,
         report,
         data.held_out_lengths,
         longest_exchange(

@@ -5,7 +5,6 @@ the answer to another one, which comes from the same batch of rows, so a batch h
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +19,11 @@ from fettle.events import Report, progress
 from fettle.methods.preference import answer_scores, as_dataset, padded
 from fettle.models.modes import evaluating
 from fettle.runs.defaults import weighted_losses
+from fettle.runs.method_facts import METHOD_FACTS
 from fettle.runs.options import TrainOptions
 from fettle.runs.preference_rows import RowKind, prepare_preferences
 from fettle.runs.recovery import Recovery
 from fettle.runs.rows import RunData
-
-BATCH_SIZE = 4
 
 
 class LabelledTrainer(Recovery, KTOTrainer):
@@ -48,21 +46,14 @@ class LabelledTrainer(Recovery, KTOTrainer):
         return found
 
 
-@dataclass(frozen=True, slots=True)
 class KTO:
-    epochs: float = 1.0
-    learning_rate_share: float = 0.05
-    batch_size: int = BATCH_SIZE
-    forward_passes: int = 3
-    """The reference's, and both models' over the mismatched answers."""
-
     def prepare(self, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int) -> RunData:
         kind = RowKind(
             read=read_labelled,
             tokenize=tokenize_labelled,
             shown=lambda row: row.row if row.is_desirable else None,
             lengths=lambda each: [len(each.prompt_ids) + len(each.completion_ids)],
-            dataset=lambda examples: _dataset(examples, options.batch_size or BATCH_SIZE),
+            dataset=lambda examples: _dataset(examples, options.batch_size or METHOD_FACTS["kto"].batch_size),
         )
         return prepare_preferences(kind, options, tokenizer, longest)
 

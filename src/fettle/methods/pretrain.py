@@ -19,6 +19,7 @@ from fettle.models.save import save_model
 from fettle.runs import resume
 from fettle.runs.defaults import complete, length_limit, require_valid
 from fettle.runs.job import Job, run
+from fettle.runs.method_facts import METHOD_FACTS
 from fettle.runs.options import Device, PretrainOptions
 from fettle.runs.outcome import Outcome
 from fettle.runs.rows import fingerprints, read_data, summary_of
@@ -64,7 +65,7 @@ def _prepare(options: PretrainOptions, facts: dict[str, Any], report: Report) ->
         parameters=parameters,
         weight_bytes=model.get_memory_footprint(),
         is_full=True,
-        method=method,
+        facts=METHOD_FACTS["sft"],
     )
     output = shell_path(Path(options.output))
     return Job(

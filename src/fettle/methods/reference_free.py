@@ -10,7 +10,6 @@ The loss is the mean over the pairs, so that a step of several batches equals on
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,14 +65,8 @@ class ReferenceFreeTrainer(PairTrainer):
         return self.pair_loss(chosen, rejected).mean()
 
 
-@dataclass(frozen=True, slots=True)
 class ReferenceFree:
     """ORPO or SimPO, by the options' method."""
-
-    learning_rate_share: float
-    epochs: float = 1.0
-    batch_size: int = 1
-    forward_passes: int = 0
 
     def prepare(self, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int) -> RunData:
         return prepare_preferences(PAIRS, options, tokenizer, longest)

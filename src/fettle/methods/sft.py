@@ -1,6 +1,5 @@
 """Supervised fine-tuning: the loss is the mean over the trained tokens of packed rows. Also used for pretraining."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,13 +23,7 @@ class SupervisedTrainer(Recovery, SFTTrainer):
         return rows_of(self.train_dataset, inputs["input_ids"].flatten().tolist())
 
 
-@dataclass(frozen=True, slots=True)
 class Supervised:
-    epochs: float = 3.0
-    learning_rate_share: float = 1.0
-    batch_size: int = 1
-    forward_passes: int = 0
-
     def prepare(
         self, options: TrainOptions | PretrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int
     ) -> RunData:

@@ -7,14 +7,12 @@ rate of full fine-tuning); smaller models tolerate, and need, higher learning ra
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fettle.errors import UserError, option
 from fettle.planning.budget import parse_bytes
-from fettle.runs.options import LOSSES, LoopOptions, PlanOptions, TrainOptions
-
-if TYPE_CHECKING:
-    from fettle.runs.method import Method  # which imports the trainers
+from fettle.runs.method_facts import METHOD_FACTS, MethodFacts
+from fettle.runs.options import LoopOptions, PlanOptions, TrainOptions
 
 Options = TypeVar("Options", bound=LoopOptions)
 
@@ -75,29 +73,18 @@ def require_valid(options: LoopOptions | PlanOptions) -> None:
         raise UserError(f"{option('seed')} is {seed}; expected a whole number from 0 to {2**32 - 1}.")
 
 
-METHODS_OF = {
-    "beta": ("dpo", "kto", "orpo", "simpo"),
-    "loss": ("dpo", "kto"),
-    "label_smoothing": ("dpo",),
-    "margin": ("simpo",),
-}
-"""Options that only some methods have."""
-
-
 def _require_for_method(options: TrainOptions) -> None:
     """Raise UserError for an option that the method does not have, or whose value is out of range."""
-    for name, methods in METHODS_OF.items():
-        if getattr(options, name) is not None and options.method not in methods:
+    facts = METHOD_FACTS[options.method]
+    for name in sorted({name for each in METHOD_FACTS.values() for name in each.options}):
+        is_given = getattr(options, name) not in (None, "assistant")
+        methods = [method for method, each in METHOD_FACTS.items() if name in each.options]
+        if is_given and name not in facts.options:
             raise UserError(
                 f"{option(name)} belongs to {option('method')} {' or '.join(methods)}, but the method is "
                 f"{options.method}; leave it out."
             )
-    if options.method != "sft" and options.train_on != "assistant":
-        raise UserError(
-            f"{option('train_on')} is {options.train_on}, but {option('method')} {options.method} compares answers; "
-            "leave it out."
-        )
-    if options.method in LOSSES:
+    if facts.losses:
         weighted_losses(options)
     if options.beta is not None and not 0 < options.beta < LARGEST:
         raise UserError(f"{option('beta')} is {options.beta}; expected a number above 0.")
@@ -111,7 +98,7 @@ def _require_for_method(options: TrainOptions) -> None:
 
 def weighted_losses(options: TrainOptions) -> dict[str, float]:
     """Return the weight of each loss variant. Raises UserError for an unknown one, or a weight that is none."""
-    known = LOSSES[options.method]
+    known = METHOD_FACTS[options.method].losses
     weights: dict[str, float] = {}
     for text in options.loss or known[:1]:
         name, _, weight = text.partition("=")
@@ -166,15 +153,15 @@ def complete(
     *,
     packs: int,
     parameters: int,
-    method: "Method",
+    facts: MethodFacts,
     weight_bytes: int = 0,
     is_full: bool = False,
 ) -> Options:
     """Return the options with every None that the training loop needs replaced by its default for this run."""
-    batch = options.batch_size or method.batch_size
+    batch = options.batch_size or facts.batch_size
     # larger steps through accumulation, as a larger batch would need memory for all its rows at once
     accumulation = options.gradient_accumulation_steps or max(1, round(packs / batch / MAX_STEPS_PER_EPOCH))
-    epochs = options.epochs or method.epochs
+    epochs = options.epochs or facts.epochs
     steps_per_epoch = math.ceil(packs / (batch * accumulation))
     steps = options.max_steps or max(1, math.ceil(epochs * steps_per_epoch))
     checkpointing = options.gradient_checkpointing
@@ -187,7 +174,7 @@ def complete(
         epochs=epochs,
         max_steps=steps,
         learning_rate=options.learning_rate
-        or method.learning_rate_share * learning_rate(parameters, is_full=is_full),
+        or facts.learning_rate_share * learning_rate(parameters, is_full=is_full),
         gradient_checkpointing=checkpointing,
         eval_steps=options.eval_steps or max(1, math.ceil(steps / 5)),
         save_steps=options.save_steps or max(1, math.ceil(steps / 10)),

@@ -26,6 +26,7 @@ from fettle.planning.speed import device_rates
 from fettle.recompute.allocator import release_unused, restored_heap, set_heap
 from fettle.recompute.policies import Policy
 from fettle.runs.defaults import DEFAULT_MAX_LENGTH, require_valid
+from fettle.runs.method_facts import METHOD_FACTS
 from fettle.runs.options import PlanOptions, TrainOptions
 from fettle.runs.single_process import is_single_process
 from fettle.threads import PRIMITIVE_BYTES, PRIMITIVE_CACHE_ENTRIES
@@ -50,7 +51,8 @@ TOKENIZER_BYTES = 400
 def plan(options: PlanOptions, report: Report = ignore) -> Plan:
     """Predict a run's memory and time from the model's config alone, and report them. UserError if it cannot fit.
 
-    Training rows, held-out rows and questions with their answers are all assumed to be `context` tokens long. On a CPU
+    Training rows, held-out rows and questions with their answers are all assumed to be `context` tokens long, and both
+    answers of a pair to share no prompt. On a CPU
     the program is assumed to be as large as in the last run on this machine, without that run's tokenizer and rows.
     """
     require_valid(options)
@@ -64,11 +66,15 @@ def plan(options: PlanOptions, report: Report = ignore) -> Plan:
         raise UserError(
             f"{option('context')} is {context}, but the model's context is {limit} tokens; use at most that."
         )
-    rows = options.batch_size
+    facts = METHOD_FACTS[options.method]
+    options = replace(options, batch_size=options.batch_size or facts.batch_size)
+    assert options.batch_size
+    documents = options.batch_size * facts.answers
     work = replace(
-        _workload(options, stored, device, tokens=rows * context, documents=rows),
-        evaluated_tokens=rows * context,
+        _workload(options, stored, device, tokens=documents * context, documents=documents),
+        evaluated_tokens=documents * context,
         answered_tokens=context,
+        forward_passes=facts.forward_passes,
     )
     with restored_heap():
         chosen = _choose(options, stored.config, lambda: ref.stored_by_config().config, work, report)

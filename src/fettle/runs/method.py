@@ -10,23 +10,7 @@ from fettle.runs.rows import RunData
 
 
 class Method(Protocol):
-    """One way of training.
-
-    epochs, learning_rate_share, batch_size: defaults of the options, the second as a share of supervised fine-tuning's
-    learning rate. forward_passes: passes without gradient per step, each over as many tokens as a step trains on.
-    """
-
-    @property
-    def epochs(self) -> float: ...
-
-    @property
-    def learning_rate_share(self) -> float: ...
-
-    @property
-    def batch_size(self) -> int: ...
-
-    @property
-    def forward_passes(self) -> int: ...
+    """One way of training; `method_facts.py` has what is known of it without heavy imports."""
 
     def prepare(self, options: Any, tokenizer: PreTrainedTokenizerBase, longest: int) -> RunData:
         """Read, tokenize and lay out the rows. longest: the maximum tokens per row. Raises UserError or BadRows."""

@@ -7,35 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fettle.models.families import FAMILIES
+from fettle.runs.method_facts import METHOD_FACTS, MethodName
 
 Device = Literal["cpu", "cuda"]
 TrainDtype = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["cosine", "linear", "constant"]
 Quantization = Literal["nf4"]
 TrainOn = Literal["assistant", "all"]
-MethodName = Literal["sft", "dpo", "kto", "orpo", "simpo"]
-LOSSES: dict[str, tuple[str, ...]] = {
-    "dpo": (
-        *(
-            "sigmoid",
-            "sigmoid_norm",
-            "hinge",
-            "ipo",
-            "robust",
-            "exo_pair",
-            "nca_pair",
-            "bco_pair",
-            "sppo_hard",
-        ),
-        *("apo_zero", "apo_down", "aot", "aot_unpaired", "discopop", "sft"),
-    ),
-    "kto": ("kto", "apo_zero_unpaired"),
-}
-"""The loss variants of TRL's trainers, by method; the first one is the default."""
-METHOD_HELP = (
-    "sft: learn the answers; dpo: prefer chosen to rejected answers, relative to the model before training; kto: the "
-    "same from single answers labelled good or bad; orpo, simpo: prefer chosen answers without that reference"
-)
+METHOD_HELP = "; ".join(f"{name}: {facts.help}" for name, facts in METHOD_FACTS.items())
 
 
 def _option(help: str, default: Any = None) -> Any:
@@ -51,7 +30,7 @@ class LoopOptions:
     packing: bool = _option("pack several short rows into one sequence; each attends only to itself", True)
     epochs: float | None = _option("passes over the data (default: 3)")
     max_steps: int | None = _option("stop after this many steps; overrides --epochs")
-    batch_size: int | None = _option("packs (or rows, without packing) per batch (default: 1)")
+    batch_size: int | None = _option("packs (or rows, without packing) per batch (default: 1; kto: 4)")
     gradient_accumulation_steps: int | None = _option(
         "batches per step (default: depends on the amount of data)"
     )
@@ -158,7 +137,7 @@ class PlanOptions:
     )
     quantization: Quantization | None = _option("store the frozen weights in 4 bits")
     dtype: TrainDtype = _option("dtype of the frozen weights (auto: as stored; never float16)", "auto")
-    batch_size: int = _option("rows per batch", 1)
+    batch_size: int | None = _option("rows per batch (default: 1; kto: 4)")
     gradient_accumulation_steps: int = _option("batches per step", 1)
     device: Device | None = _option("device to run on (default: cuda if available)")
     remeasure: bool = _option("measure the device's speed again instead of using the cached result", False)
