@@ -24,6 +24,7 @@ from shapes import SHAPES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 CONTENDERS = ("fettle", "trl", "trl-liger", "unsloth")
@@ -265,7 +266,8 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
     from fettle import terminal
     from fettle.adapters.lora import adapt
     from fettle.cli.display import Display
-    from fettle.methods.sft import SupervisedTrainer as Trainer
+    from fettle.methods.preference import PairTrainer
+    from fettle.methods.sft import SupervisedTrainer
     from fettle.models.config import StoredModel
     from fettle.models.load import empty_model
     from fettle.recompute.allocator import restored_heap, set_heap
@@ -275,7 +277,9 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
     config = config_of(options)
     data = data_of(options, config.vocab_size)
     lengths = (
-        [[options.tokens] * 2] if options.method == "dpo" else list(data["train_dataset"]["seq_lengths"])
+        [[options.tokens, options.tokens // 2]]
+        if options.method == "dpo"
+        else list(data["train_dataset"]["seq_lengths"])
     )
     run = TrainOptions(
         model="", data="", output="", rank=options.rank, memory=options.memory, batch_size=1,
@@ -283,7 +287,7 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
         quantization=options.quantization,
     )  # fmt: skip
     stored = StoredModel(config, torch.bfloat16, is_nf4=False)
-    run_plan = plan_run(run, stored, device, lengths, Display(terminal.console(stderr=True)))
+    run_plan = plan_run(run, stored, device, lengths, int(is_dpo), Display(terminal.console(stderr=True)))
     model = empty_model(config).to(torch.bfloat16)
     with restored_heap():
         set_heap("return")  # as load_model has it
@@ -297,8 +301,10 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
         "callbacks": [clock],
         **data,
     }
-    is_dpo = options.method == "dpo"  # TRL's trainer and head on fettle's model
-    trainer = DPOTrainer(**common) if is_dpo else Trainer(**common, use_leaner_plan=run_plan.use_leaner_plan)
+    if is_dpo:  # TRL's own collator, as its rows have no labels
+        common["data_collator"] = DataCollatorForPreference(pad_token_id=0)
+    make = PairTrainer if is_dpo else SupervisedTrainer
+    trainer = make(**common, use_leaner_plan=run_plan.use_leaner_plan)
     run_plan.apply_to(model)
     plan = run_plan.plan
     return trainer, {

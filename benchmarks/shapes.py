@@ -45,6 +45,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window": None,
         "eos_token_id": 2,
     },
+    "zephyr-mid": _COMMON  # Zephyr's proportions in 0.5 billion weights
+    | {
+        "model_type": "mistral",
+        "hidden_size": 2048,
+        "intermediate_size": 7168,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "eos_token_id": 2,
+    },
     "gemma-2-9b": _COMMON
     | {
         "model_type": "gemma2",
@@ -63,6 +76,19 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": True,
         "pad_token_id": 0,
+        "eos_token_id": 2,
+    },
+    "zephyr-7b": _COMMON
+    | {
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
         "eos_token_id": 2,
     },
     "tinyllama-1.1b": _COMMON

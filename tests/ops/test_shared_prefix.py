@@ -34,8 +34,9 @@ class Layout:
                 self.copies += [*range(root, root + length - own), *range(place, place + own)]
                 place += own
         self.tokens = place
-        self.documents = Documents.from_starts(marks(starts, place), marks(starts, place, shared))
-        self.unshared = Documents.from_starts(marks(unshared, len(self.copies)))
+        self.marks = marks(starts, place), marks(starts, place, shared), marks(unshared, len(self.copies))
+        self.documents = Documents.from_starts(*self.marks[:2])
+        self.unshared = Documents.from_starts(self.marks[2])
 
 
 def marks(starts: list[int], tokens: int, values: list[int] | None = None) -> torch.Tensor:
@@ -89,6 +90,31 @@ def test_bf16_is_as_exact_as_without_sharing() -> None:
     error = (shared.double() - exact).norm()
     other = (copied.double() - exact[layout.copies]).norm()
     assert error / exact.norm() < 1.2 * other / exact[layout.copies].norm() + 1e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("softcap", [None, 20.0], ids=["flash", "triton"])
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_a_gpu_is_as_exact_as_without_sharing(groups: list, softcap: float | None) -> None:
+    layout, rules = Layout(groups), {"scale": 0.2, "softcap": softcap}
+    exact = inputs(layout.tokens, (4, 2, 64), torch.float64)
+    copied = packed_attention(*(part[layout.copies] for part in exact), layout.unshared, **rules)
+    grad = torch.randn_like(copied)
+    expected = [copied, *torch.autograd.grad(copied, exact, grad)]
+    cuda = [part.detach().bfloat16().cuda().requires_grad_() for part in exact]
+    on_gpu = [
+        Documents.from_starts(layout.marks[0].cuda(), layout.marks[1].cuda()),
+        Documents.from_starts(layout.marks[2].cuda()),
+    ]
+    copies = torch.tensor(layout.copies).cuda()
+    found = packed_attention(*cuda, on_gpu[0], **rules)
+    summed = torch.zeros_like(found).index_add(0, copies, grad.cuda().bfloat16())
+    shared = [found[copies], *torch.autograd.grad(found, cuda, summed)]
+    alone = packed_attention(*(part[copies] for part in cuda), on_gpu[1], **rules)
+    unshared = [alone, *torch.autograd.grad(alone, cuda, grad.cuda().bfloat16())]
+    for mine, other, right in zip(shared, unshared, expected, strict=True):
+        errors = [float((each.cpu().double() - right).norm() / right.norm()) for each in (mine, other)]
+        assert errors[0] < 1.5 * errors[1] + 2e-3
 
 
 def test_a_recomputed_layer_uses_the_merged_result() -> None:
