@@ -276,10 +276,9 @@ def fettle_trainer(options: argparse.Namespace, device: torch.device, clock: Clo
 
     config = config_of(options)
     data = data_of(options, config.vocab_size)
+    is_dpo = options.method == "dpo"
     lengths = (
-        [[options.tokens, options.tokens // 2]]
-        if options.method == "dpo"
-        else list(data["train_dataset"]["seq_lengths"])
+        [[options.tokens, options.tokens // 2]] if is_dpo else list(data["train_dataset"]["seq_lengths"])
     )
     run = TrainOptions(
         model="", data="", output="", rank=options.rank, memory=options.memory, batch_size=1,
