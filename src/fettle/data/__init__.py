@@ -27,7 +27,7 @@ from fettle.data.preferences import (
 )
 from fettle.data.prompts import PromptRow, read_prompts
 from fettle.data.read import fingerprint, read_rows
-from fettle.data.rows import BadRows, LabelledRow, PreferenceRow, Reading, Row, RowList, Rows
+from fettle.data.rows import SKIP_HINT, BadRows, LabelledRow, PreferenceRow, Reading, Row, RowList, Rows
 from fettle.data.split import split_held_out
 from fettle.data.summary import Summary
 from fettle.data.tokenize import Example, NothingToTrainOn, Tokenized, tokenize_rows
@@ -35,6 +35,7 @@ from fettle.data.turns import Message
 
 __all__ = [
     "DEFAULT_CHAT_TEMPLATE",
+    "SKIP_HINT",
     "BadRows",
     "Example",
     "LabelledExample",

@@ -21,6 +21,7 @@ from typing import Literal
 from fettle.data.layout import (
     Slot,
     added_tokens,
+    adds_bos,
     apply_template,
     ending,
     layout,
@@ -54,7 +55,7 @@ class Segment:
 
 
 def has_own_chat_template(tokenizer: Tokenizer) -> bool:
-    """Return whether the tokenizer came with a chat template (not the one set by `ensure_chat_template`)."""
+    """Return whether the tokenizer has a chat template other than the one set by `ensure_chat_template`."""
     template = tokenizer.chat_template
     return bool(template) and not (isinstance(template, str) and template.endswith(DEFAULT_CHAT_TEMPLATE))
 
@@ -71,10 +72,7 @@ def ensure_chat_template(tokenizer: Tokenizer) -> bool:
             "The tokenizer has neither a chat template nor an end-of-text token, so the end of an answer "
             "cannot be marked; set `eos_token` in its tokenizer_config.json."
         )
-    starts_with_bos = (
-        tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
-    )
-    tokenizer.chat_template = ("{{ bos_token }}" if starts_with_bos else "") + DEFAULT_CHAT_TEMPLATE
+    tokenizer.chat_template = ("{{ bos_token }}" if adds_bos(tokenizer) else "") + DEFAULT_CHAT_TEMPLATE
     return True
 
 

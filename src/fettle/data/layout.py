@@ -147,6 +147,12 @@ def _added_tokens(tokenizer: Tokenizer, size: int) -> dict[int, str]:
     return {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items()}
 
 
+def adds_bos(tokenizer: Tokenizer) -> bool:
+    """Return whether the tokenizer itself starts a text with its beginning-of-text token."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and bool(tokenizer("x")["input_ids"][0] == bos)
+
+
 def ending(piece: str, tokens: Iterable[str]) -> str:
     """Return the token that the piece begins with, including white space before it, or ""."""
     bare = piece.lstrip()

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fettle.data.turns import Message
-from fettle.errors import UserError
+from fettle.errors import UserError, option
 
 SHOWN_PROBLEMS = 10
 Each = TypeVar("Each")
+SKIP_HINT = f"Pass {option('skip_bad_rows')} to leave out and count such rows."
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,11 @@ class Row:
     is_trained: bool = True
     unused: tuple[str, ...] = ()
     is_rendered: bool = False
+
+    @property
+    def content(self) -> str:
+        """What identical rows have in common."""
+        return repr((self.messages, self.prompt, self.completion, self.text))
 
     @property
     def question(self) -> str | tuple[Message, ...]:
@@ -68,6 +74,11 @@ class PreferenceRow:
         """The question of both."""
         return self.chosen.question
 
+    @property
+    def content(self) -> str:
+        """What identical rows have in common: the question, so that no question is both trained on and held out."""
+        return repr(self.prompt)
+
 
 @dataclass(frozen=True, slots=True)
 class LabelledRow:
@@ -88,6 +99,11 @@ class LabelledRow:
     def prompt(self) -> str | tuple[Message, ...]:
         """The question."""
         return self.row.question
+
+    @property
+    def content(self) -> str:
+        """As in `PreferenceRow`."""
+        return repr(self.prompt)
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 
-from fettle.data.rows import AnyRow, LabelledRow, PreferenceRow, Row
+from fettle.data.rows import AnyRow
 
 _MIN_ROWS = 10  # fewer rows are all needed for training
 _ROWS_FOR_ONE = 20  # from here on at least one row is held out
@@ -24,7 +24,7 @@ def split_held_out(rows: Sequence[AnyRow], fraction: float, seed: int) -> tuple[
         wanted = max(wanted, 1)
     groups: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
-        groups[_content(row)].append(index)
+        groups[row.content].append(index)
     shuffled = list(groups.values())
     random.Random(seed).shuffle(shuffled)
     held_out: set[int] = set()
@@ -33,9 +33,3 @@ def split_held_out(rows: Sequence[AnyRow], fraction: float, seed: int) -> tuple[
             held_out.update(group)
     train = [row for index, row in enumerate(rows) if index not in held_out]
     return train, [row for index, row in enumerate(rows) if index in held_out]
-
-
-def _content(row: Row | PreferenceRow | LabelledRow) -> str:
-    if isinstance(row, Row):
-        return repr((row.messages, row.prompt, row.completion, row.text))
-    return repr(row.prompt)

@@ -30,6 +30,8 @@ class Summary:
     unused: columns and fields without effect, each with the number of rows or messages. noted: how rows were changed,
     each with the number of rows. read: the files and splits read.
     end_of_turn: the token that ends an answer; None without chats, or if the template has no such token.
+    template: which chat template is used, if it is not the model's own. lengths: the tokens of each row before it is
+    truncated or split, by where it came from.
     """
 
     max_length: int
@@ -50,6 +52,8 @@ class Summary:
     noted: Counter[str] = field(default_factory=Counter)
     read: list[str] = field(default_factory=list)
     example: list[Segment] = field(default_factory=list)
+    template: list[str] = field(default_factory=list)
+    lengths: dict[str, int] = field(default_factory=dict)
 
     def add_reading(self, reading: Reading) -> None:
         """Add the record of reading: the files and splits read, and the rows skipped."""
@@ -62,7 +66,7 @@ class Summary:
 
     def counts(self) -> list[str]:
         """Return what was read, what it became, and what was changed or dropped."""
-        return self.totals() + self.read + self._changes()
+        return self.totals() + self.read + self.template + self._changes()
 
     def totals(self) -> list[str]:
         """Return how many rows were read and what they became, in examples and in tokens."""
@@ -139,10 +143,15 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def shortened(text: str) -> str:
+    """Return the text, or its beginning and end if it is long."""
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    half = _SHOWN_CHARACTERS // 2
+    return f"{text[:half]} [...] {text[-half:]}"
+
+
 def marked(segment: Segment) -> str:
-    """Return the segment's text, shortened if it is long, between marks if it is trained."""
-    text = segment.text
-    if len(text) > _SHOWN_CHARACTERS:
-        half = _SHOWN_CHARACTERS // 2
-        text = f"{text[:half]} [...] {text[-half:]}"
+    """Return the segment's text, shortened, between ⟦ and ⟧ if it is trained on."""
+    text = shortened(segment.text)
     return f"{TRAINED_MARKS[0]}{text}{TRAINED_MARKS[1]}" if segment.is_trained else text

@@ -93,6 +93,11 @@ def start_renderer() -> None:
         _renderer.start()
 
 
+def note_source(template: str, source: str) -> None:
+    """Say where a template comes from that is not in the tokenizer's own folder; errors then name that place."""
+    _noted_sources[template] = source
+
+
 def _encodable(text: str, tokenizer: Tokenizer) -> str:
     try:
         text.encode()
@@ -106,6 +111,8 @@ def _encodable(text: str, tokenizer: Tokenizer) -> str:
 
 def _source(tokenizer: Tokenizer) -> str:
     """Return the file that the template came from, as far as the tokenizer knows."""
+    if (noted := _noted_sources.get(str(tokenizer.chat_template))) is not None:
+        return noted
     place = Path(tokenizer.name_or_path)
     for file in (place / "chat_template.jinja", place / "tokenizer_config.json"):
         if file.is_file():
@@ -208,4 +215,5 @@ def _placeholder(value: object) -> str:
     return f"<{type(value).__name__}>"
 
 
+_noted_sources: dict[str, str] = {}
 _renderer = _Renderer()

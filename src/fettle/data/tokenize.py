@@ -102,6 +102,8 @@ def prepare(rows: Sequence[Row], tokenizer: Tokenizer, summary: Summary) -> bool
     if any(row.messages or (uses_turns and row.prompt is not None) for row in rows):
         ensure_chat_template(tokenizer)
         summary.has_chats, summary.end_of_turn = True, end_of_turn(tokenizer)
+        if not uses_turns:
+            summary.template = ["the model has no chat template: chats are written in Zephyr's format"]
     return uses_turns
 
 
@@ -167,6 +169,7 @@ def _chat_examples(row: Row, tokenizer: Tokenizer, train_on: TrainOn, summary: S
     folded = fold_system(tokenizer, messages)
     segments = render(tokenizer, folded, row.completion_turns, train_on)
     ids, labels, ends = _encode(tokenizer, segments, adds_special_tokens=False)
+    summary.lengths[row.where] = len(ids)
     limit = summary.max_length
     if not has_loss(labels[:limit]):
         summary.dropped.append((row.where, f"its answer begins after the first {limit:,} tokens"))
@@ -197,6 +200,7 @@ def _plain_examples(row: Row, tokenizer: Tokenizer, train_on: TrainOn, summary: 
     ids, labels, ends = _encode(tokenizer, segments, adds_special_tokens=not row.is_rendered)
     if not row.is_rendered and without_ends(segments[-1].text, tokenizer) == segments[-1].text:
         _close(tokenizer, ids, labels)
+    summary.lengths[row.where] = len(ids)
     limit = summary.max_length
     windows = _windows(len(ids), limit) if row.text is not None else [(0, min(limit, len(ids)))]
     examples = [Example(ids[a:b], [NOT_TRAINED, *labels[a + 1 : b]], row.where) for a, b in windows]

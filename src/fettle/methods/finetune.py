@@ -13,6 +13,7 @@ from fettle.adapters.model_ref import resolve
 from fettle.checkpoints.adapter_facts import AdapterFacts, write_facts
 from fettle.checkpoints.dtypes import name_of
 from fettle.checkpoints.fingerprint import fingerprint, tokenizer_fingerprint
+from fettle.data.named_templates import set_chat_template
 from fettle.errors import UserError, option
 from fettle.evaluation import longest_exchange
 from fettle.events import Report, ignore
@@ -92,7 +93,11 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], report: Report) -> Jo
     tokenizer = ref.tokenizer
     longest = length_limit(options, stored.config.max_position_embeddings)
     method, method_facts = METHODS[options.method](), METHOD_FACTS[options.method]
+    template = (
+        set_chat_template(tokenizer, options.chat_template) if options.chat_template is not None else []
+    )
     data = method.prepare(options, tokenizer, longest)
+    data.summary.template += template
     report(summary_of(data, options))
     options = complete(
         dataclasses.replace(options, device=cast(Device, device.type), max_length=longest),

@@ -123,15 +123,20 @@ def weighted_losses(options: TrainOptions) -> dict[str, float]:
 
 
 def length_limit(options: LoopOptions, context_tokens: int) -> int:
+    """The maximum tokens per row of a run."""
+    return row_limit(options.max_length, context_tokens)
+
+
+def row_limit(max_length: int | None, context_tokens: int) -> int:
     """The maximum tokens per row. Raises UserError if `max_length` exceeds the model's context."""
-    if options.max_length is None:
+    if max_length is None:
         return min(context_tokens, DEFAULT_MAX_LENGTH)
-    if options.max_length > context_tokens:
+    if max_length > context_tokens:
         raise UserError(
-            f"{option('max_length')} is {options.max_length}, but the model's context is {context_tokens} tokens; "
+            f"{option('max_length')} is {max_length}, but the model's context is {context_tokens} tokens; "
             "use at most that."
         )
-    return options.max_length
+    return max_length
 
 
 def pack_length(lengths: list[int], longest: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fettle.data.named_templates import NAMES
 from fettle.engine.text import Engine
 from fettle.errors import Interrupted
 from fettle.events import Message, Report, Sample
@@ -130,9 +131,9 @@ def _written_options(job: Job) -> TrainOptions | PretrainOptions:
     `max_steps` is as the user gave it, so that repeating the run with other `epochs` changes the steps.
     """
     changes: dict[str, Any] = {"max_steps": job.asked_steps}
-    for name in ("model", "data", "eval_data", "keep_data"):
+    for name in ("model", "data", "eval_data", "keep_data", "chat_template"):
         source = getattr(job.options, name, None)
-        if source is not None:
+        if source is not None and (name != "chat_template" or source not in NAMES):
             changes[name] = lasting_name(source)
     return dataclasses.replace(job.options, **changes)
 

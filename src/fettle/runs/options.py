@@ -86,6 +86,10 @@ class TrainOptions(LoopOptions):
         "dpo: share of the pairs whose labels are assumed to be wrong (default: 0)"
     )
     margin: float | None = _option("simpo: how much better a chosen answer has to be (default: 1)")
+    chat_template: str | None = _option(
+        "format of chats: alpaca, chatml, gemma, llama-3, mistral, phi-3, vicuna, zephyr or a .jinja file (default: "
+        "the model's own, or Zephyr's if it has none)"
+    )
     dtype: TrainDtype = _option("dtype of the frozen weights (auto: as stored; never float16)", "auto")
     quantization: Quantization | None = _option("store the frozen weights in 4 bits (default: see --dtype)")
     memory: str | None = _option("memory budget, such as 8GB (default: the device's free memory)")

@@ -7,11 +7,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fettle.data import BadRows, NothingToTrainOn, Row, RowList, Summary, split_held_out
+from fettle.data import SKIP_HINT, BadRows, NothingToTrainOn, Row, RowList, Summary, split_held_out
 from fettle.errors import UserError, option
 from fettle.evaluation import questions
 from fettle.runs.options import TrainOptions
-from fettle.runs.rows import SKIP_HINT, RunData, keep_questions, read_data, sample
+from fettle.runs.rows import RunData, keep_questions, read_data, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def prepare_preferences(
         raise
     if (summary.bad or bad) and not options.skip_bad_rows:
         raise BadRows(summary.bad + bad, total, SKIP_HINT)
-    seen = {repr(row.prompt) for row in train_rows}
+    seen = {row.content for row in train_rows}
     shown = [row for each in held_out_rows if (row := kind.shown(each)) is not None]
     # the answers are too long and too free to be repeated word for word, so no exact match is counted
     asked = [replace(question, is_comparable=False) for question in questions(shown, tokenizer)]
@@ -72,7 +72,7 @@ def prepare_preferences(
         train_lengths=[kind.lengths(example) for example in examples],
         held_out_lengths=[sum(kind.lengths(example)) for example in held_out],
         held_out_examples=len(held_out),
-        shared_rows=sum(repr(row.prompt) in seen for row in held_out_rows),
+        shared_rows=sum(row.content in seen for row in held_out_rows),
         held_out_questions=sample(asked, options),
         keep_questions=[]
         if keep_rows is None

@@ -1,12 +1,14 @@
 """From data files to packs for the trainer and questions for the before/after comparison."""
 
 from dataclasses import dataclass
+from hashlib import sha256
 from random import Random
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from fettle.data import (
+    SKIP_HINT,
     BadRows,
     Example,
     NothingToTrainOn,
@@ -21,13 +23,12 @@ from fettle.data import (
     tokenize_rows,
     unpacked,
 )
+from fettle.data.named_templates import template_text
 from fettle.errors import UserError, option, reason_of
 from fettle.evaluation import Question, questions
 from fettle.events import DataSummary
 from fettle.runs.defaults import pack_length
 from fettle.runs.options import LoopOptions, PretrainOptions, TrainOptions
-
-SKIP_HINT = f"Pass {option('skip_bad_rows')} to leave out and count such rows."
 
 MIN_WINDOWS_TO_HOLD_OUT = 20
 """With fewer windows, all of them are needed for training."""
@@ -121,9 +122,12 @@ def _document_lengths(packs: Dataset) -> list[list[int]]:
 
 
 def fingerprints(options: TrainOptions | PretrainOptions) -> dict[str, str]:
-    """Fingerprints of the run's data files, by option, to detect changes before a resume."""
+    """Fingerprints of the run's data files and chat template, by option, to detect changes before a resume."""
     sources = {"data": options.data, "eval_data": options.eval_data, "keep_data": options.keep_data}
-    return {name: fingerprint(source) for name, source in sources.items() if source is not None}
+    found = {name: fingerprint(source) for name, source in sources.items() if source is not None}
+    if (template := getattr(options, "chat_template", None)) is not None:
+        found["chat_template"] = sha256(template_text(template).encode()).hexdigest()
+    return found
 
 
 def summary_of(data: RunData, options: LoopOptions) -> DataSummary:
@@ -143,13 +147,9 @@ def summary_of(data: RunData, options: LoopOptions) -> DataSummary:
     return DataSummary((*lines, *data.notes))
 
 
-def _content(row: Row) -> str:
-    return repr((row.messages, row.prompt, row.completion, row.text))
-
-
 def _shared(train: list[Row], held_out: list[Row]) -> int:
-    seen = {_content(row) for row in train}
-    return sum(_content(row) in seen for row in held_out)
+    seen = {row.content for row in train}
+    return sum(row.content in seen for row in held_out)
 
 
 def sample(found: list[Question], options: LoopOptions) -> list[Question]:
