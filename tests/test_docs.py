@@ -157,7 +157,7 @@ def test_lines_of_a_comparison_are_in_the_source() -> None:
 
 
 def test_options_that_the_docs_name_exist(cli) -> None:
-    commands = "quickstart train plan generate chat compare export pretrain".split()
+    commands = "quickstart data train plan generate chat compare export pretrain".split()
     known = set(re.findall(r"--[\w-]+", "".join(cli(command, "--help").out for command in commands)))
     others = {
         "--version",

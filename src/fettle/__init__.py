@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fettle.adapters.lora import adapt, attach
     from fettle.data import collator, pack, read_rows, split_held_out, tokenize_rows
+    from fettle.data.inspect import DataReport, inspect_data
     from fettle.engine.load import load
     from fettle.engine.request import Sampling
     from fettle.engine.text import Engine, generate
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Comparison": "fettle.evaluation.comparison",
+    "DataReport": "fettle.data.inspect",
     "Engine": "fettle.engine.text",
     "Interrupted": "fettle.errors",
     "Outcome": "fettle.runs.outcome",
@@ -51,6 +53,7 @@ _HOME = {
     "export_gguf": "fettle.export.gguf",
     "export_safetensors": "fettle.export.checkpoint",
     "generate": "fettle.engine.text",
+    "inspect_data": "fettle.data.inspect",
     "load": "fettle.engine.load",
     "merge": "fettle.export.merge",
     "pack": "fettle.data",
@@ -64,11 +67,20 @@ _HOME = {
     "train": "fettle.methods.finetune",
 }
 
-_JOBS = ("compare", "export_gguf", "pretrain", "resume_pretraining", "resume_training", "train")
+_JOBS = (
+    "compare",
+    "export_gguf",
+    "inspect_data",
+    "pretrain",
+    "resume_pretraining",
+    "resume_training",
+    "train",
+)
 """Their events are shown in the terminal unless the caller passes `report`."""
 
 __all__ = [  # the keys of _HOME, spelled out for type checkers
     "Comparison",
+    "DataReport",
     "Engine",
     "Interrupted",
     "Outcome",
@@ -83,6 +95,7 @@ __all__ = [  # the keys of _HOME, spelled out for type checkers
     "export_gguf",
     "export_safetensors",
     "generate",
+    "inspect_data",
     "load",
     "merge",
     "pack",
@@ -108,7 +121,7 @@ def __getattr__(name: str) -> Any:
     if name in _JOBS:
         from fettle.cli.display import displayed
 
-        found = displayed(found, progress_to_stderr=name in ("compare", "export_gguf"))
+        found = displayed(found, progress_to_stderr=name in ("compare", "export_gguf", "inspect_data"))
         found.__module__ = __name__  # where pickle finds it
     return globals().setdefault(name, found)
 

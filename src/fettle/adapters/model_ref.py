@@ -70,10 +70,14 @@ class ModelRef:
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The adapter's own tokenizer, or the base's."""
+        return self.tokenizer_for(self.stored)
+
+    def tokenizer_for(self, stored: StoredModel) -> "PreTrainedTokenizerBase":
+        """Like `tokenizer`, for what `stored` or `stored_by_config` returned; the latter needs no weights."""
         from fettle.models.load import load_tokenizer
 
         has_tokenizer = (self.path / "tokenizer.json").exists()
-        return load_tokenizer(self.path if has_tokenizer else self.base, self.stored.config)
+        return load_tokenizer(self.path if has_tokenizer else self.base, stored.config)
 
     @cached_property
     def lora(self) -> "LoraConfig":

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from fettle import terminal
-from fettle.cli import chat, compare, export, generate, plan, pretrain, quickstart, train
+from fettle.cli import chat, compare, data, export, generate, plan, pretrain, quickstart, train
 from fettle.errors import Interrupted, ProofError, UserError, shortage
 from fettle.options import Parser, flag
 from fettle.threads import configure_threads
 from fettle.version import __version__
 
-COMMANDS = (quickstart, train, plan, generate, chat, compare, export, pretrain)
+COMMANDS = (quickstart, data, train, plan, generate, chat, compare, export, pretrain)
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
 
