@@ -11,6 +11,8 @@ from fettle.data.named_templates import NAMES, set_chat_template, template_text
 from fettle.data.template import render_template
 from fettle.errors import ModelFault, UserError
 from fettle.models.load import load_tokenizer
+from fettle.runs.options import TrainOptions
+from fettle.runs.rows import fingerprints
 
 ASKED = [
     {"role": "user", "content": "What is two and two?"},
@@ -152,6 +154,27 @@ def test_files_that_are_no_templates(base, tmp_path) -> None:
             set_chat_template(base, name)
     with pytest.raises(ModelFault, match=r"chat_template .*broken.jinja: .* not valid Jinja"):
         set_chat_template(base, str(tmp_path / "broken.jinja"))
+
+
+def test_a_changed_file_is_noticed_before_a_run_resumes(chats, tmp_path) -> None:
+    """Its text has a fingerprint, as the data have; a run without the option has none."""
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages[0].content }}")
+    options = TrainOptions(model="m", data=str(chats), output="o", chat_template=str(file))
+    before = fingerprints(options)
+    file.write_text("{{ messages[1].content }}")
+    after = fingerprints(options)
+    assert {name for name in before if before[name] != after[name]} == {"chat_template"}
+    assert set(fingerprints(TrainOptions(model="m", data=str(chats), output="o"))) == {"data"}
+
+
+def test_the_default_is_named(base) -> None:
+    row = to_row({"messages": CHAT}, "line 1")
+    default = "the model has no chat template: chats are written in Zephyr's format"
+    for _ in range(2):  # the second time the tokenizer has the default
+        assert default in tokenize_rows([row], base, max_length=500).summary.lines()
+    set_chat_template(base, "zephyr")
+    assert default not in tokenize_rows([row], base, max_length=500).summary.lines()
 
 
 def test_a_tokenizer_without_an_end_of_text_token(base) -> None:
