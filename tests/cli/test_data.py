@@ -135,11 +135,22 @@ def test_json_has_all_of_it(show, write) -> None:
     assert found["dropped"] == [{"where": "chats.jsonl, line 10", "why": "the assistant's turn is empty"}]
 
 
+def test_rows_behind_the_border_are_those_that_are_cut(show) -> None:
+    found = json.loads(show("--json", "--max-length", 100).out)
+    (border,) = (number for number, each in enumerate(found["histogram"]) if each["start"] == 101)
+    assert sum(each["rows"] for each in found["histogram"][border:]) == found["cut"] > 1
+    assert found["histogram"][border - 1]["end"] == 101
+
+
 def test_bad_rows_stop_it_unless_they_are_skipped(show) -> None:
     rows = [*ROWS[:2], {"messages": [{"role": "user", "content": "No answer?"}]}, {"nothing": 1}]
     refused = show(rows=rows, code=2)
     assert "2 of 4 rows cannot be used" in refused.err and "--skip-bad-rows" in refused.err
     assert "2 bad rows skipped" in show("--skip-bad-rows", rows=rows).out
+    tagged = [chat("Tagged?", "Yes.<|user|>No.")]  # the template refuses what the file's format allows
+    refused = show(rows=tagged, code=2)
+    assert "`<|user|>`" in refused.err and "--skip-bad-rows" in refused.err
+    assert "Nothing is left to train on" in show("--skip-bad-rows", rows=tagged, code=2).err
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,14 @@ def test_matches_are_those_of_all_pairs() -> None:
     }
 
 
+def test_the_first_and_the_last_text_are_compared() -> None:
+    text, other = (" ".join(WORDS[start : start + 9]) for start in (0, 100))
+    vocabulary = Vocabulary()
+    sketches = Sketches(vocabulary.encode([text, "", other]))
+    assert near_matches(sketches, Sketches(vocabulary.encode([other, text]))) == {0: 2, 1: 0}
+    assert near_groups(Sketches(vocabulary.encode([text, other, text]))) == [[0, 2]]
+
+
 def test_many_copies_take_no_quadratic_time() -> None:
     texts = [f"{' '.join(WORDS[:200])} {number}" for number in range(3000)]
     assert near_groups(Sketches(Vocabulary().encode(texts))) == [list(range(3000))]

@@ -22,7 +22,7 @@ from fettle.data.overlap import Sketches, near_groups, near_matches, passages
 from fettle.data.read import read_rows, records
 from fettle.data.rows import SKIP_HINT, BadRows, Row
 from fettle.data.summary import Summary
-from fettle.data.tokenize import Tokenized, tokenize_rows
+from fettle.data.tokenize import NothingToTrainOn, Tokenized, tokenize_rows
 from fettle.data.tokenizer import Tokenizer
 from fettle.errors import UserError, option, reason_of
 from fettle.events import Report, ignore, progress
@@ -104,17 +104,7 @@ class DataReport:
 
     def as_json(self) -> str:
         """Return everything as JSON."""
-        names = (
-            "max_length",
-            "rows",
-            "examples",
-            "tokens",
-            "trained_tokens",
-            "cut",
-            "split",
-            "end_of_turn",
-            "bad",
-        )
+        names = "max_length rows examples tokens trained_tokens cut split end_of_turn bad".split()
         counts = {name: getattr(self.summary, name) for name in names}
         dropped = [{"where": where, "why": why} for where, why in self.summary.dropped]
         parts = ("percentiles", "histogram", "shown", "findings", "held_out", "benchmark")
@@ -154,11 +144,18 @@ def inspect_data(
     held_out = read_rows(eval_data, skip_bad_rows=True) if eval_data is not None else None
     texts = list(_benchmark_texts(benchmark)) if benchmark is not None else None
     options: dict[str, Any] = {"max_length": max_length, "train_on": train_on}
-    tokenized = tokenize_rows(read, tokenizer, skip_bad_rows=True, **options)
+    try:
+        with progress("tokenizing rows", report) as advance:
+            tokenized = tokenize_rows(read, tokenizer, skip_bad_rows=True, advance=advance, **options)
+        bad = tokenized.summary.bad
+    except NothingToTrainOn as error:
+        if not error.bad or skip_bad_rows:
+            raise
+        bad = error.bad
+    if bad and not skip_bad_rows:
+        raise BadRows(bad, len(read) + len(read.reading.bad), SKIP_HINT)
     summary = tokenized.summary
     summary.template += template
-    if summary.bad and not skip_bad_rows:
-        raise BadRows(summary.bad, len(read) + len(read.reading.bad), SKIP_HINT)
     duplicates, firsts = _duplicates(read)
     comparison = _Comparison(firsts, report)
     return DataReport(

@@ -68,6 +68,7 @@ def tokenize_rows(
     max_length: int,
     train_on: TrainOn = "assistant",
     skip_bad_rows: bool = False,
+    advance: Callable[[float], None] = lambda share: None,
 ) -> Tokenized:
     """Return the rows as examples of at most `max_length` tokens.
 
@@ -75,12 +76,16 @@ def tokenize_rows(
     dropped and listed in the summary.  If there are chats, a tokenizer without a chat template gets the default one
     (set on the tokenizer, and so saved with it).  Raises `BadRows` with all rows that the template refuses or would
     render wrongly (with `skip_bad_rows` they are skipped and listed in the summary), and `NothingToTrainOn` if no
-    row remains.
+    row remains.  advance: called with the share that is done, 0 to 1.
     """
     summary = Summary(max_length, rows=len(rows), formats=Counter(row.format for row in rows))
     uses_turns = prepare(rows, tokenizer, summary)
     examples = collect(
-        rows, lambda row: examples_of(row, tokenizer, uses_turns, train_on, summary), summary, skip_bad_rows
+        rows,
+        lambda row: examples_of(row, tokenizer, uses_turns, train_on, summary),
+        summary,
+        skip_bad_rows,
+        advance,
     )
     summary.tokens = sum(len(example.input_ids) for example in examples)
     summary.trained_tokens = sum(example.trained_tokens for example in examples)
@@ -112,10 +117,12 @@ def collect(
     convert: Callable[[AnyRow], list[Made]],
     summary: Summary,
     skip_bad_rows: bool,
+    advance: Callable[[float], None] = lambda share: None,
 ) -> list[Made]:
     """Return what `convert` makes of the rows. Raises `BadRows` and `NothingToTrainOn` as `tokenize_rows` does."""
     examples: list[Made] = []
-    for row in rows:
+    for number, row in enumerate(rows):
+        advance(number / len(rows))
         try:
             examples += convert(row)
         except ModelFault:
