@@ -4,7 +4,7 @@
     python benchmarks/preference.py --pairs ... --tokenizer ... --quantization nf4 --model mistral-7b --layers 32
 
 Weights are random, in a checkpoint that all read. Contenders take turns, each in a fresh process: TRL as it comes (with
-bitsandbytes for NF4), fettle, and fettle without sharing prompts. Seconds are the sum over the steps but the first, as
+bitsandbytes for NF4), fettle, and fettle without sharing prompts. Seconds are the sum over the steps after --warm, as
 batches differ; memory is the peak of training, whole and above the weights. On a CPU without bf16 arithmetic TRL holds
 its weights in fp32: in bf16 its step would take hours. `--budget trl` gives fettle TRL's peak as its budget.
 """
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--quantization", choices=["nf4"])
     parser.add_argument("--batch", type=int, default=4, help="pairs per step")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--warm", type=int, default=1, help="steps that are not timed")
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, with commas")
@@ -105,7 +106,7 @@ def compare(options: argparse.Namespace) -> None:
         fresh.write(options.out, content)
 
 
-KEPT = ("peak_bytes", "weight_bytes", "losses", "dtype", "tokens")
+KEPT = ("step_seconds", "peak_bytes", "weight_bytes", "losses", "dtype", "tokens")
 
 
 def _above(found: dict[str, Any]) -> int:
@@ -152,7 +153,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     reset_peak(device)
     trainer.train()
     return {
-        "seconds": sum(clock.seconds[1:]),
+        "seconds": sum(clock.seconds[options.warm :]),
+        "step_seconds": clock.seconds,
         "peak_bytes": peak_bytes(device),
         "weight_bytes": weights,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
@@ -245,6 +247,8 @@ def fettle_trainer(options: argparse.Namespace, pairs: list[Any], clock: Clock, 
         use_leaner_plan=run_plan.use_leaner_plan,
     )
     run_plan.apply_to(base)
+    counts = {policy.name: count for policy, count in run_plan.plan.counts().items()}
+    print(json.dumps({"layers": counts, "planned_bytes": run_plan.plan.peak, "tokens": run_plan.work.tokens}))
     return trainer
 
 

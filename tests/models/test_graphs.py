@@ -43,7 +43,7 @@ def train(family: str, policy: Policy, *, tokens: int | None) -> tuple[torch.Ten
         losses += [backward(adapted, LENGTHS[index], seed=index) for index in (step, step + 1)]
         optimizer.step()
         optimizer.zero_grad()
-    assert tokens is None or model.model.graphs.captured is not None
+    assert tokens is None or model.model.graphs.captured
     return torch.stack(losses), torch.cat([p.detach().flatten() for p in trained]) - before
 
 
