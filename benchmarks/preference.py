@@ -3,10 +3,11 @@
     python benchmarks/preference.py --pairs dpo_en_demo.json --tokenizer FOLDER --out preference.json
     python benchmarks/preference.py --pairs ... --tokenizer ... --quantization nf4 --model mistral-7b --layers 32
 
-Weights are random, in a checkpoint that all read. Contenders take turns, each in a fresh process: TRL as it comes (with
-bitsandbytes for NF4), fettle, and fettle without sharing prompts. Seconds are the sum over the steps after --warm, as
-batches differ; memory is the peak of training, whole and above the weights. On a CPU without bf16 arithmetic TRL holds
-its weights in fp32: in bf16 its step would take hours. `--budget trl` gives fettle TRL's peak as its budget.
+Weights are random, in a checkpoint that all read; TRL gets the batches that fettle makes. Contenders take turns, each
+in a fresh process: TRL as it comes (with bitsandbytes for NF4), fettle, and fettle without sharing prompts. Seconds are
+the sum over the steps after --warm, as batches differ; memory is the peak of training, whole and above the weights. On
+a CPU without bf16 arithmetic TRL holds its weights in fp32: in bf16 its step would take hours. `--budget trl` gives
+fettle TRL's peak as its budget.
 """
 
 import argparse
@@ -183,7 +184,12 @@ def trl_trainer(options: argparse.Namespace, pairs: list[Any], clock: Clock, dev
     from transformers import BitsAndBytesConfig
     from trl import DPOConfig, DPOTrainer
 
+    from fettle.methods.preference import ComparingTrainer, PairTrainer
+
     class Prepared(DPOTrainer):
+        columns = PairTrainer.columns
+        _get_train_sampler = ComparingTrainer._get_train_sampler  # the same batches
+
         def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
             return dataset
 

@@ -182,6 +182,7 @@ def test_train_leaves_an_adapter_that_learnt_and_a_report(cli, trained, small_mo
         "eval_data",
         "keep_data",
         "alpha",
+        *("beta", "loss", "label_smoothing", "margin"),
         "chat_template",
         "target_modules",
     }  # None means something there

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from fettle.adapters.model_ref import resolve
 from fettle.engine.load import load
 from fettle.errors import UserError
-from fettle.methods import sft
+from fettle.methods import finetune
 from fettle.models.config import config_of
 from fettle.models.save import save_model
 from fettle.runs import memory_plan as planning
@@ -189,7 +189,7 @@ def test_what_cannot_be_is_refused_before_anything_is_timed_or_loaded(
     cli, small_model, chats, tmp_path, monkeypatch, command, option, says
 ):
     monkeypatch.setattr(planning, "device_rates", None)
-    monkeypatch.setattr(sft, "load_model", None)
+    monkeypatch.setattr(finetune, "load_model", None)
     data = ("--data", chats, "--output", tmp_path / "out") if command == "train" else ()
     ended = cli(command, "--model", small_model, "--device", "cpu", *data, *option)
     assert ended.code == 2 and says in ended.err

@@ -122,11 +122,19 @@ def assert_same_steps(found: Any, expected: Any) -> None:
 
 
 class Prepared(DPOTrainer):
+    """TRL's trainer with the tokens and the batches of ours."""
+
+    columns = preference.PairTrainer.columns
+    _get_train_sampler = preference.ComparingTrainer._get_train_sampler
+
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
 
 class PreparedKTO(KTOTrainer):
+    columns = kto.LabelledTrainer.columns
+    _get_train_sampler = preference.ComparingTrainer._get_train_sampler
+
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 

@@ -13,6 +13,7 @@ from fettle.runs.defaults import (
     pack_length,
     require_valid,
 )
+from fettle.runs.method_facts import METHOD_FACTS
 from fettle.runs.options import PretrainOptions, TrainOptions
 
 
@@ -23,7 +24,13 @@ def options(**values: object) -> TrainOptions:
 def completed(
     packs: int = 100, parameters: int = 10**9, weight_bytes: int = 0, **values: object
 ) -> TrainOptions:
-    return complete(options(**values), packs=packs, parameters=parameters, weight_bytes=weight_bytes)
+    return complete(
+        options(**values),
+        packs=packs,
+        parameters=parameters,
+        weight_bytes=weight_bytes,
+        facts=METHOD_FACTS["sft"],
+    )
 
 
 def test_everything_the_loop_needs_is_chosen():
@@ -61,7 +68,7 @@ def test_what_was_asked_for_is_kept():
 def test_completing_twice_changes_nothing():
     """So that a run repeated from its run.yaml is the same run."""
     chosen = completed(packs=5000, parameters=10**6)
-    assert complete(chosen, packs=5000, parameters=10**6, weight_bytes=0) == chosen
+    assert complete(chosen, packs=5000, parameters=10**6, weight_bytes=0, facts=METHOD_FACTS["sft"]) == chosen
 
 
 def test_large_data_gets_more_packs_a_step():
@@ -75,7 +82,14 @@ def test_only_large_new_models_redo_activations():
     """Where adapters are trained the memory plan decides."""
     assert completed(weight_bytes=7 * 10**9).gradient_checkpointing is None
     for weight_bytes, is_on in ((7 * 10**6, False), (7 * 10**9, True)):
-        chosen = complete(options(), packs=1, parameters=1, weight_bytes=weight_bytes, is_full=True)
+        chosen = complete(
+            options(),
+            packs=1,
+            parameters=1,
+            weight_bytes=weight_bytes,
+            is_full=True,
+            facts=METHOD_FACTS["sft"],
+        )
         assert chosen.gradient_checkpointing is is_on
 
 

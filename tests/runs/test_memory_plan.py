@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fettle.cli.display import Display
 from fettle.errors import UserError
-from fettle.methods import sft
+from fettle.methods import finetune
 from fettle.methods.finetune import train
 from fettle.methods.sft import rows_of
 from fettle.models import layer
@@ -41,14 +41,14 @@ def run(model, data, output, **options) -> str:
 
 def run_layers_with(monkeypatch, function) -> None:
     """Let `function` run the layers once the plan, which runs one as well, is made."""
-    plan_run = sft.plan_run
+    plan_run = finetune.plan_run
 
     def then_replace(*args):
         run_plan = plan_run(*args)
         monkeypatch.setattr(layer, "run_layer", function)
         return run_plan
 
-    monkeypatch.setattr(sft, "plan_run", then_replace)
+    monkeypatch.setattr(finetune, "plan_run", then_replace)
 
 
 def adapter(folder) -> dict[str, torch.Tensor]:

@@ -20,8 +20,8 @@ def test_the_loop_has_these_options():
 
 
 def test_train_has_these_options():
-    own = """model data train_on chat_template dtype quantization memory remeasure rank alpha dropout
-    target_modules""".split()
+    own = """model data method train_on beta loss label_smoothing margin chat_template dtype quantization memory
+    remeasure rank alpha dropout target_modules""".split()
     assert names(TrainOptions) == LOOP + own
 
 

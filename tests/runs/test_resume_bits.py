@@ -5,6 +5,7 @@ Here the end is an exception that no code catches, in this process; tests/runs/t
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,9 @@ WAYS = {
     "without packing": {"packing": False, "batch_size": 2, "eval_fraction": 0.0},
     "with rows to keep": {"keep_data": True, "eval_fraction": 0.0},
     "every layer recomputed": {"gradient_checkpointing": True, "eval_fraction": 0.0},
+    "pairs, into a second epoch": {"method": "dpo", "batch_size": 4, "eval_fraction": 0.2},
+    "pairs without dropout": {"method": "simpo", "batch_size": 4, "eval_fraction": 0.0, "dropout": 0.0},
+    "labelled answers": {"method": "kto", "eval_fraction": 0.2},
     "several batches per step": {"gradient_accumulation_steps": 2, "max_length": 32},
 }
 
@@ -40,6 +44,22 @@ def dropping_model(small_model, tmp_path_factory):
     return folder
 
 
+def compared(folder: Path, method: str) -> Path:
+    """Rows of compared answers, of different lengths, in a file."""
+    rows = []
+    for n in range(18):
+        good, bad = "Here is " + f"{n} " * (n % 5 + 1), "No."
+        if method == "kto":
+            rows += [
+                {"prompt": f"Say {n}.", "completion": text, "label": text == good} for text in (good, bad)
+            ]
+        else:
+            rows.append({"prompt": f"Say {n}.", "chosen": good, "rejected": bad})
+    file = folder / "compared.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_it_ends_in_the_same_bits(dropping_model, chats, tmp_path, killed_at_save, way):
     loop = {"max_steps": STEPS, "eval_steps": 4, "save_steps": 1, "samples": 1, "dropout": 0.1}
@@ -48,8 +68,9 @@ def test_it_ends_in_the_same_bits(dropping_model, chats, tmp_path, killed_at_sav
         file = tmp_path / "kept.jsonl"
         file.write_text(json.dumps({"prompt": "Say 3.", "completion": "Here is 3!"}) + "\n")
         changes["keep_data"] = str(file)
+    data = chats if "method" not in changes else compared(tmp_path, changes["method"])
     options = TrainOptions(
-        model=str(dropping_model), data=str(chats), output=str(tmp_path / "whole"), device="cpu",
+        model=str(dropping_model), data=str(data), output=str(tmp_path / "whole"), device="cpu",
         **(loop | changes),
     )  # fmt: skip
     train(options)

@@ -54,10 +54,13 @@ class LoraLinear(PeftLoraLinear):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if (mixed := current_mixed()) is not None:
             return self._forward_mixed(x, mixed)
-        name = self._fast_adapter(args, kwargs)
+        base, name = self.get_base_layer(), self._fast_adapter(args, kwargs)
+        if name is None and self._is_off and not args and not kwargs:
+            rows = product_rows(x)
+            output = frozen_linear(rows, matrix_of(base), base.bias)
+            return output.to(x.dtype).view(*x.shape[:-1], -1)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        base = self.get_base_layer()
         lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
         return lora_linear(x, matrix_of(base), base.bias, lora_a, lora_b, self.scaling[name])
 
@@ -77,9 +80,15 @@ class LoraLinear(PeftLoraLinear):
             return None
         name, base = self._fast_adapter((), {}), self.get_base_layer()
         if name is None:
-            return None
+            return Projection(matrix_of(base), None, base.bias) if self._is_off else None
         update = LowRank(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
         return Projection(matrix_of(base), update, base.bias)
+
+    @property
+    def _is_off(self) -> bool:
+        """Whether a pass without gradient uses the frozen matrix alone, such as that of a reference model."""
+        is_plain = self.disable_adapters and not self.merged and not torch.is_grad_enabled()
+        return is_plain and self._is_covered
 
     def _fast_adapter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Return the name of the single adapter that the fast path covers, or None if PEFT's forward must run."""
@@ -89,14 +98,18 @@ class LoraLinear(PeftLoraLinear):
         if name not in self.lora_A or name in self.lora_variant or self.lora_B[name].bias is not None:
             return None
         has_dropout = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
+        return name if self._is_covered and not has_dropout else None
+
+    @property
+    def _is_covered(self) -> bool:
+        """Whether fettle's ops know the frozen layer."""
         base = self.get_base_layer()
         weight, bias = base.weight, base.bias
         is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
         # Under autocast, forward and backward would run in different dtypes. A CPU product with a meta weight
         # returns garbage instead of failing.
         is_unsafe = torch.is_autocast_enabled(weight.device.type) or weight.is_meta
-        is_covered = type(base) in (nn.Linear, Nf4Linear) and is_frozen and not has_dropout and not is_unsafe
-        return name if is_covered else None
+        return type(base) in (nn.Linear, Nf4Linear) and is_frozen and not is_unsafe
 
 
 def adapt(

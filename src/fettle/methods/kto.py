@@ -16,7 +16,7 @@ from trl.trainer.utils import use_adapter
 from fettle.data import LabelledExample, read_labelled, tokenize_labelled
 from fettle.data.tokenize import NOT_TRAINED
 from fettle.events import Report, progress
-from fettle.methods.preference import answer_scores, as_dataset, padded
+from fettle.methods.preference import ComparingTrainer, answer_scores, as_dataset, padded
 from fettle.models.modes import evaluating
 from fettle.runs.defaults import weighted_losses
 from fettle.runs.method_facts import METHOD_FACTS
@@ -26,24 +26,10 @@ from fettle.runs.recovery import Recovery
 from fettle.runs.rows import RunData
 
 
-class LabelledTrainer(Recovery, KTOTrainer):
-    """TRL's KTO trainer for rows that are already tokenized."""
+class LabelledTrainer(ComparingTrainer, KTOTrainer):
+    """TRL's KTO trainer for labelled answers."""
 
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        return dataset
-
-    def rows_of(self, inputs: dict[str, Any]) -> list[str]:
-        found = []
-        for ids, mask in zip(
-            *(inputs[name].tolist() for name in ("input_ids", "attention_mask")), strict=True
-        ):
-            tokens = [token for token, is_real in zip(ids, mask, strict=True) if is_real]
-            found += [
-                row["where"]
-                for row in self.train_dataset
-                if row["prompt_ids"] + row["completion_ids"] == tokens
-            ]
-        return found
+    columns = ("prompt_ids", "completion_ids")
 
 
 class KTO:

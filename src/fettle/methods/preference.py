@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from fettle.data import read_preferences, tokenize_preferences
+from fettle.data.batches import BalancedSampler
 from fettle.data.tokenize import NOT_TRAINED
 from fettle.events import Report, progress
 from fettle.models.modes import evaluating
@@ -22,22 +23,41 @@ from fettle.runs.preference_rows import RowKind
 from fettle.runs.recovery import Recovery
 
 
-class PairTrainer(Recovery, DPOTrainer):
-    """TRL's DPO trainer for rows that are already tokenized."""
+class ComparingTrainer(Recovery):
+    """A trainer of rows that are already tokenized, in batches with about as many tokens each.
+
+    columns: those of the dataset whose tokens a step computes; the first two are a row's first document.
+    """
+
+    columns: tuple[str, ...]
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> BalancedSampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [sum(map(len, row)) for row in zip(*(rows[name] for name in self.columns), strict=True)]
+        # exact: at the end of an epoch the trainer sets a whole number
+        return BalancedSampler(
+            lengths, self.args.train_batch_size, self.args.seed, lambda: int(self.state.epoch or 0)
+        )
+
     def rows_of(self, inputs: dict[str, Any]) -> list[str]:
         found = []
-        for ids, mask in zip(
-            *(inputs[name].tolist() for name in ("input_ids", "attention_mask")), strict=True
-        ):
+        for ids, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
             tokens = [token for token, is_real in zip(ids, mask, strict=True) if is_real]
             found += [
-                row["where"] for row in self.train_dataset if row["prompt_ids"] + row["chosen_ids"] == tokens
+                row["where"]
+                for row in self.train_dataset
+                if [*row[self.columns[0]], *row[self.columns[1]]] == tokens
             ]
         return found
+
+
+class PairTrainer(ComparingTrainer, DPOTrainer):
+    """TRL's DPO trainer for pairs."""
+
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Count the prompt of a pair once, as it is computed."""

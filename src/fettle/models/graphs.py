@@ -154,7 +154,7 @@ class _Static:
             parameter.grad = view
 
 
-class _Graph:
+class _LayerGraph:
     """A graph's inputs: always at the same place, always of the same shape."""
 
     pool: Any
@@ -214,7 +214,7 @@ class _Graph:
         prefixes.key_bounds[count : count + 2].fill_(length)  # the padding attends to nothing before it
 
 
-class _Forward(_Graph):
+class _Forward(_LayerGraph):
     """The graph of a pass without gradient. pool: the memory of the others of its kind."""
 
     def __init__(self, *args: Any) -> None:
@@ -231,7 +231,7 @@ class _Forward(_Graph):
         return self.output.clone()
 
 
-class _Captured(_Graph):
+class _Captured(_LayerGraph):
     """The graphs of a forward and a backward pass. pool: the memory of the others of its kind."""
 
     def __init__(self, *args: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fettle.adapters.model_ref import resolve
+from fettle.data.batches import balanced_batches
 from fettle.errors import UserError, option
 from fettle.events import Message, Report, ignore
 from fettle.files import human_bytes
@@ -251,6 +252,20 @@ def can_use_graphs(model: "DecoderForCausalLM") -> bool:
     )
 
 
+def _largest_batch(options: TrainOptions, lengths: Sequence[int]) -> int:
+    """Return the tokens of the run's largest batch; of packs, which come in random order, the largest there can be."""
+    assert options.batch_size and options.gradient_accumulation_steps
+    if options.method == "sft":
+        return sum(sorted(lengths)[-options.batch_size :])
+    batches = max(1, -(-len(lengths) // options.batch_size))
+    epochs = -(-(options.max_steps or 1) * options.gradient_accumulation_steps // batches)
+    return max(
+        sum(lengths[row] for row in batch)
+        for epoch in range(epochs)
+        for batch in balanced_batches(lengths, options.batch_size, seed=options.seed, epoch=epoch)
+    )
+
+
 def plan_run(
     options: TrainOptions,
     stored: StoredModel,
@@ -272,7 +287,7 @@ def plan_run(
         options,
         stored,
         device,
-        tokens=sum(sorted(map(sum, lengths))[-options.batch_size :]),
+        tokens=_largest_batch(options, [sum(pack) for pack in lengths]),
         documents=max(1, round(options.batch_size * sum(map(len, lengths)) / len(lengths))),
     )
     evaluated = options.batch_size * max(held_out_lengths, default=0)
