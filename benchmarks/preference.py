@@ -95,7 +95,7 @@ def compare(options: argparse.Namespace) -> None:
         earlier = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
         about = {
             key: getattr(options, key)
-            for key in ("model", "layers", "quantization", "batch", "steps", "budget")
+            for key in ("model", "layers", "quantization", "batch", "steps", "warm", "budget")
         }
         gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
         content = {

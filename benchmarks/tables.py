@@ -219,7 +219,40 @@ def generation_table(content: dict[str, Any]) -> str:
     return table(["", *cases.values()], rows)
 
 
+def preference_table(content: dict[str, Any]) -> str:
+    rows = []
+    for row in content["rows"]:
+        budget = {None: "free", "trl": "TRL's peak"}.get(row["budget"], row["budget"])
+        name = (
+            "TRL"
+            if row["contender"] == "trl"
+            else row["contender"].replace("-unshared", ", prompts not shared")
+        )
+        name += "" if row["contender"] == "trl" else f", {budget}"
+        shares = [f"{row[key]:.2f}" if key in row else "" for key in ("share_of_time", "share_above_weights")]
+        timed = row["step_seconds"][-(len(row["step_seconds"]) - row.get("warm", 4)) :]
+        rows.append(
+            [
+                f"{row['model']}, {row['quantization'] or row['dtype']}: {name}",
+                f"{row['seconds'] / max(1, len(timed)):.2f}",
+                f"{statistics.median(timed):.2f}",
+                f"{row['peak_bytes'] / 1e9:.2f}",
+                *shares,
+            ]
+        )
+    head = [
+        "",
+        "seconds per step, mean",
+        "median",
+        "peak, GB",
+        "of TRL's time",
+        "of TRL's memory above the weights",
+    ]
+    return table(head, rows)
+
+
 TABLES = {
+    "preference": preference_table,
     "generation": generation_table,
     "export": watched_table,
     "loading": watched_table,
