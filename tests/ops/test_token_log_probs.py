@@ -20,18 +20,20 @@ def inputs(tokens: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(tokens, HIDDEN), torch.randn(VOCABULARY, HIDDEN), torch.randint(VOCABULARY, (tokens,))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("is_trained", [False, True], ids=["frozen head", "trained head"])
-def test_scores_and_gradients(softcap: float | None, is_trained: bool) -> None:
+def test_scores_and_gradients(softcap: float | None, is_trained: bool, temperature: float) -> None:
     hidden, weight, labels = inputs()
     factors = torch.randn(len(labels))
     results = []
     for function, dtype in ((token_log_probs, torch.float32), (token_log_probs_reference, torch.float64)):
         h = hidden.to(dtype).requires_grad_()
         w = weight.to(dtype).requires_grad_(is_trained)
-        scores = function(h, w, labels, softcap)
+        scores = function(h, w, labels, softcap, temperature)
         grads = torch.autograd.grad((scores.log_probs * factors).sum(), [h, w] if is_trained else [h])
-        results.append([scores.log_probs, scores.entropy, *grads, scores.is_top1])
+        others = (scores.entropy, scores.mean_logits, scores.log_sum_sq_probs)
+        results.append([scores.log_probs, *others, *grads, scores.is_top1])
     *found, found_top1 = results[0]
     *expected, expected_top1 = results[1]
     for ours, exact in zip(found, expected, strict=True):
