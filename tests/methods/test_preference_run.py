@@ -110,6 +110,7 @@ def test_rows_without_a_second_answer_name_the_method_that_takes_them(labelled: 
         ),
         ("dpo", {"beta": 0.0}, "beta.* is 0.0; expected a number above 0"),
         ("dpo", {"train_on": "all"}, "train_on.* belongs to .*sft"),
+        ("dpo", {"packing": False}, "packing.* belongs to .*sft"),
         ("kto", {"loss": ["kto", "apo_zero_unpaired"]}, "kto takes one loss"),
         ("simpo", {"margin": -1.0}, "margin.* is -1.0; expected 0 or more"),
         ("orpo", {"margin": 1.0}, "margin.* belongs to .*simpo"),

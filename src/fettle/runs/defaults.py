@@ -76,10 +76,10 @@ def require_valid(options: LoopOptions | PlanOptions) -> None:
 def _require_for_method(options: TrainOptions) -> None:
     """Raise UserError for an option that the method does not have, or whose value is out of range."""
     facts = METHOD_FACTS[options.method]
+    usual = {field.name: field.default for field in dataclasses.fields(options)}
     for name in sorted({name for each in METHOD_FACTS.values() for name in each.options}):
-        is_given = getattr(options, name) not in (None, "assistant")
-        methods = [method for method, each in METHOD_FACTS.items() if name in each.options]
-        if is_given and name not in facts.options:
+        if getattr(options, name) != usual[name] and name not in facts.options:
+            methods = [method for method, each in METHOD_FACTS.items() if name in each.options]
             raise UserError(
                 f"{option(name)} belongs to {option('method')} {' or '.join(methods)}, but the method is "
                 f"{options.method}; leave it out."

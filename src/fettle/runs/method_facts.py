@@ -28,7 +28,7 @@ class MethodFacts:
 
 METHOD_FACTS: dict[MethodName, MethodFacts] = {
     "sft": MethodFacts(
-        "learn the answers", options=("train_on",), epochs=3.0, learning_rate_share=1.0, answers=1
+        "learn the answers", options=("train_on", "packing"), epochs=3.0, learning_rate_share=1.0, answers=1
     ),
     "dpo": MethodFacts(
         "prefer chosen to rejected answers, relative to the model before training",
