@@ -153,6 +153,33 @@ def test_bad_rows_stop_it_unless_they_are_skipped(show) -> None:
     assert "Nothing is left to train on" in show("--skip-bad-rows", rows=tagged, code=2).err
 
 
+PAIRS = [
+    {"prompt": "Say 1.", "chosen": "Here is 1!", "rejected": "No."},
+    {"prompt": f"Tell a story about {STORY}.", "chosen": f"{STORY}.", "rejected": "I cannot do that."},
+    {"prompt": f"tell a story about {STORY}!", "chosen": f"{STORY}.", "rejected": "There is no story."},
+]
+
+
+def test_pairs_are_shown_by_their_sides(show, write) -> None:
+    held_out = write("held_out.jsonl", PAIRS[:1])
+    shown = show("--method", "dpo", "--rows", 2, "--eval-data", held_out, rows=PAIRS).out
+    assert "became 3 pairs" in shown and "chats.jsonl, line 1 (chosen)" in shown
+    assert "⟦Here is 1!<|end|>⟧" in shown
+    assert "chats.jsonl, line 2; chats.jsonl, line 3" in shown  # nearly the same question and answer
+    assert "identical" in shown.partition("overlap with the held-out rows")[2]
+
+
+def test_labelled_answers_are_shown_with_their_labels(show) -> None:
+    rows = [{"prompt": p["prompt"], "completion": p["chosen"], "label": n > 0} for n, p in enumerate(PAIRS)]
+    shown = show("--method", "kto", rows=rows).out
+    assert "2 desirable answers and 1 undesirable" in shown and "chats.jsonl, line 1 (bad)" in shown
+
+
+def test_rows_of_another_method_are_refused(show) -> None:
+    assert "--method dpo" in show(rows=PAIRS, code=2).err
+    assert "expected chosen and rejected" in show("--method", "orpo", code=2).err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -4,6 +4,7 @@ import argparse
 from typing import Any, get_args
 
 from fettle import terminal
+from fettle.runs.method_facts import METHOD_FACTS
 from fettle.runs.options import TrainOn
 
 HELP = "show what a data file trains on: counts, lengths, masks, doubtful rows, duplicates, overlaps"
@@ -16,6 +17,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--max-length", type=int, help="maximum tokens per row (default: the model's context, at most 2048)"
+    )
+    command.add_argument(
+        "--method", choices=list(METHOD_FACTS), default="sft", help="as in train (default: sft)"
     )
     command.add_argument(
         "--train-on",
@@ -50,12 +54,12 @@ def run(options: dict[str, Any]) -> None:
     from fettle.data.inspect import inspect_data
     from fettle.runs.defaults import row_limit
 
-    as_json = options.pop("json")
+    as_json, kind = options.pop("json"), METHOD_FACTS[options.pop("method")].rows
     ref = resolve(options.pop("model"))
     stored = ref.stored_by_config()
     max_length = row_limit(options.pop("max_length"), stored.config.max_position_embeddings)
     report = displayed(inspect_data, progress_to_stderr=True)(
-        options.pop("file"), ref.tokenizer_for(stored), max_length=max_length, **options
+        options.pop("file"), ref.tokenizer_for(stored), max_length=max_length, kind=kind, **options
     )
     if as_json:
         terminal.print_result(report.as_json())

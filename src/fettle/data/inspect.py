@@ -9,23 +9,28 @@ import json
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fettle.data.chat import Segment, TrainOn
 from fettle.data.named_templates import set_chat_template
 from fettle.data.ngrams import Vocabulary
 from fettle.data.overlap import Sketches, near_groups, near_matches, passages
+from fettle.data.preference_formats import read_labelled, read_preferences
+from fettle.data.preferences import tokenize_labelled, tokenize_preferences
 from fettle.data.read import read_rows, records
-from fettle.data.rows import SKIP_HINT, BadRows, Row
+from fettle.data.rows import SKIP_HINT, BadRows, LabelledRow, PreferenceRow, Row, RowList, Rows
 from fettle.data.summary import Summary
 from fettle.data.tokenize import NothingToTrainOn, Tokenized, tokenize_rows
 from fettle.data.tokenizer import Tokenizer
 from fettle.errors import UserError, option, reason_of
 from fettle.events import Report, ignore, progress
+
+Kind = Literal["rows", "pairs", "labelled"]
+"""What a method of training takes: rows of supervised training, pairs of answers, or labelled answers."""
 
 SHOWN_WORST = 3
 PERCENTILES = (50, 90, 99, 100)
@@ -123,6 +128,7 @@ def inspect_data(
     tokenizer: Tokenizer,
     *,
     max_length: int,
+    kind: Kind = "rows",
     train_on: TrainOn = "assistant",
     skip_bad_rows: bool = False,
     chat_template: str | None = None,
@@ -133,15 +139,19 @@ def inspect_data(
 ) -> DataReport:
     """Return what training on the rows of `source` would train on, and which rows deserve a look.
 
-    eval_data: held-out rows, and benchmark: rows of any columns, that the data should not overlap. rows: how many to
-    show with their masks. Sets the tokenizer's chat template if it has none, or to the one named `chat_template`.
+    kind: what a row is: one of supervised training, a pair of answers, or a labelled answer; each answer of a pair is
+    then shown as a row. eval_data: held-out rows, and benchmark: rows of any columns, that the data should not overlap.
+    rows: how many to show with their masks. Sets the tokenizer's chat template if it has none, or to the one named
+    `chat_template`.
     Raises UserError for what cannot be read, and BadRows unless `skip_bad_rows`.
     """
     if rows < 0:
         raise UserError(f"{option('rows')} is {rows}; expected 0 or more.")
     template = set_chat_template(tokenizer, chat_template) if chat_template is not None else []
-    read = read_rows(source, skip_bad_rows=True)
-    held_out = read_rows(eval_data, skip_bad_rows=True) if eval_data is not None else None
+    given = _READ[kind](source, skip_bad_rows=True)
+    read, others = _answers(given), None
+    if eval_data is not None:
+        others = _main_answers(_READ[kind](eval_data, skip_bad_rows=True))
     texts = list(_benchmark_texts(benchmark)) if benchmark is not None else None
     options: dict[str, Any] = {"max_length": max_length, "train_on": train_on}
     try:
@@ -152,11 +162,16 @@ def inspect_data(
         if not error.bad or skip_bad_rows:
             raise
         bad = error.bad
+    if kind != "rows" and not (bad and not skip_bad_rows):
+        tokenize: Any = tokenize_preferences if kind == "pairs" else tokenize_labelled
+        _, summary = tokenize(given, tokenizer, max_length=max_length, skip_bad_rows=True)
+        summary.lengths, bad = tokenized.summary.lengths, summary.bad
     if bad and not skip_bad_rows:
-        raise BadRows(bad, len(read) + len(read.reading.bad), SKIP_HINT)
-    summary = tokenized.summary
+        raise BadRows(bad, len(given) + len(given.reading.bad), SKIP_HINT)
+    if kind == "rows":
+        summary = tokenized.summary
     summary.template += template
-    duplicates, firsts = _duplicates(read)
+    duplicates, firsts = _duplicates(_main_answers(given))
     comparison = _Comparison(firsts, report)
     return DataReport(
         summary=summary,
@@ -166,9 +181,38 @@ def inspect_data(
         findings=tuple(_findings(read, tokenized)),
         duplicates=duplicates,
         near_duplicates=comparison.near_duplicates(),
-        held_out=comparison.with_held_out(held_out) if held_out is not None else None,
+        held_out=comparison.with_held_out(others) if others is not None else None,
         benchmark=comparison.with_benchmark(texts) if texts is not None else None,
     )
+
+
+_READ: dict[Kind, Callable[..., RowList[Any]]] = {
+    "rows": read_rows,
+    "pairs": read_preferences,
+    "labelled": read_labelled,
+}
+
+
+def _answers(rows: RowList[Any]) -> Rows:
+    """Return every answer as a row of supervised training."""
+    found: list[Row] = []
+    for row in rows:
+        sides: tuple[tuple[Row, str], ...]
+        if isinstance(row, PreferenceRow):
+            sides = ((row.chosen, "chosen"), (row.rejected, "rejected"))
+        elif isinstance(row, LabelledRow):
+            sides = ((row.row, "good" if row.is_desirable else "bad"),)
+        else:
+            found.append(row)
+            continue
+        found += [replace(side, where=f"{side.where} ({name})") for side, name in sides]
+    return Rows(found, rows.reading)
+
+
+def _main_answers(rows: RowList[Any]) -> list[Row]:
+    """Return one row of supervised training per row, to compare rows with each other: of a pair the chosen answer."""
+    kinds = {PreferenceRow: lambda row: row.chosen, LabelledRow: lambda row: row.row}
+    return [kinds.get(type(row), lambda row: row)(row) for row in rows]
 
 
 # ---- lengths and masks ---------------------------------------------------------------------------------------

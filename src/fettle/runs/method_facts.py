@@ -12,8 +12,8 @@ class MethodFacts:
 
     help: for `--method`. options: those of `TrainOptions` that not every method has. losses: the names that `--loss`
     takes, the default first. epochs, batch_size: defaults. learning_rate_share: the default learning rate as a share of
-    supervised fine-tuning's. answers: documents per row. forward_passes: passes without gradient per step, each over as
-    many tokens as a step trains on, such as that of the reference model.
+    supervised fine-tuning's. rows: what kind of rows it takes. forward_passes: passes without gradient per step, each
+    over as many tokens as a step trains on, such as that of the reference model.
     """
 
     help: str
@@ -22,13 +22,18 @@ class MethodFacts:
     epochs: float = 1.0
     learning_rate_share: float = 0.05
     batch_size: int = 1
-    answers: int = 2
+    rows: Literal["rows", "pairs", "labelled"] = "pairs"
     forward_passes: int = 0
+
+    @property
+    def answers(self) -> int:
+        """Documents per row."""
+        return 2 if self.rows == "pairs" else 1
 
 
 METHOD_FACTS: dict[MethodName, MethodFacts] = {
     "sft": MethodFacts(
-        "learn the answers", options=("train_on", "packing"), epochs=3.0, learning_rate_share=1.0, answers=1
+        "learn the answers", options=("train_on", "packing"), epochs=3.0, learning_rate_share=1.0, rows="rows"
     ),
     "dpo": MethodFacts(
         "prefer chosen to rejected answers, relative to the model before training",
@@ -44,7 +49,7 @@ METHOD_FACTS: dict[MethodName, MethodFacts] = {
         options=("beta", "loss"),
         losses=("kto", "apo_zero_unpaired"),
         batch_size=4,
-        answers=1,
+        rows="labelled",
         forward_passes=3,  # the reference's, and both models' over prompts with the answers to others
     ),
     "orpo": MethodFacts(
