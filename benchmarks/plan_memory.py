@@ -32,6 +32,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from fettle.models.decoder import causal_lm_class
 from fettle.models.families import FAMILIES
+from fettle.runs.method_facts import METHOD_FACTS
 from fettle.tiny.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, END_OF_TURN, ROLES
 
 OUT = Path(__file__).parent / "results" / "plan_memory.json"
@@ -64,6 +65,10 @@ class Case:
     options: tuple[str, ...] = ()
     has_kept_rows: bool = False
     is_resumed: bool = False
+
+    @property
+    def method(self) -> Any:
+        return dict(itertools.pairwise(self.options)).get("--method", "sft")
 
 
 def llama(hidden: int, layers: int, heads: int, vocabulary: int = 32_000, **more: Any) -> dict[str, Any]:
@@ -166,6 +171,17 @@ CASES = (
         options=(*HELD_OUT, "--save-steps", "1"),
         is_resumed=True,
     ),
+    Case(
+        name="pairs",
+        config=llama(512, 10, 8, num_key_value_heads=4),
+        rows=LONG,
+        options=(*HELD_OUT, "--method", "dpo", "--batch-size", "2"),
+    ),
+    Case(
+        name="labelled answers, NF4",
+        config=llama(768, 12, 12, num_key_value_heads=2),
+        options=(*HELD_OUT, "--method", "kto", "--quantization", "nf4"),
+    ),
     Case(name="many rows", config=llama(256, 4, 4), rows=Rows(count=6_000), options=("--eval-steps", "1000")),
 )
 
@@ -195,7 +211,7 @@ def main() -> None:
 def measure(case: Case, folder: Path, *, has_timeline: bool) -> dict[str, Any]:
     """Train in a process of its own, ask `fettle plan` for the same, and put the figures side by side."""
     model = "fettle-tiny" if case.config is None else str(write_model(case, folder / "model"))
-    write_rows(case.rows, folder / "rows.jsonl")
+    write_rows(case.rows, folder / "rows.jsonl", METHOD_FACTS[case.method].rows)
     words = ["train", "--model", model, "--data", str(folder / "rows.jsonl"), "--output", str(folder / "out")]
     words += ["--max-steps", "2", "--device", "cpu", *case.options]
     if case.has_kept_rows:
@@ -226,7 +242,9 @@ def measure(case: Case, folder: Path, *, has_timeline: bool) -> dict[str, Any]:
 def asked_of_plan(model: str, options: tuple[str, ...], step_tokens: int) -> int:
     """The peak that `fettle plan` states for rows as long as the run's longest."""
     pairs = dict(itertools.pairwise(options))
-    rows = int(pairs.get("--batch-size", 1)) * int(pairs.get("--gradient-accumulation-steps", 1))
+    facts = METHOD_FACTS[pairs.get("--method", "sft")]  # type: ignore[index]
+    rows = int(pairs.get("--batch-size", facts.batch_size)) * facts.answers
+    rows *= int(pairs.get("--gradient-accumulation-steps", 1))
     left_out = {i + n for i, word in enumerate(options) if word in NOT_PLANNED for n in (0, 1)}
     words = [word for i, word in enumerate(options) if i not in left_out]
     context = str(step_tokens // rows)
@@ -319,8 +337,8 @@ def write_tokenizer(vocabulary: int, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def write_rows(rows: Rows, file: Path) -> None:
-    """Chats of random words of three letters; a third of the answers are short, as in real data."""
+def write_rows(rows: Rows, file: Path, kind: str = "rows") -> None:
+    """Chats of random words, pairs of answers, or labelled answers; a third of the answers are short, as in real data."""
     chosen = random.Random(0)
 
     def words(count: int) -> str:
@@ -329,8 +347,15 @@ def write_rows(rows: Rows, file: Path) -> None:
     with open(file, "w") as stream:
         for number in range(rows.count):
             length = rows.answer // (2 if rows.count < 100 else 1 + 4 * (number % 3 == 0))
-            turns = [("user", words(rows.question)), ("assistant", words(length))]
-            stream.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
+            question, answer = words(rows.question), words(length)
+            if kind == "pairs":
+                row: dict[str, Any] = {"prompt": question, "chosen": answer, "rejected": words(length)}
+            elif kind == "labelled":
+                row = {"prompt": question, "completion": answer, "label": number % 2 == 0}
+            else:
+                turns = [("user", question), ("assistant", answer)]
+                row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+            stream.write(json.dumps(row) + "\n")
 
 
 def line_of(row: dict[str, Any]) -> str:
