@@ -338,7 +338,7 @@ def write_tokenizer(vocabulary: int, folder: Path) -> None:
 
 
 def write_rows(rows: Rows, file: Path, kind: str = "rows") -> None:
-    """Chats of random words, pairs of answers, or labelled answers; a third of the answers are short, as in real data."""
+    """Chats of random words, pairs of answers or labelled ones; a third of the answers are short, as in real data."""
     chosen = random.Random(0)
 
     def words(count: int) -> str:
