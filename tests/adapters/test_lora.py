@@ -129,6 +129,12 @@ def test_a_fresh_adapter_changes_nothing(bases: Any, tokens: torch.Tensor) -> No
     assert_close(logits_of(adapt(bases.ours, rank=3), tokens), expected)
 
 
+def test_a_rank_stabilized_scale_is_one_at_rank_16_unless_alpha_is_given(bases_of: Any) -> None:
+    for rank, scale in ((16, 1.0), (64, 0.5)):
+        layers = layers_of(adapt(bases_of("phi3").ours, rank=rank, use_rslora=True))
+        assert {layer.scaling["default"] for layer in layers} == {scale}
+
+
 def test_alpha_is_the_rank_unless_given(phi3: Any) -> None:
     ours = adapt(phi3.ours, rank=3, target_modules=["qkv_proj"])
     assert {layer.scaling["default"] for layer in layers_of(ours)} == {1.0}

@@ -185,10 +185,15 @@ def test_adapters_answer_unmerged_as_their_model_does():
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    """Folders of two adapters for the model of `stock_and_ours("llama")`, of other ranks and on other layers."""
+    """Folders of two adapters for the model of `stock_and_ours("llama")`, of other ranks and on other layers.
+
+    "b" is rank-stabilized.
+    """
     folder = tmp_path_factory.mktemp("adapters")
     for name, rank, targets in (("a", 4, "all-linear"), ("b", 3, ["q_proj", "v_proj"])):
-        adapted = adapt(stock_and_ours("llama")[1], rank=rank, target_modules=targets, alpha=5)
+        adapted = adapt(
+            stock_and_ours("llama")[1], rank=rank, target_modules=targets, alpha=5, use_rslora=name == "b"
+        )
         torch.manual_seed(rank)
         for key, parameter in adapted.named_parameters():
             if "lora_B" in key:

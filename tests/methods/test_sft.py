@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fettle.cli.display import Display
 from fettle.data import read_rows, tokenize_rows
 from fettle.engine.load import load
+from fettle.export.checkpoint import export_safetensors
+from fettle.export.gguf.adapter import export_adapter_gguf
 from fettle.methods.finetune import fixed_context, resume_training, train
 from fettle.models.load import load_model, load_tokenizer
 from fettle.runs.options import TrainOptions
@@ -97,6 +100,27 @@ def test_the_folder_is_a_plain_adapter_that_finds_its_base(outcome, small_model)
     original = AutoTokenizer.from_pretrained(small_model)
     text = "<|user|>\nSay 5.<|end|>\n<|assistant|>\n"
     assert tokenizer(text)["input_ids"] == original(text)["input_ids"]
+
+
+def test_a_rank_stabilized_adapter_is_scaled_alike_everywhere(small_model, chats, tmp_path):
+    """By stock PEFT on the stock model, merged by PEFT and by fettle, and as llama.cpp reads it (alpha / rank)."""
+    output = run(small_model, chats, tmp_path / "out", rslora=True, rank=8, alpha=3)[0].output
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small_model), output).eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        expected = stock(ids).logits
+        with stock.disable_adapter():
+            bare = stock(ids).logits
+        merged = stock.merge_and_unload()(ids).logits
+        export_safetensors(output, tmp_path / "merged")
+        folders = (output, tmp_path / "merged")
+        found = [load(folder, device="cpu")[0](input_ids=ids).logits for folder in folders]
+    assert (bare - expected).norm() > 0.1 * expected.norm()
+    for logits in (merged, *found):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+    file = export_adapter_gguf(output, tmp_path / "adapter.gguf")
+    alpha = GGUFReader(file).get_field("adapter.lora.alpha").contents()
+    assert alpha / 8 == pytest.approx(3 / math.sqrt(8))
 
 
 def test_nothing_of_the_base_is_changed(outcome, small_model):

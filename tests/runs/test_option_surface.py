@@ -21,7 +21,7 @@ def test_the_loop_has_these_options():
 
 def test_train_has_these_options():
     own = """model data method train_on beta loss label_smoothing margin chat_template dtype quantization memory
-    remeasure rank alpha dropout target_modules""".split()
+    remeasure rank alpha rslora dropout target_modules""".split()
     assert names(TrainOptions) == LOOP + own
 
 

@@ -43,6 +43,8 @@ PLAIN_OPTIONS = {
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights that do not change the base's weights; PiSSA and similar ones do."""
 
+RSLORA_ALPHA = 4
+"""The default alpha with `use_rslora`: a scale of one at rank 16, for which the default learning rates are meant."""
 
 LARGEST_ALPHA = 1e30
 """alpha / rank multiplies in fp32, which ends at 3e38."""
@@ -123,7 +125,8 @@ def adapt(
 ) -> PeftModel:
     """Freeze the model and add a trainable LoRA adapter; return PEFT's own model object, in training mode.
 
-    alpha: the update is scaled by alpha / rank; None means alpha = rank, a scale of one. The adapter's
+    alpha: the update is scaled by alpha / rank; None means alpha = rank, a scale of one. use_rslora: the scale is
+    alpha / sqrt(rank) instead (Kalajdzievski, 2023, arXiv 2312.03732); None then means RSLORA_ALPHA. The adapter's
     weights are fp32 for any model dtype, as rounding to bf16 would lose small optimizer steps.
     Raises UserError if a target module is not a linear layer of the model or is its output head, and for a GGUF file.
     """
@@ -133,10 +136,12 @@ def adapt(
             "or hub name it was made from."
         )
     require_targets(model, target_modules)
+    if alpha is None:
+        alpha = RSLORA_ALPHA if use_rslora else rank
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=rank if alpha is None else alpha,
+        lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=target_modules,
         use_rslora=use_rslora,

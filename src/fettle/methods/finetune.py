@@ -163,6 +163,7 @@ def _adapt(base: DecoderForCausalLM, options: TrainOptions) -> PeftModel:
         alpha=options.alpha,
         dropout=options.dropout,
         target_modules=options.target_modules or "all-linear",
+        use_rslora=options.rslora,
     )
 
 

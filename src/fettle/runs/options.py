@@ -95,7 +95,12 @@ class TrainOptions(LoopOptions):
     memory: str | None = _option("memory budget, such as 8GB (default: the device's free memory)")
     remeasure: bool = _option("measure the device's speed again instead of using the cached result", False)
     rank: int = _option("LoRA rank", 16)
-    alpha: float | None = _option("LoRA alpha; the update is scaled by alpha / rank (default: rank)")
+    alpha: float | None = _option(
+        "LoRA alpha; the update is scaled by alpha / rank (default: rank; 4 with --rslora: a scale of 1 at rank 16)"
+    )
+    rslora: bool = _option(
+        "rank-stabilized LoRA: scale the update by alpha / sqrt(rank), for ranks such as 64 and above", False
+    )
     dropout: float = _option("LoRA dropout", 0.0)
     target_modules: list[str] | None = _option(
         "modules to adapt (default: every linear layer except the head)"
