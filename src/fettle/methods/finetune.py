@@ -31,7 +31,7 @@ from fettle.planning.shapes import Shapes
 from fettle.quantization.layers import is_quantized
 from fettle.recompute.allocator import restored_heap
 from fettle.runs import resume
-from fettle.runs.defaults import complete, length_limit, require_valid
+from fettle.runs.defaults import complete, length_limit, require_held_out, require_valid
 from fettle.runs.job import Job, run
 from fettle.runs.memory_plan import plan_run
 from fettle.runs.method import Method
@@ -99,6 +99,7 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], report: Report) -> Jo
     data = method.prepare(options, tokenizer, longest)
     data.summary.template += template
     report(summary_of(data, options))
+    require_held_out(options, has_held_out=data.held_out is not None)
     options = complete(
         dataclasses.replace(options, device=cast(Device, device.type), max_length=longest),
         packs=len(data.train),

@@ -17,7 +17,7 @@ from fettle.models.device import device_of
 from fettle.models.families import FAMILIES
 from fettle.models.save import save_model
 from fettle.runs import resume
-from fettle.runs.defaults import complete, length_limit, require_valid
+from fettle.runs.defaults import complete, length_limit, require_held_out, require_valid
 from fettle.runs.job import Job, run
 from fettle.runs.method_facts import METHOD_FACTS
 from fettle.runs.options import Device, PretrainOptions
@@ -55,6 +55,7 @@ def _prepare(options: PretrainOptions, facts: dict[str, Any], report: Report) ->
     method = Supervised()
     data = method.prepare(options, tokenizer, longest)
     report(summary_of(data, options))
+    require_held_out(options, has_held_out=data.held_out is not None)
     device = cast(Device, device_of(options.device).type)
     set_seed(options.seed)
     model = new_model(options, tokenizer).to(torch.device(device))

@@ -68,9 +68,20 @@ def require_valid(options: LoopOptions | PlanOptions) -> None:
             raise UserError(f"{option(name)} is {count}; expected 0 or more.")
     if isinstance(options, TrainOptions):
         _require_for_method(options)
+    if isinstance(options, LoopOptions):
+        require_held_out(options, has_held_out=options.eval_data is not None or options.eval_fraction > 0)
     seed = getattr(options, "seed", 0)
     if not 0 <= seed < 2**32:
         raise UserError(f"{option('seed')} is {seed}; expected a whole number from 0 to {2**32 - 1}.")
+
+
+def require_held_out(options: LoopOptions, *, has_held_out: bool) -> None:
+    """Raise UserError for an option that needs held-out rows if there are none."""
+    if options.keep_best and not has_held_out:
+        raise UserError(
+            f"{option('keep_best')} needs held-out rows, and there are none; give {option('eval_data')}, or leave it "
+            "out."
+        )
 
 
 def _require_for_method(options: TrainOptions) -> None:

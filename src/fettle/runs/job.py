@@ -103,6 +103,9 @@ def _run(job: Job) -> Outcome:
     if not trainer.train():
         raise _interrupted(job)
     _report_cost(job, trainer)
+    if remark := trainer.load_best():
+        job.method += f"; {remark}"
+        job.report(Message(f"result: {remark}"))
     job.finish()
     after = _measure(job, trainer, "after training")
     _save(job)
@@ -150,12 +153,14 @@ def _interrupted(job: Job) -> Interrupted:
 def _require_disk(job: Job) -> None:
     """Require the disk space a new run needs; a resumed run already holds most of it.
 
-    Two checkpoints are kept while a third is written, each with AdamW's two moments, plus the result.
+    Two checkpoints, or three with the best, are kept while another is written, each with AdamW's two moments, plus the
+    result.
     """
     if "before" in job.facts:
         return
     trained = sum(p.numel() * p.element_size() for p in job.model.parameters() if p.requires_grad)
-    require_free_space(job.output, 10 * trained + OVERHEAD_BYTES, "this run, with its checkpoints,")
+    copies = 13 if job.options.keep_best else 10
+    require_free_space(job.output, copies * trained + OVERHEAD_BYTES, "this run, with its checkpoints,")
 
 
 def _before(job: Job, trainer: Run) -> Measurement:

@@ -22,6 +22,7 @@ from transformers.integrations import TensorBoardCallback
 from fettle.events import Report
 from fettle.models.progress_bars import without_progress_bars
 from fettle.planning.program import peak_memory_bytes, reset_peak_memory
+from fettle.runs.held_out import SaveBest, best_checkpoint
 from fettle.runs.memory_plan import RunPlan
 from fettle.runs.method import Method
 from fettle.runs.options import LoopOptions
@@ -69,6 +70,7 @@ class Run:
     trainer: Recovery
     progress: ProgressCallback
     interrupt: StopOnInterrupt
+    keep_best: bool = False
     peak_before_bytes: int = 0
     """Peak memory before training: of loading the model and the first scores."""
 
@@ -93,6 +95,18 @@ class Run:
         self.trainer.state = state
         return True
 
+    def load_best(self) -> str | None:
+        """After training with `keep_best`: load the weights with the lowest held-out loss; return a remark on them."""
+        state, checkpoints = self.trainer.state, Path(self.trainer.args.output_dir)
+        best = best_checkpoint(checkpoints, state) if self.keep_best else None
+        if best is None:
+            return None
+        folder, loss = best
+        step = int(folder.name.rpartition("-")[2])
+        if step != state.global_step:
+            self.trainer._load_from_checkpoint(str(folder))
+        return f"step {step} of {state.global_step}, with the lowest held-out loss of all checkpoints ({loss:.4g})"
+
     @property
     def history(self) -> list[Point]:
         """The logged points, including those from before a resume."""
@@ -113,7 +127,7 @@ def build(
 
     run_plan: the memory plan; without one, `options.gradient_checkpointing` recomputes all layers or none.
     """
-    interrupt = StopOnInterrupt()
+    interrupt, keep_best = StopOnInterrupt(), options.keep_best
     recomputes = run_plan is None and bool(options.gradient_checkpointing)
     trainer = method.trainer(
         options,
@@ -126,6 +140,7 @@ def build(
             _tensorboard(output / "tensorboard"),
             MarkComplete(),
             interrupt,
+            *([SaveBest()] if keep_best else []),
         ],
         **({} if run_plan is None else {"use_leaner_plan": run_plan.use_leaner_plan}),
     )
@@ -133,7 +148,7 @@ def build(
     trainer.args._n_gpu = 1
     if run_plan is not None:
         run_plan.apply_to(model.get_base_model() if isinstance(model, PeftModel) else model)
-    return Run(trainer, report_progress(trainer, report), interrupt)
+    return Run(trainer, report_progress(trainer, report), interrupt, keep_best)
 
 
 def _tensorboard(folder: Path) -> TensorBoardCallback:
@@ -164,7 +179,7 @@ def training_arguments(
         "eval_steps": options.eval_steps,
         "save_strategy": "steps",
         "save_steps": options.save_steps,
-        "save_total_limit": 2,
+        **_checkpoints_to_keep(options),
         "logging_steps": max(1, options.max_steps // 100),
         "seed": options.seed,
         "data_seed": options.seed,
@@ -174,3 +189,10 @@ def training_arguments(
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def _checkpoints_to_keep(options: LoopOptions) -> dict[str, Any]:
+    """The last two, so that one is complete while the next is written, and with `keep_best` the best as well."""
+    if not options.keep_best:
+        return {"save_total_limit": 2}
+    return {"save_total_limit": 3, "metric_for_best_model": "loss", "greater_is_better": False}
