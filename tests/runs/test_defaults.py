@@ -126,7 +126,15 @@ def test_sensible_options_pass():
     [
         *(
             {name: 0}
-            for name in ("rank", "max_steps", "batch_size", "save_steps", "eval_steps", "max_length")
+            for name in (
+                "rank",
+                "max_steps",
+                "batch_size",
+                "save_steps",
+                "eval_steps",
+                "max_length",
+                "early_stopping",
+            )
         ),
         *({name: 0.0} for name in ("epochs", "learning_rate", "max_grad_norm", "alpha")),
         *({name: float("nan")} for name in ("epochs", "learning_rate", "dropout", "eval_fraction", "alpha")),

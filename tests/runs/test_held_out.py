@@ -1,4 +1,4 @@
-"""The result of a run by its held-out loss: the best evaluation's weights, also after a resume."""
+"""The held-out loss decides when a run stops and which weights are its result, also after a resume."""
 
 import dataclasses
 import json
@@ -81,14 +81,37 @@ def test_a_resumed_run_keeps_the_best_too(options, best, killed_at_save, tmp_pat
     assert_equal(adapter_of(output), best)
 
 
-def test_it_needs_held_out_rows(options, tmp_path):
-    changes = {"output": str(tmp_path / "none"), "eval_data": None}
-    with pytest.raises(
-        UserError, match=r"^keep_best needs held-out rows, and there are none; give eval_data, or"
-    ):
+def test_it_stops_when_the_loss_does_not_fall(options, best, tmp_path):
+    """At step 8: the evaluations after 6 and 8 steps are not below that after 4."""
+    changes = {"early_stopping": 2, "keep_best": False, "output": str(tmp_path / "run")}
+    outcome = train(dataclasses.replace(options, **changes))
+    assert [step for step, _ in outcome.report.eval_curve] == [0, 2, 4, 6, 8]
+    assert outcome.report.method.endswith("; stopped early, after step 8")
+    assert_equal(adapter_of(outcome.output), best)
+
+
+@pytest.mark.parametrize("steps", [(4, 5), (5, 8)], ids=str)
+def test_a_resumed_run_stops_at_the_same_step(options, best, killed_at_save, tmp_path, steps):
+    """Also one that was killed after it had stopped, at step 8, before its result was saved."""
+    first, second = steps
+    with killed_at_save(first):
+        train(dataclasses.replace(options, early_stopping=2, output=str(tmp_path / "run")))
+    with killed_at_save(second):
+        resume_training(tmp_path / "run")
+    outcome = resume_training(tmp_path / "run")
+    assert [step for step, _ in outcome.report.eval_curve] == [0, 2, 4, 6, 8]
+    assert_equal(adapter_of(outcome.output), best)
+
+
+@pytest.mark.parametrize("option", [{"keep_best": True}, {"early_stopping": 3}], ids=str)
+def test_it_needs_held_out_rows(options, tmp_path, option):
+    (name,) = option
+    changes = {"output": str(tmp_path / "none"), "eval_data": None, "keep_best": False, **option}
+    refused = rf"^{name} needs held-out rows, and there are none; give eval_data, or leave it out\.$"
+    with pytest.raises(UserError, match=refused):
         train(dataclasses.replace(options, **changes, eval_fraction=0.0))
     few = tmp_path / "few.jsonl"
     few.write_text('{"prompt": "Say 1.", "completion": "1"}\n')
-    with pytest.raises(UserError, match=r"^keep_best needs held-out rows"):
-        train(dataclasses.replace(options, **changes, data=str(few)))
+    with pytest.raises(UserError, match=refused):
+        train(dataclasses.replace(options, **changes | {"data": str(few)}))
     assert not (tmp_path / "none").exists()

@@ -29,6 +29,7 @@ LARGEST = 1e9
 _AT_LEAST_ONE = (
     *("max_length", "max_steps", "batch_size", "gradient_accumulation_steps", "eval_steps", "save_steps"),
     *(
+        "early_stopping",
         "rank",
         "vocab_size",
         "hidden_size",
@@ -77,11 +78,11 @@ def require_valid(options: LoopOptions | PlanOptions) -> None:
 
 def require_held_out(options: LoopOptions, *, has_held_out: bool) -> None:
     """Raise UserError for an option that needs held-out rows if there are none."""
-    if options.keep_best and not has_held_out:
-        raise UserError(
-            f"{option('keep_best')} needs held-out rows, and there are none; give {option('eval_data')}, or leave it "
-            "out."
-        )
+    for name in ("early_stopping", "keep_best"):
+        if getattr(options, name) and not has_held_out:
+            raise UserError(
+                f"{option(name)} needs held-out rows, and there are none; give {option('eval_data')}, or leave it out."
+            )
 
 
 def _require_for_method(options: TrainOptions) -> None:
@@ -192,6 +193,8 @@ def complete(
         learning_rate=options.learning_rate
         or facts.learning_rate_share * learning_rate(parameters, is_full=is_full),
         gradient_checkpointing=checkpointing,
+        keep_best=options.keep_best
+        or options.early_stopping is not None,  # nobody wants the weights it stopped at
         eval_steps=options.eval_steps or max(1, math.ceil(steps / 5)),
         save_steps=options.save_steps or max(1, math.ceil(steps / 10)),
     )

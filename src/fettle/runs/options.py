@@ -48,6 +48,9 @@ class LoopOptions:
     )
     eval_steps: int | None = _option("steps between evaluations (default: a fifth of the run)")
     save_steps: int | None = _option("steps between checkpoints (default: a tenth of the run)")
+    early_stopping: int | None = _option(
+        "stop when the held-out loss has not fallen for this many evaluations; includes --keep-best"
+    )
     keep_best: bool = _option(
         "save the result of the evaluation with the lowest held-out loss, not that of the last step", False
     )

@@ -22,7 +22,7 @@ from transformers.integrations import TensorBoardCallback
 from fettle.events import Report
 from fettle.models.progress_bars import without_progress_bars
 from fettle.planning.program import peak_memory_bytes, reset_peak_memory
-from fettle.runs.held_out import SaveBest, best_checkpoint
+from fettle.runs.held_out import WatchHeldOut, best_checkpoint
 from fettle.runs.memory_plan import RunPlan
 from fettle.runs.method import Method
 from fettle.runs.options import LoopOptions
@@ -70,12 +70,13 @@ class Run:
     trainer: Recovery
     progress: ProgressCallback
     interrupt: StopOnInterrupt
-    keep_best: bool = False
+    watch: WatchHeldOut | None = None
+    """With `keep_best`."""
     peak_before_bytes: int = 0
     """Peak memory before training: of loading the model and the first scores."""
 
     def train(self) -> bool:
-        """Train from the last complete checkpoint, if any; return whether all steps are done."""
+        """Train from the last complete checkpoint, if any; return whether the run is over."""
         checkpoint = last_complete(Path(self.trainer.args.output_dir).parent)
         set_seed(self.trainer.args.seed)  # earlier measurements must not change the run's random numbers
         if checkpoint is not None and self._was_last(checkpoint):
@@ -85,12 +86,16 @@ class Run:
         reset_peak_memory(self.trainer.model.device)
         with self.interrupt.listening(), without_progress_bars():
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        return self.trainer.state.global_step >= self.trainer.state.max_steps
+        return self._is_over(self.trainer.state)
+
+    def _is_over(self, state: TrainerState) -> bool:
+        has_stopped = self.watch is not None and self.watch.has_stopped(state)
+        return has_stopped or state.global_step >= self.trainer.args.max_steps
 
     def _was_last(self, checkpoint: Path) -> bool:
-        """Whether the run had made all its steps; if so, restore its history."""
+        """Whether the run had made all its steps, or had stopped early; if so, restore its history."""
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step < self.trainer.args.max_steps:
+        if not self._is_over(state):
             return False
         self.trainer.state = state
         return True
@@ -98,14 +103,16 @@ class Run:
     def load_best(self) -> str | None:
         """After training with `keep_best`: load the weights with the lowest held-out loss; return a remark on them."""
         state, checkpoints = self.trainer.state, Path(self.trainer.args.output_dir)
-        best = best_checkpoint(checkpoints, state) if self.keep_best else None
+        best = best_checkpoint(checkpoints, state) if self.watch else None
         if best is None:
             return None
         folder, loss = best
         step = int(folder.name.rpartition("-")[2])
         if step != state.global_step:
             self.trainer._load_from_checkpoint(str(folder))
-        return f"step {step} of {state.global_step}, with the lowest held-out loss of all checkpoints ({loss:.4g})"
+        steps = self.trainer.args.max_steps
+        early = f"; stopped early, after step {state.global_step}" if state.global_step < steps else ""
+        return f"step {step} of {steps}, with the lowest held-out loss of all checkpoints ({loss:.4g}){early}"
 
     @property
     def history(self) -> list[Point]:
@@ -127,7 +134,8 @@ def build(
 
     run_plan: the memory plan; without one, `options.gradient_checkpointing` recomputes all layers or none.
     """
-    interrupt, keep_best = StopOnInterrupt(), options.keep_best
+    interrupt = StopOnInterrupt()
+    watch = WatchHeldOut(options.early_stopping) if options.keep_best else None
     recomputes = run_plan is None and bool(options.gradient_checkpointing)
     trainer = method.trainer(
         options,
@@ -140,7 +148,7 @@ def build(
             _tensorboard(output / "tensorboard"),
             MarkComplete(),
             interrupt,
-            *([SaveBest()] if keep_best else []),
+            *([watch] if watch is not None else []),
         ],
         **({} if run_plan is None else {"use_leaner_plan": run_plan.use_leaner_plan}),
     )
@@ -148,7 +156,7 @@ def build(
     trainer.args._n_gpu = 1
     if run_plan is not None:
         run_plan.apply_to(model.get_base_model() if isinstance(model, PeftModel) else model)
-    return Run(trainer, report_progress(trainer, report), interrupt, keep_best)
+    return Run(trainer, report_progress(trainer, report), interrupt, watch)
 
 
 def _tensorboard(folder: Path) -> TensorBoardCallback:
