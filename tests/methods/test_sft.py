@@ -12,7 +12,8 @@ from gguf import GGUFReader
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from fettle.cli.display import Display
 from fettle.data import read_rows, tokenize_rows
@@ -199,6 +200,24 @@ def test_held_out_rows_of_ones_own(small_model, chats, kept, tmp_path):
     outcome, shown = run(small_model, chats, tmp_path / "out", eval_data=str(kept), max_steps=1)
     assert "24 rows" in shown
     assert [answer.prompt for answer in outcome.after.answers] == ["What is the capital of France?"]
+
+
+def test_metrics_reach_the_tracker_that_was_asked_for(small_model, chats, tmp_path, monkeypatch):
+    """Through transformers' own callback, which a recording one replaces here."""
+    seen = {}
+
+    class Recording(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.setdefault(args.run_name, []).append(logs)
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "trackio", Recording)
+    monkeypatch.setattr("fettle.runs.defaults.find_spec", lambda name: name == "trackio")
+    run(small_model, chats, tmp_path / "without")
+    assert not seen
+    run(small_model, chats, tmp_path / "with one", report_to="trackio", eval_steps=2)
+    (logs,) = seen.values()
+    assert list(seen) == ["with one"]
+    assert sum("loss" in each for each in logs) == 4 and sum("eval_loss" in each for each in logs) == 2
 
 
 def test_a_finished_run_is_not_done_again(outcome):

@@ -158,6 +158,14 @@ def test_a_size_that_cannot_be_meant_is_named(name):
         require_valid(PretrainOptions(data="d", output="o", **{name: 0}))
 
 
+@pytest.mark.parametrize("package", ["trackio", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named(package, monkeypatch):
+    monkeypatch.setattr("fettle.runs.defaults.find_spec", lambda name: None)
+    refused = rf"^report_to {package} needs the package {package}, .*pip install {package}\.$"
+    with pytest.raises(UserError, match=refused):
+        require_valid(options(report_to=package))
+
+
 @pytest.mark.parametrize("name", ["data", "eval_data", "keep_data", "output"])
 def test_an_empty_name_is_refused(name: str) -> None:
     """As `--data "$UNSET"` gives it: the current folder would be taken."""

@@ -7,7 +7,7 @@ from fettle.runs.options import LoopOptions, PretrainOptions, TrainOptions
 LOOP = """
 output max_length packing epochs max_steps batch_size gradient_accumulation_steps learning_rate schedule warmup_ratio
 weight_decay max_grad_norm gradient_checkpointing eval_fraction eval_data eval_steps save_steps early_stopping keep_best
-keep_data skip_bad_rows samples device seed
+keep_data skip_bad_rows samples report_to device seed
 """.split()
 
 

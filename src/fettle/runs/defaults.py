@@ -7,6 +7,7 @@ rate of full fine-tuning); smaller models tolerate, and need, higher learning ra
 
 import dataclasses
 import math
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from fettle.errors import UserError, option
@@ -70,10 +71,20 @@ def require_valid(options: LoopOptions | PlanOptions) -> None:
     if isinstance(options, TrainOptions):
         _require_for_method(options)
     if isinstance(options, LoopOptions):
+        require_tracker(options)
         require_held_out(options, has_held_out=options.eval_data is not None or options.eval_fraction > 0)
     seed = getattr(options, "seed", 0)
     if not 0 <= seed < 2**32:
         raise UserError(f"{option('seed')} is {seed}; expected a whole number from 0 to {2**32 - 1}.")
+
+
+def require_tracker(options: LoopOptions) -> None:
+    """Raise UserError if the package that the metrics are to be sent to is not installed."""
+    if options.report_to is not None and find_spec(options.report_to) is None:
+        raise UserError(
+            f"{option('report_to')} {options.report_to} needs the package {options.report_to}, which is not installed; "
+            f"install it with: pip install {options.report_to}."
+        )
 
 
 def require_held_out(options: LoopOptions, *, has_held_out: bool) -> None:

@@ -14,6 +14,7 @@ TrainDtype = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["cosine", "linear", "constant"]
 Quantization = Literal["nf4"]
 TrainOn = Literal["assistant", "all"]
+Tracker = Literal["trackio", "wandb"]
 METHOD_HELP = "; ".join(f"{name}: {facts.help}" for name, facts in METHOD_FACTS.items())
 
 
@@ -62,6 +63,10 @@ class LoopOptions:
     )
     samples: int = _option(
         "rows of each kind to answer before and after training; the report shows some of them", 16
+    )
+    report_to: Tracker | None = _option(
+        "also send the metrics to trackio or wandb, a package to install first (default: none; files for TensorBoard "
+        "are always written)"
     )
     device: Device | None = _option("device to run on (default: cuda if available)")
     seed: int = _option("random seed", 0)

@@ -22,6 +22,7 @@ from fettle.checkpoints.folder import command_to_finish
 from fettle.errors import UserError, option
 from fettle.files import LOCK, describe_folder, only_process, require_new_folder, sha256_of, write_aside
 from fettle.options import read
+from fettle.runs.defaults import require_tracker
 from fettle.runs.measure import Measurement
 from fettle.runs.options import LoopOptions
 
@@ -29,7 +30,7 @@ RUN_FILE, FACTS_FILE, CHECKPOINTS, MARK = "run.yaml", "facts.json", "checkpoints
 REPORT = "report.html"
 """Written last: a run with a report has finished."""
 
-NOT_DECIDING = ("output", "model", "data", "eval_data", "keep_data", "memory", "remeasure")
+NOT_DECIDING = ("output", "model", "data", "eval_data", "keep_data", "memory", "remeasure", "report_to")
 
 Options = TypeVar("Options", bound=LoopOptions)
 START_AGAIN = f"start a new run with another {option('output')}"
@@ -73,6 +74,7 @@ def options_to_resume(output: Path, kind: type[Options]) -> Options | None:
                 f"{output / RUN_FILE}: {name} is {now[name]}, and was {noted[name]} when the run started, so the run "
                 f"cannot be resumed exactly; undo the change, or {START_AGAIN}."
             )
+    require_tracker(options)
     return replace(options, output=str(output))
 
 

@@ -194,7 +194,8 @@ def training_arguments(
         "use_cpu": options.device == "cpu",
         "bf16": False,  # the weights already have their dtype: no autocast
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "report_to": "none",
+        "report_to": options.report_to or "none",
+        "run_name": output.name,
         "disable_tqdm": True,
     }
 
