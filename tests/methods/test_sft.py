@@ -18,6 +18,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from fettle.cli.display import Display
 from fettle.data import read_rows, tokenize_rows
 from fettle.engine.load import load
+from fettle.errors import UserError
 from fettle.export.checkpoint import export_safetensors
 from fettle.export.gguf.adapter import export_adapter_gguf
 from fettle.methods.finetune import fixed_context, resume_training, train
@@ -207,6 +208,10 @@ def test_metrics_reach_the_tracker_that_was_asked_for(small_model, chats, tmp_pa
     seen = {}
 
     class Recording(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            if args.run_name == "no login":
+                raise KeyError("use `trackio login`")
+
         def on_log(self, args, state, control, logs=None, **kwargs):
             seen.setdefault(args.run_name, []).append(logs)
 
@@ -218,6 +223,10 @@ def test_metrics_reach_the_tracker_that_was_asked_for(small_model, chats, tmp_pa
     (logs,) = seen.values()
     assert list(seen) == ["with one"]
     assert sum("loss" in each for each in logs) == 4 and sum("eval_loss" in each for each in logs) == 2
+    with pytest.raises(
+        UserError, match=r"^report_to trackio cannot start: KeyError: 'use `trackio login`'\.$"
+    ):
+        run(small_model, chats, tmp_path / "no login", report_to="trackio")
 
 
 def test_a_finished_run_is_not_done_again(outcome):

@@ -18,7 +18,9 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from fettle.errors import UserError, option, reason_of
 from fettle.events import Report
 from fettle.models.progress_bars import without_progress_bars
 from fettle.planning.program import peak_memory_bytes, reset_peak_memory
@@ -149,6 +151,7 @@ def build(
             MarkComplete(),
             interrupt,
             *([watch] if watch is not None else []),
+            *([_tracker(options.report_to)] if options.report_to is not None else []),
         ],
         **({} if run_plan is None else {"use_leaner_plan": run_plan.use_leaner_plan}),
     )
@@ -163,6 +166,21 @@ def _tensorboard(folder: Path) -> TensorBoardCallback:
     """A callback that writes to `folder` whenever it is needed: before, during and after training."""
     callback = TensorBoardCallback()
     callback.logging_dir = str(folder)
+    return callback
+
+
+def _tracker(name: str) -> TrainerCallback:
+    """transformers' callback that sends the metrics to Trackio or Weights & Biases; UserError if it cannot start."""
+    callback = INTEGRATION_TO_CALLBACK[name]()
+    begin = callback.on_train_begin
+
+    def on_train_begin(*args: Any, **kwargs: Any) -> None:
+        try:
+            begin(*args, **kwargs)
+        except Exception as error:  # such as no login or no network, each with classes of its own
+            raise UserError(f"{option('report_to')} {name} cannot start: {reason_of(error)}.") from error
+
+    callback.on_train_begin = on_train_begin
     return callback
 
 
@@ -194,7 +212,7 @@ def training_arguments(
         "use_cpu": options.device == "cpu",
         "bf16": False,  # the weights already have their dtype: no autocast
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "report_to": options.report_to or "none",
+        "report_to": "none",
         "run_name": output.name,
         "disable_tqdm": True,
     }
