@@ -29,9 +29,10 @@ if TYPE_CHECKING:
     from fettle.export.checkpoint import export_safetensors
     from fettle.export.gguf import export_gguf
     from fettle.export.merge import merge
-    from fettle.methods.finetune import resume_training, train
+    from fettle.methods.finetune import dry_run, resume_training, train
     from fettle.methods.pretrain import pretrain, resume_pretraining
     from fettle.models.save import save_model
+    from fettle.runs.dry_run import DryRun
     from fettle.runs.options import PretrainOptions, TrainOptions
     from fettle.runs.outcome import Outcome
     from fettle.version import __version__
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Comparison": "fettle.evaluation.comparison",
     "DataReport": "fettle.data.inspect",
+    "DryRun": "fettle.runs.dry_run",
     "Engine": "fettle.engine.text",
     "Interrupted": "fettle.errors",
     "Outcome": "fettle.runs.outcome",
@@ -50,6 +52,7 @@ _HOME = {
     "attach": "fettle.adapters.lora",
     "collator": "fettle.data",
     "compare": "fettle.evaluation.side_by_side",
+    "dry_run": "fettle.methods.finetune",
     "export_gguf": "fettle.export.gguf",
     "export_safetensors": "fettle.export.checkpoint",
     "generate": "fettle.engine.text",
@@ -69,6 +72,7 @@ _HOME = {
 
 _JOBS = (
     "compare",
+    "dry_run",
     "export_gguf",
     "inspect_data",
     "pretrain",
@@ -81,6 +85,7 @@ _JOBS = (
 __all__ = [  # the keys of _HOME, spelled out for type checkers
     "Comparison",
     "DataReport",
+    "DryRun",
     "Engine",
     "Interrupted",
     "Outcome",
@@ -92,6 +97,7 @@ __all__ = [  # the keys of _HOME, spelled out for type checkers
     "attach",
     "collator",
     "compare",
+    "dry_run",
     "export_gguf",
     "export_safetensors",
     "generate",

@@ -17,6 +17,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: dict[str, Any]) -> None:
     chosen = run_options(options, PretrainOptions)
-    from fettle.methods.pretrain import pretrain, resume_pretraining
+    from fettle.methods.pretrain import dry_run, pretrain, resume_pretraining
 
-    start_or_resume(options, chosen, pretrain, resume_pretraining)
+    start_or_resume(options, chosen, pretrain, resume_pretraining, dry_run)

@@ -1,4 +1,4 @@
-"""Shared by `fettle train` and `fettle pretrain`: read the options, start or resume a run."""
+"""Shared by `fettle train` and `fettle pretrain`: read the options, start, try or resume a run."""
 
 import argparse
 import sys
@@ -12,7 +12,13 @@ from fettle.options import resolve
 
 
 def add_resume(command: argparse.ArgumentParser) -> None:
-    """Add --resume."""
+    """Add --resume and --dry-run."""
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="read the data, plan, load the model and take a few steps on the longest rows; write nothing",
+    )
     command.add_argument(
         "--resume",
         action="store_true",
@@ -37,12 +43,19 @@ def run_options(options: dict[str, Any], kind: Any) -> Any:
 
 
 def start_or_resume(
-    typed: dict[str, Any], options: Any, start: Callable[..., Any], resume: Callable[..., Any]
+    typed: dict[str, Any],
+    options: Any,
+    start: Callable[..., Any],
+    resume: Callable[..., Any],
+    dry_run: Callable[..., Any],
 ) -> None:
-    """Start a run, or resume one if `options` is None, and print the outcome."""
+    """Start a run, or resume one if `options` is None, and print the outcome; or only try it."""
     from fettle.cli.display import displayed
     from fettle.cli.results import show_outcome
 
+    if "dry_run" in typed:
+        displayed(dry_run)(options)
+        return
     start, resume = displayed(start), displayed(resume)
     outcome = resume(Path(typed["output"])) if options is None else start(options)
     if outcome is None:

@@ -17,6 +17,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: dict[str, Any]) -> None:
     chosen = run_options(options, TrainOptions)
-    from fettle.methods.finetune import resume_training, train
+    from fettle.methods.finetune import dry_run, resume_training, train
 
-    start_or_resume(options, chosen, train, resume_training)
+    start_or_resume(options, chosen, train, resume_training, dry_run)

@@ -32,6 +32,7 @@ from fettle.quantization.layers import is_quantized
 from fettle.recompute.allocator import restored_heap
 from fettle.runs import resume
 from fettle.runs.defaults import complete, length_limit, require_held_out, require_valid
+from fettle.runs.dry_run import DryRun, try_steps
 from fettle.runs.job import Job, run
 from fettle.runs.memory_plan import plan_run
 from fettle.runs.method import Method
@@ -52,6 +53,18 @@ def train(options: TrainOptions, *, report: Report = ignore) -> Outcome:
     note_program()
     with restored_heap():
         return run(_prepare(options, {}, report))
+
+
+def dry_run(options: TrainOptions, *, report: Report = ignore) -> DryRun:
+    """Do all that `train` does up to and including a few steps on the longest rows, in memory; write nothing.
+
+    Reports the memory and time of the steps next to the plan. Raises UserError as `train` does.
+    """
+    require_valid(options)
+    options = dataclasses.replace(options, output=resume.new_output(options.output))
+    note_program()
+    with restored_heap():
+        return try_steps(_prepare(options, {}, report))
 
 
 def resume_training(output: str | Path, *, report: Report = ignore) -> Outcome | None:

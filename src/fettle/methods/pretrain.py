@@ -18,6 +18,7 @@ from fettle.models.families import FAMILIES
 from fettle.models.save import save_model
 from fettle.runs import resume
 from fettle.runs.defaults import complete, length_limit, require_held_out, require_valid
+from fettle.runs.dry_run import DryRun, try_steps
 from fettle.runs.job import Job, run
 from fettle.runs.method_facts import METHOD_FACTS
 from fettle.runs.options import Device, PretrainOptions
@@ -34,6 +35,13 @@ def pretrain(options: PretrainOptions, *, report: Report = ignore) -> Outcome:
     require_valid(options)
     options = dataclasses.replace(options, output=resume.new_output(options.output))
     return run(_prepare(options, {}, report))
+
+
+def dry_run(options: PretrainOptions, *, report: Report = ignore) -> DryRun:
+    """Do all that `pretrain` does up to and including a few steps on the longest rows, in memory; write nothing."""
+    require_valid(options)
+    options = dataclasses.replace(options, output=resume.new_output(options.output))
+    return try_steps(_prepare(options, {}, report))
 
 
 def resume_pretraining(output: str | Path, *, report: Report = ignore) -> Outcome | None:

@@ -71,7 +71,7 @@ class Job:
 
 def run(job: Job) -> Outcome:
     """Run the job. Raises Interrupted after Ctrl-C, UserError if another process is using its folder."""
-    _require_disk(job)
+    require_disk(job)
     job.output.mkdir(parents=True, exist_ok=True)
     with only_process(job.output):
         _write_run_file(job)
@@ -150,7 +150,7 @@ def _interrupted(job: Job) -> Interrupted:
     return Interrupted(f"fettle {job.command} --resume --output {shell_path(job.output)}")
 
 
-def _require_disk(job: Job) -> None:
+def require_disk(job: Job) -> None:
     """Require the disk space a new run needs; a resumed run already holds most of it.
 
     Two checkpoints, or three with the best, are kept while another is written, each with AdamW's two moments, plus the
