@@ -52,13 +52,8 @@ def test_an_answer_of_weight_1_is_an_answer(tmp_path, fields):
         (answer(weight=1, train=False), "`weight` and `train` contradict each other"),
         (answer(loss_mask=[0, 1]), "has `loss_mask`, which masks parts of a turn"),
         (CHAT | {"weight": 0.3}, r"`weight` is the number 0\.3"),
-        (
-            answer(function_call={"name": "f", "arguments": "{}"}),
-            "has `function_call`, but training on tool calls",
-        ),
         (answer(images=["a.png"]), "has `images`, but fettle trains on text only"),
         (CHAT | {"images": ["a.png"]}, "has `images`, but fettle trains on text only"),
-        (CHAT | {"functions": [{"name": "f"}]}, "has `functions`, but training on tool calls"),
         (answer(reasoning="a", thinking="b"), "has `reasoning` and `thinking` with different text"),
         (answer(reasoning=["a"]), "`reasoning` is a list; expected text"),
         (

@@ -232,7 +232,7 @@ def test_a_table_of_pairs_of_several_kinds(tmp_path):
             CHATS | {"reasoning": "Greet."},
             "has a column `reasoning`, but it is not clear which answer it belongs to",
         ),
-        (CHATS | {"tools": [{"name": "f"}]}, "has `tools`, but training on tool calls"),
+        (CHATS | {"tools": [{"type": "function"}]}, "`tools` contains field type but no name"),
         (CHATS | {"images": ["a.png"]}, "has `images`, but fettle trains on text only"),
         (CHATS | {"weight": 0.5}, r"`weight` is the number 0\.5; expected 0 or 1"),
     ],
@@ -311,7 +311,7 @@ def test_the_cells_of_a_csv_can_be_labels(tmp_path):
         ({"label": True, "messages": None, "text": "a"}, "has a label for a `text`, in which the answer"),
         ({"label": True, "messages": [USER]}, "has no assistant turn"),
         ({"label": True, "messages": None, "prompt": "a"}, "found column prompt; expected messages"),
-        ({"label": True, "tools": [1]}, "has `tools`, but training on tool calls"),
+        ({"label": True, "tools": [1]}, "`tools` contains the number 1; expected"),
     ],
 )
 def test_what_is_no_clear_label_is_refused_with_its_place(tmp_path, record, message):

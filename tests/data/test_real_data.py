@@ -67,7 +67,6 @@ def test_a_system_turn_is_kept_by_every_template(shared_data, tokenizer, end):
     [
         ("dpo_en_demo.json", "row 1: has `chosen` and `rejected`, which is preference data"),
         ("kto_en_demo.json", "row 1: has a true/false `label`, which is preference data"),
-        ("glaive_toolcall_en_demo.json", "row 1: has `tools`, but training on tool calls is not supported"),
         ("sherlock_holmes_1661-8.txt", "line 1141: byte 0xe9 is not UTF-8"),
     ],
 )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fettle.data.layout import (
+    CALL,
     Slot,
     added_tokens,
     adds_bos,
@@ -27,8 +28,10 @@ from fettle.data.layout import (
     layout,
     pieces_around,
     require_all_turns,
+    slot_text,
 )
 from fettle.data.tokenizer import Tokenizer
+from fettle.data.tool_calls import Tool
 from fettle.data.turns import Message
 from fettle.errors import UserError
 
@@ -44,6 +47,13 @@ DEFAULT_CHAT_TEMPLATE = (
 
 _OPENING_TAG = re.compile(r"\s*(<[^<>\s]+>)")
 _OPENING_THOUGHT = re.compile(r"(?:<(?:think|reason|thought|scratch)\w*>|\[THINK\])\s*$")
+
+_OPENED_THOUGHT = re.compile(r"<think>\s*(?:</think>\s*)?$")
+_EMPTY_THOUGHT = re.compile(r"^<think>\s*</think>\s*")
+_NOT_LOCATED = (
+    "the model's chat template changes the text of this chat, so its turns cannot be located for the loss mask; "
+    "remove the row."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +91,21 @@ def render(
     messages: Sequence[Message],
     completion_turns: int | None = None,
     train_on: TrainOn = "assistant",
+    tools: Sequence[Tool] = (),
 ) -> list[Segment]:
     """Return the chat as the template renders it, split into trained and untrained segments.
 
     The segments concatenate to the rendered text.  Trained are the non-empty assistant turns (only those among the
-    last `completion_turns` messages, if given), their reasoning if the template renders it, and the token that ends
-    each turn; with `train_on="all"`, everything.  Turns whose `train` is False are never trained.  System turns that
-    the template does not support are folded as in `fold_system`.  Raises `UserError` with the template's own message
-    if it refuses the chat, and if it silently drops a turn.
+    last `completion_turns` messages, if given), their reasoning if the template renders it, their calls of tools, and
+    the token that ends each turn; with `train_on="all"`, everything.  Turns whose `train` is False are never trained.
+    System turns that the template does not support are folded as in `fold_system`.  Raises `UserError` with the
+    template's own message if it refuses the chat, and if it silently drops a turn.
     """
-    messages = fold_system(tokenizer, messages)
-    text = apply_template(tokenizer, messages)
-    order, pieces = pieces_around(tokenizer, messages)
+    messages = fold_system(tokenizer, messages, tools=tools)
+    text = apply_template(tokenizer, messages, tools=tools)
+    order, pieces = pieces_around(tokenizer, messages, tools=tools)
     require_all_turns(messages, order)
-    spans = _answer_spans(tokenizer, text, messages, order, pieces)
+    spans = _answer_spans(tokenizer, text, messages, order, pieces, tools)
     first = 0 if completion_turns is None else len(messages) - completion_turns
     untrained = [span for index, span in spans.items() if not messages[index].get("train", True)]
     if train_on == "all":
@@ -109,19 +120,28 @@ def _answer_spans(
     messages: Sequence[Message],
     order: list[Slot],
     pieces: list[str],
+    tools: Sequence[Tool],
 ) -> dict[int, tuple[int, int]]:
-    """Return the span of each non-empty answer in the text, including its reasoning and the token that ends it."""
+    """Return the span of each non-empty answer in the text: reasoning, words and calls, and the token that ends it."""
     tokens = added_tokens(tokenizer).values()
     template = layout(tokenizer)
     spans: dict[int, tuple[int, int]] = {}
     located = _locate(text, messages, order, pieces)
     for number, ((index, name), (start, end)) in enumerate(zip(order, located, strict=True)):
-        if messages[index]["role"] != "assistant":
+        if messages[index]["role"] != "assistant" or (index, name) in order[:number]:
             continue
-        opening = template.lead if name == "content" else _opening(pieces[number], template.tail)
+        if name.startswith(CALL):
+            opening = (
+                "" if index in spans else _call_opening(tokenizer, messages[:index], pieces[number], tools)
+            )
+            is_last = order[number + 1 : number + 2] == [] or order[number + 1][0] != index
+            closing = _call_ending(pieces[number + 1], template.end_of_turn, is_last)
+        else:
+            opening = template.lead if name == "content" else _opening(pieces[number], template.tail)
+            closing = ending(pieces[number + 1], tokens)
         start -= len(opening) if text[:start].endswith(opening) else 0
         start = min(start, spans.get(index, (start, end))[0])
-        spans[index] = (start, end + len(ending(pieces[number + 1], tokens)))
+        spans[index] = (start, end + len(closing))
     return spans
 
 
@@ -133,13 +153,34 @@ def _opening(before: str, tail: str) -> str:
     return tag[0] if tag else ""
 
 
-def generation_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+def _call_opening(tokenizer: Tokenizer, before: Sequence[Message], piece: str, tools: Sequence[Tool]) -> str:
+    """Return what the model generates before the name of the tool it calls: what follows the generation prompt."""
+    _, asked = pieces_around(tokenizer, before, for_generation=True, tools=tools)
+    for prompt in (asked[-1], _OPENED_THOUGHT.sub("", asked[-1])):
+        if piece.startswith(prompt):
+            return _EMPTY_THOUGHT.sub("", piece[len(prompt) :])
+    raise UserError(_NOT_LOCATED)
+
+
+def _call_ending(after: str, end_of_turn: str | None, is_last: bool) -> str:
+    """Return what follows the name of a tool, up to the token that ends the turn; that comes after the last call."""
+    if end_of_turn and end_of_turn in after:
+        return after[: after.index(end_of_turn) + len(end_of_turn)]
+    if is_last:
+        raise UserError(
+            "the model's chat template ends a call of a tool with another token than an answer, so its end cannot be "
+            "located for the loss mask; remove the row."
+        )
+    return ""
+
+
+def generation_prompt(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
     """Return the chat as text that ends where the assistant's answer begins.
 
     Tokenize it with `add_special_tokens=False`: the template has already added its special tokens.
     """
-    messages = fold_system(tokenizer, messages, for_generation=True)
-    return apply_template(tokenizer, messages, for_generation=True)
+    messages = fold_system(tokenizer, messages, for_generation=True, tools=tools)
+    return apply_template(tokenizer, messages, for_generation=True, tools=tools)
 
 
 def end_of_turn(tokenizer: Tokenizer) -> str | None:
@@ -148,7 +189,10 @@ def end_of_turn(tokenizer: Tokenizer) -> str | None:
 
 
 def fold_system(
-    tokenizer: Tokenizer, messages: Sequence[Message], for_generation: bool = False
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    for_generation: bool = False,
+    tools: Sequence[Tool] = (),
 ) -> Sequence[Message]:
     """Return the messages, with system texts moved to the start of the next user turn if necessary.
 
@@ -159,7 +203,7 @@ def fold_system(
     if not systems:
         return messages
     try:
-        order, _ = pieces_around(tokenizer, messages, for_generation)
+        order, _ = pieces_around(tokenizer, messages, for_generation, tools)
     except UserError:
         pass  # perhaps because of the system turn; if not, rendering the folded chat raises the same error
     else:
@@ -185,8 +229,8 @@ def _locate(
     spans = []
     position = _shared(text, 0, pieces[0])
     is_whole = position == len(pieces[0])
-    for (index, name), piece in zip(order, pieces[1:], strict=True):
-        content = messages[index][name]
+    for slot, piece in zip(order, pieces[1:], strict=True):
+        content = slot_text(messages, slot)
         start = position if is_whole else _before_tag(text, position, content)
         end = _content_end(text, start, content, piece)
         if end < 0:
@@ -195,10 +239,7 @@ def _locate(
         shared = _shared(text, end, piece)
         position, is_whole = end + shared, shared == len(piece)
     if len(spans) < len(order) or position != len(text):
-        raise UserError(
-            "the model's chat template changes the text of this chat, so its turns cannot be located for the "
-            "loss mask; remove the row."
-        )
+        raise UserError(_NOT_LOCATED)
     return spans
 
 

@@ -6,6 +6,7 @@ sees in use.  So end tokens at the end of a turn are removed, as the template ad
 rendered is used as it is; and text with the template's role tags inside is refused.
 """
 
+import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -13,6 +14,7 @@ from dataclasses import replace
 from fettle.data.layout import layout
 from fettle.data.rows import Row
 from fettle.data.tokenizer import Tokenizer, cached
+from fettle.data.tool_layout import fit_tools
 from fettle.data.turns import Message, reasoning_of
 from fettle.errors import UserError
 
@@ -55,7 +57,10 @@ def fit(row: Row, tokenizer: Tokenizer, uses_turns: bool, noted: Counter[str] | 
     messages = tuple(
         _fit_turn(turn, number, tokenizer, noted) for number, turn in enumerate(row.messages, start=1)
     )
-    return replace(row, messages=_fit_reasoning(messages, tokenizer, noted))
+    row, changed = fit_tools(replace(row, messages=_fit_reasoning(messages, tokenizer, noted)), tokenizer)
+    if changed:
+        noted[changed] += 1
+    return row
 
 
 def without_ends(text: str, tokenizer: Tokenizer) -> str:
@@ -92,8 +97,9 @@ def _fit_turn(turn: Message, number: int, tokenizer: Tokenizer, noted: Counter[s
             "beginning-of-text token at the start of a turn, removed because the chat template adds it"
         ] += 1
     template = layout(tokenizer)
-    tags = {*template.tags, bos, tokenizer.eos_token, template.end_of_turn} - {None, *_HTML}
-    if found := sorted(tag for tag in tags if tag and tag in words):
+    tags = {*template.tags, bos, tokenizer.eos_token, template.end_of_turn} - {None, ""}
+    calls = "".join(json.dumps(call, ensure_ascii=False) for call in turn.get("tool_calls", ()))
+    if found := sorted(tag for tag in tags if (tag in words and tag not in _HTML) or tag in calls):
         raise UserError(
             f"turn {number} contains {' and '.join(f'`{tag}`' for tag in found)}, which the model's chat template "
             "adds itself; remove it, or give the whole rendered chat as `prompt` and `completion` or as `text`."

@@ -12,12 +12,14 @@ Five formats are in common use:
 
 Any row may have a `weight` of 0 or 1 that applies to all of it, under any name that a turn may use (`WEIGHTS` in
 `turns.py`).  Any other number in `loss` is a measured loss, which is metadata and is reported as unused.  All formats
-except text may have a `system` column, and those with a single answer may have a column with its reasoning.  An empty
+except text may have a `system` column and the `tools` (or `functions`) that the assistant may call, and those with a
+single answer may have a column with its reasoning.  Turns may call tools: `tool_calls` or `function_call` in messages,
+turns from `function_call` in ShareGPT, answered by turns of the role `tool`, `function` or `observation`.  An empty
 column (null, NaN, blank, an empty list) counts as absent, so one table may mix formats row by row.  NaN is a value in
 JSON, parquet and arrow files; in a CSV cell it cannot be distinguished from the word and is text.
 
 Rows that would be trained wrongly are refused rather than guessed at: preference data (a supervised loss would also
-teach the rejected answers; `preference_formats.py` reads it), tool calls, numbers instead of text, and columns that
+teach the rejected answers; `preference_formats.py` reads it), media, numbers instead of text, and columns that
 belong to the question but not to the format.  Every other column (an id, a source) is ignored and listed in
 `Row.unused`.
 """
@@ -30,7 +32,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fettle.data.rows import Row
-from fettle.data.turns import MEDIA, REASONING, Message, is_weight, trained, turns, with_one_reasoning
+from fettle.data.tool_calls import tool_list
+from fettle.data.turns import (
+    MEDIA,
+    REASONING,
+    TOOL_FIELDS,
+    Message,
+    is_weight,
+    trained,
+    turns,
+    with_one_reasoning,
+)
 from fettle.data.values import (
     is_absent,
     is_absent_list,
@@ -45,8 +57,8 @@ from fettle.data.values import (
 from fettle.errors import UserError, option
 
 EXPECTED = "messages, conversations, instruction + output, prompt + completion, or text"
-TOOLS = ("tools", "functions", "tool_calls", "function_call")
-LISTS = ("messages", "conversations", "history", *TOOLS, *MEDIA)
+TOOLS = ("tools", "functions")
+LISTS = ("messages", "conversations", "history", *TOOLS, *TOOL_FIELDS, *MEDIA)
 SYSTEM = ("system", "system_prompt", "system_message")
 QUESTION = ("history", "instruction", "input", "context")
 """Columns that contain a part of the question in many formats."""
@@ -74,7 +86,7 @@ def to_row(record: Any, where: str) -> Row:
     """Return the record of a file as a `Row`; raises `UserError` naming `where` if its format is not known."""
     present, filled = columns_of(record, where, EXPECTED)
     _refuse_preferences(filled, where)
-    refuse_tools_and_media(filled, where)
+    refuse_calls_and_media(filled, where)
     format_ = _detect_format(present, filled)
     if format_ is None:
         raise UserError(_unknown_format(record, present, where))
@@ -139,12 +151,12 @@ def _refuse_preferences(filled: Record, where: str) -> None:
     )
 
 
-def refuse_tools_and_media(filled: Record, where: str) -> None:
+def refuse_calls_and_media(filled: Record, where: str) -> None:
     for name in filled:
-        if name in TOOLS:
+        if name in TOOL_FIELDS:
             raise UserError(
-                f"{where}: has `{name}`, but training on tool calls is not supported; remove these rows, "
-                f"or the `{name}` column if the answers do not use it."
+                f"{where}: has a column `{name}`, but it is not clear which answer it belongs to; make it a field "
+                "of that turn, or remove it."
             )
         if name in MEDIA:
             raise UserError(
@@ -225,7 +237,7 @@ def with_other_columns(row: Row, others: dict[str, Any], where: str) -> Row:
     _require_whole_question(row, others, where)
     weights = [name for name, value in others.items() if is_weight(name, value)]
     is_trained = trained({name: others.pop(name) for name in weights}, where)
-    row = _with_reasoning(_with_system(row, others, where), others, where)
+    row = _with_reasoning(_with_system(_with_tools(row, others, where), others, where), others, where)
     unused = tuple(printable(name) for name in others)
     return replace(row, is_trained=is_trained is not False, unused=unused)
 
@@ -243,6 +255,20 @@ def _require_whole_question(row: Row, others: Record, where: str) -> None:
                 f"{where}: has `{name}`, which the {row.format} format does not use, so its text would be "
                 "lost; move it into the question, or remove the column."
             )
+
+
+def _with_tools(row: Row, others: dict[str, Any], where: str) -> Row:
+    """Return the row as a chat with the tools of its column, if there is one."""
+    names = [name for name in TOOLS if name in others]
+    if not names:
+        return row
+    if row.text is not None or len(names) > 1:
+        found = " and ".join(f"`{name}`" for name in names)
+        reason = (
+            "keep one of them" if row.text is None else "which a plain text cannot use; remove the column"
+        )
+        raise UserError(f"{where}: has {found}{';' if row.text is None else ','} {reason}.")
+    return replace(_as_chat(row), tools=tool_list(others.pop(names[0]), where, names[0]))
 
 
 def _with_system(row: Row, others: dict[str, Any], where: str) -> Row:

@@ -305,6 +305,8 @@ def _repeated_line(text: str) -> Iterator[tuple[str, int]]:
 def _text(row: Row, *, with_system: bool) -> str:
     """Return the row's text. without the system text, which rows share, for a comparison."""
     turns = [m["content"] for m in row.messages if with_system or m["role"] != "system"]
+    calls = [call["function"] for m in row.messages for call in m.get("tool_calls", ())]
+    turns += [f"{call['name']} {call['arguments']}" for call in calls]
     return "\n".join([*turns, *(text for text in (row.prompt, row.completion, row.text) if text is not None)])
 
 

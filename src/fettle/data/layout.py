@@ -10,11 +10,15 @@ from dataclasses import dataclass
 
 from fettle.data.template import render_template
 from fettle.data.tokenizer import Tokenizer, cached
+from fettle.data.tool_calls import Tool
 from fettle.data.turns import OWN, REASONING, Message
-from fettle.errors import UserError
+from fettle.errors import ModelFault, UserError
 
 Slot = tuple[int, str]
-"""A piece of content in a chat: the index of the message, and the name of the field."""
+"""A piece of content in a chat: the index of the message, and the name of the field, or CALL and a number."""
+
+CALL = "call"
+"""With a number, the slot of the name of the tool that a message calls."""
 
 _SENTINEL = "FETTLExCONTENTx{}x{}x"
 _SENTINELS = re.compile(r"FETTLExCONTENTx(\d+)x(\w+?)x")
@@ -82,14 +86,22 @@ def _reasoning_field(tokenizer: Tokenizer) -> str | None:
     return None
 
 
-def apply_template(tokenizer: Tokenizer, messages: Sequence[Message], for_generation: bool = False) -> str:
+def apply_template(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    for_generation: bool = False,
+    tools: Sequence[Tool] = (),
+) -> str:
     """Return the chat as the template renders it."""
     given = [{name: value for name, value in turn.items() if name not in OWN} for turn in messages]
-    return render_template(tokenizer, given, for_generation=for_generation)
+    return render_template(tokenizer, given, for_generation=for_generation, tools=tools)
 
 
 def pieces_around(
-    tokenizer: Tokenizer, messages: Sequence[Message], for_generation: bool = False
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    for_generation: bool = False,
+    tools: Sequence[Tool] = (),
 ) -> tuple[list[Slot], list[str]]:
     """Return the order of the contents in the rendered chat, and the template's text before, between and after them.
 
@@ -97,18 +109,30 @@ def pieces_around(
     must take the same branch.
     """
     marked = [_marked(index, message) for index, message in enumerate(messages)]
-    parts = _SENTINELS.split(apply_template(tokenizer, marked, for_generation))
+    parts = _SENTINELS.split(apply_template(tokenizer, marked, for_generation, tools))
     return list(zip(map(int, parts[1::3]), parts[2::3], strict=True)), parts[0::3]
 
 
 def _marked(index: int, message: Message) -> Message:
-    """Return the message with sentinels in place of its content and, for an answer, its reasoning."""
+    """Return the message with sentinels in place of its content and, for an answer, its reasoning and tools' names."""
     names = ["content", *(REASONING if message["role"] == "assistant" else ())]
     words = {name: message[name] for name in names if isinstance(message.get(name), str)}
-    return {
-        **message,
-        **{name: _SENTINEL.format(index, name) for name, text in words.items() if text.strip()},
-    }
+    marked: Message = {name: _SENTINEL.format(index, name) for name, text in words.items() if text.strip()}
+    if "tool_calls" in message:
+        marked["tool_calls"] = [
+            {**call, "function": {**call["function"], "name": _SENTINEL.format(index, f"{CALL}{place}")}}
+            for place, call in enumerate(message["tool_calls"])
+        ]
+    return {**message, **marked}
+
+
+def slot_text(messages: Sequence[Message], slot: Slot) -> str:
+    """Return the text that a slot has in the chat."""
+    index, name = slot
+    message = messages[index]
+    if name.startswith(CALL):
+        return str(message["tool_calls"][int(name.removeprefix(CALL))]["function"]["name"])
+    return str(message[name])
 
 
 def require_all_turns(messages: Sequence[Message], order: Sequence[Slot]) -> None:
@@ -119,18 +143,28 @@ def require_all_turns(messages: Sequence[Message], order: Sequence[Slot]) -> Non
                 f'turn {index + 1} (role "{message["role"]}") is silently dropped by the model\'s chat template; '
                 "remove the turn or the row."
             )
+        for place in range(len(message.get("tool_calls", ()))):
+            if (index, f"{CALL}{place}") not in order:
+                raise UserError(
+                    f"turn {index + 1} calls a tool, which the model's chat template silently drops; remove the row."
+                )
 
 
-def unwritten(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[str]:
+def unwritten(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[str]:
     """Return the names of message fields that the template does not render, once per message that has them."""
-    extras = {name for message in messages for name in message} - {"role", "content", *OWN}
+    extras = {name for message in messages for name in message} - {"role", "content", "tool_calls", *OWN}
     if not extras:
         return []
-    whole = apply_template(tokenizer, messages)
+    whole = apply_template(tokenizer, messages, tools=tools)
 
     def is_same_without(names: set[str]) -> bool:
         fewer = [{name: value for name, value in turn.items() if name not in names} for turn in messages]
-        return apply_template(tokenizer, fewer) == whole
+        try:
+            return apply_template(tokenizer, fewer, tools=tools) == whole
+        except ModelFault:
+            raise
+        except UserError:  # the template requires a field, such as `tool_call_id`
+            return False
 
     lost = extras if is_same_without(extras) else {name for name in extras if is_same_without({name})}
     return [name for message in messages for name in message if name in lost]

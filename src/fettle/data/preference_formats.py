@@ -15,8 +15,8 @@ turns.  The question is found in one of these places:
 A labelled row is any row of supervised training with a `label` (or `kto_tag`) of true or false, which says whether the
 answer is a good one; it is KTO's data.  A pair is read as two labelled rows.
 
-The other columns mean what they mean in supervised training (`formats.py`): `system`, a `weight`, parts of the question
-that would be lost.  Scores, and whatever else does not belong to the format, are listed in `Row.unused`.
+The other columns mean what they mean in supervised training (`formats.py`): `system`, `tools`, a `weight`, parts of the
+question that would be lost.  Scores, and whatever else does not belong to the format, are listed in `Row.unused`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from fettle.data.formats import (
     alpaca_question,
     columns_of,
     holds,
-    refuse_tools_and_media,
+    refuse_calls_and_media,
     text_or_turns,
     to_row,
     with_other_columns,
 )
 from fettle.data.read import read_as
 from fettle.data.rows import LabelledRow, PreferenceRow, Row, RowList
-from fettle.data.turns import REASONING, Message, message, turns
+from fettle.data.turns import REASONING, Message, message, says_something, turns
 from fettle.data.values import kind, listed, text
 from fettle.errors import UserError, option
 
@@ -84,7 +84,7 @@ def to_pair(record: Any, where: str) -> PreferenceRow:
     """Return the record of a file as a pair; raises `UserError` naming `where` if it is not a clear one."""
     present, filled = columns_of(record, where, EXPECTED_PAIR)
     _require_sides(present, filled, where)
-    refuse_tools_and_media(filled, where)
+    refuse_calls_and_media(filled, where)
     if name := next((name for name in REASONING if not isinstance(filled.get(name, False), bool)), None):
         raise UserError(
             f"{where}: has a column `{name}`, but it is not clear which answer it belongs to; make it a field of "
@@ -199,7 +199,7 @@ def _row(where: str, form: str, question: Words, answer: Words, is_chat: bool) -
     if not is_chat and isinstance(question, str) and isinstance(answer, str):
         return Row(where, form, prompt=question, completion=answer)
     asked = _as_turns(question, "user")
-    if asked and asked[-1]["role"] != "user":
+    if asked and asked[-1]["role"] not in ("user", "tool"):
         raise UserError(
             f"{where}: the question ends with the turn of the {asked[-1]['role']}; expected one of the user, which "
             "`chosen` and `rejected` answer."
@@ -259,8 +259,7 @@ def _require_answer(row: Row, name: str, where: str) -> None:
             f"{where}: {name} ends with the turn of the {row.messages[-1]['role']}; expected one of the assistant, "
             "the answer."
         )
-    words = row.messages[-1]["content"] if row.messages else row.completion or ""
-    if not words.strip():
+    if not (says_something(row.messages[-1]) if row.messages else (row.completion or "").strip()):
         raise UserError(f"{where}: {name} is empty; expected an answer there; fill it in or remove the row.")
 
 

@@ -76,4 +76,6 @@ def _found(value: Any, where: str, name: str) -> str | tuple[Message, ...]:
     messages = turns(value, where, name)
     if not messages or messages[-1]["role"] != "user":
         raise UserError(f"{where}: `{name}` does not end with a user turn, so there is nothing to answer.")
+    if any(turn["role"] == "tool" or "tool_calls" in turn for turn in messages):
+        raise UserError(f"{where}: `{name}` contains tool calls, which are supported in training only.")
     return messages

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from fettle.data.tool_calls import Tool
 from fettle.data.turns import Message
 from fettle.errors import UserError, option
 
@@ -28,6 +29,7 @@ class Row:
     is_trained: False if the row itself has `weight: 0`.
     unused: the columns that its format does not use.
     is_rendered: `prompt` and `completion` are already rendered in the model's chat template (see `fit.py`).
+    tools: the tools that the assistant of a chat may call (see `tool_calls.py`).
     """
 
     where: str
@@ -40,11 +42,12 @@ class Row:
     is_trained: bool = True
     unused: tuple[str, ...] = ()
     is_rendered: bool = False
+    tools: tuple[Tool, ...] = ()
 
     @property
     def content(self) -> str:
         """What identical rows have in common."""
-        return repr((self.messages, self.prompt, self.completion, self.text))
+        return repr((self.messages, self.prompt, self.completion, self.text, self.tools))
 
     @property
     def question(self) -> str | tuple[Message, ...]:

@@ -46,9 +46,13 @@ _LIMITS = {
 
 
 def render_template(
-    tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], *, for_generation: bool = False
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    *,
+    for_generation: bool = False,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """Return what `tokenizer.apply_chat_template(messages, tokenize=False)` returns.
+    """Return what `tokenizer.apply_chat_template(messages, tokenize=False, tools=tools or None)` returns.
 
     for_generation: end where the assistant's answer begins. Raises ModelFault for a template that exceeds a limit
     or is not valid Jinja, and UserError with the template's own message if it refuses the chat.
@@ -65,7 +69,8 @@ def render_template(
         raise ModelFault(
             f"{_source(tokenizer)}: the chat template is {type(template).__name__}, expected text."
         )
-    reply = _renderer.render(template, chat, for_generation, tokenizer.special_tokens_map)
+    arguments = {"add_generation_prompt": for_generation, **tokenizer.special_tokens_map}
+    reply = _renderer.render(template, chat, arguments | ({"tools": list(tools)} if tools else {}))
     if "text" in reply:
         return _encodable(str(reply["text"]), tokenizer)
     if "refused" in reply:
@@ -130,11 +135,9 @@ class _Renderer:
         self._faults: dict[str, dict[str, Any]] = {}
         atexit.register(self.close)
 
-    def render(
-        self, template: str, chat: list[dict[str, Any]], for_generation: bool, tokens: dict[str, str]
-    ) -> dict[str, Any]:
+    def render(self, template: str, chat: list[dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
         """Return the process's reply: {"text": ...}, or the reason why there is none."""
-        arguments = {"chat_template": template, "add_generation_prompt": for_generation, **tokens}
+        arguments = {"chat_template": template, **arguments}
         try:
             words = json.dumps(chat, ensure_ascii=False, default=_placeholder)
         except (ValueError, RecursionError):  # a number of thousands of digits, lists a thousand deep

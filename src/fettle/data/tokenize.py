@@ -25,6 +25,7 @@ from fettle.data.layout import added_tokens, unwritten
 from fettle.data.rows import AnyRow, BadRows, Row, RowList
 from fettle.data.summary import Summary
 from fettle.data.tokenizer import Tokenizer
+from fettle.data.turns import says_something
 from fettle.errors import ModelFault, UserError, option
 
 NOT_TRAINED = -100
@@ -167,14 +168,14 @@ def _chat_examples(row: Row, tokenizer: Tokenizer, train_on: TrainOn, summary: S
     messages = row.messages
     answers = messages if row.completion_turns is None else messages[len(messages) - row.completion_turns :]
     answers = tuple(turn for turn in answers if turn["role"] == "assistant")
-    if not any(turn["content"].strip() for turn in answers):
+    if not any(says_something(turn) for turn in answers):
         summary.dropped.append((row.where, "the assistant's turn is empty"))
         return []
-    if not any(turn["content"].strip() and turn.get("train", True) for turn in answers):
+    if not any(says_something(turn) and turn.get("train", True) for turn in answers):
         summary.dropped.append((row.where, "the weight of every answer is 0"))
         return []
-    folded = fold_system(tokenizer, messages)
-    segments = render(tokenizer, folded, row.completion_turns, train_on)
+    folded = fold_system(tokenizer, messages, tools=row.tools)
+    segments = render(tokenizer, folded, row.completion_turns, train_on, row.tools)
     ids, labels, ends = _encode(tokenizer, segments, adds_special_tokens=False)
     summary.lengths[row.where] = len(ids)
     limit = summary.max_length
@@ -184,7 +185,7 @@ def _chat_examples(row: Row, tokenizer: Tokenizer, train_on: TrainOn, summary: S
     summary.folded_system += folded is not messages
     summary.cut += len(ids) > limit
     summary.untrained += sum(turn["role"] == "assistant" and not turn.get("train", True) for turn in messages)
-    summary.unused.update(f"`{name}` of messages" for name in unwritten(tokenizer, folded))
+    summary.unused.update(f"`{name}` of messages" for name in unwritten(tokenizer, folded, row.tools))
     if any(turn["role"] != "assistant" and turn.get("train") for turn in messages):
         summary.unused["`weight` or `train` of turns other than the assistant's"] += 1
     if not summary.example:

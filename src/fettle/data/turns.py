@@ -3,6 +3,7 @@
 A message is a dictionary as `apply_chat_template` takes it: `role`, `content`, and any other fields of the turn, as a
 template may render them (`name`, `reasoning_content`).  Fields that change the meaning and that fettle does not
 support are refused here; the others are passed on, and the summary lists those that the template does not render.
+A turn that calls tools has `tool_calls` (see `tool_calls.py`), and its content may be empty.
 
 One key is fettle's own and is not passed to the template: `train`, set only if it differs from the default, which is
 to train on assistant turns and on no others.
@@ -10,9 +11,10 @@ to train on assistant turns and on no others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fettle.data.tool_calls import Call, call_list
 from fettle.data.values import (
     is_absent,
     is_absent_list,
@@ -36,11 +38,20 @@ ROLES = {
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
+    "tool_results": "tool",
+    "function_response": "tool",
+    "ipython": "tool",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool_calls": "assistant",
 }
-TOOL_ROLES = {
-    *("tool", "tools", "function", "function_call", "function_response", "observation", "tool_call"),
-    *("tool_calls", "tool_response", "tool_result", "tool_results", "ipython"),
-}
+CALL_ROLES = ("function_call", "tool_call", "tool_calls")
+"""Roles of turns whose content is the JSON of one call or several."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Field names for the reasoning before an answer."""
 WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_scale")
@@ -59,22 +70,29 @@ def message(turn: Any, where: str) -> Message:
     present = {str(name): value for name, value in turn.items() if not is_null(value)}
     role_key = "from" if "from" in present and "role" not in present else "role"
     content_key = _content_key(present, "value" if role_key == "from" else "content")
-    for key in (role_key, content_key):
+    calls = [name for name in TOOL_FIELDS if not is_absent_list(present.get(name))]
+    for key in (role_key, *(() if calls else (content_key,))):
         if key not in present and key not in turn:
             raise UserError(
                 f"{where}: found {listed('field', turn)} but no `{key}`; "
                 "expected `role` and `content` (or `from` and `value`)."
             )
     role = present.get(role_key)
-    _refuse_tools(present, role, where)
+    _refuse_media_and_masks(present, where)
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise UserError(f"{where}: unknown role {kind(role)}; known roles are {', '.join(ROLES)}.")
-    made: Message = {"role": ROLES[role.lower()], "content": _content(turn[content_key], where, content_key)}
+    made: Message = {"role": ROLES[role.lower()], "content": ""}
+    if role.lower() in CALL_ROLES and not calls:
+        made["tool_calls"] = call_list(turn[content_key], where, content_key)
+    elif content_key in present or not calls:
+        made["content"] = _content(turn[content_key], where, content_key)
+    if calls:
+        made["tool_calls"] = _calls(present, calls, made["role"], where)
     is_trained = trained(present, where)
     if is_trained is not None and is_trained != (made["role"] == "assistant"):
         made["train"] = is_trained
     for name, value in present.items():
-        is_known = name in (role_key, content_key, *made) or is_weight(name, value)
+        is_known = name in (role_key, content_key, *TOOL_FIELDS, *made) or is_weight(name, value)
         if not is_known and not is_absent(value):
             require_shallow(value, where, name)
             made[name] = value
@@ -136,14 +154,23 @@ def _content_key(present: Mapping[str, Any], usual: str) -> str:
     return usual if usual in present or other not in present else other
 
 
-def _refuse_tools(present: Mapping[str, Any], role: Any, where: str) -> None:
-    """Refuse fields that affect the loss or the text of a turn in ways that fettle does not support."""
-    field = next((name for name in TOOL_FIELDS if not is_absent_list(present.get(name))), None)
-    if field or (isinstance(role, str) and role.lower() in TOOL_ROLES):
-        found = f"`{field}`" if field else f'role "{role}"'
+def says_something(turn: Message) -> bool:
+    """Whether a turn has any text or calls a tool."""
+    return bool(turn["content"].strip() or turn.get("tool_calls"))
+
+
+def _calls(present: Mapping[str, Any], names: Sequence[str], role: str, where: str) -> list[Call]:
+    if role != "assistant":
         raise UserError(
-            f"{where}: has {found}, but training on tool calls is not supported; remove this row."
+            f"{where}: has `{names[0]}` in a turn of the {role}; expected it in turns of the assistant only."
         )
+    if len(names) > 1:
+        raise UserError(f"{where}: has {' and '.join(f'`{name}`' for name in names)}; keep one of them.")
+    return call_list(present[names[0]], where, names[0])
+
+
+def _refuse_media_and_masks(present: Mapping[str, Any], where: str) -> None:
+    """Refuse fields that affect the loss or the text of a turn in ways that fettle does not support."""
     for name in (*MEDIA, *MASKS):
         if not is_absent_list(present.get(name)):
             reason = (

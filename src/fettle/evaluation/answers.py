@@ -47,7 +47,7 @@ class Answer:
 
 
 def questions(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Question]:
-    """Return the rows that end in an answer as questions; others are left out.
+    """Return the rows that end in an answer as questions; others, and answers that call a tool, are left out.
 
     Answers that are not trained on are left out too, as they are not the expected ones. As in training, a tokenizer
     without a chat template gets the default one for chats.
@@ -73,7 +73,7 @@ def _question(row: Row, tokenizer: Tokenizer) -> Question | None:
     has_reasoning = False
     if row.messages:
         *before, last = row.messages
-        if not before or last["role"] != "assistant" or not last.get("train", True):
+        if not before or last["role"] != "assistant" or not last.get("train", True) or "tool_calls" in last:
             return None
         text, prompt, expected = "", before[-1]["content"], last["content"]
         has_reasoning = reasoning_of(last) is not None
@@ -88,7 +88,7 @@ def _question(row: Row, tokenizer: Tokenizer) -> Question | None:
     # With reasoning, the generated text is longer than the expected answer.
     is_comparable = not has_reasoning and _tokens(tokenizer, expected) <= LONGEST_ANSWER
     if row.messages:
-        text = generation_prompt(tokenizer, before)
+        text = generation_prompt(tokenizer, before, row.tools)
     return Question(text, prompt, expected, is_rendered, is_comparable)
 
 
