@@ -20,6 +20,7 @@ from fettle.adapters.lora import adapt
 from fettle.data import LabelledExample, PreferenceExample
 from fettle.methods import kto, preference
 from fettle.methods.finetune import METHODS
+from fettle.methods.reference_free import orpo_loss
 from fettle.models.decoder import causal_lm_class
 from fettle.models.families import FAMILIES
 from fettle.recompute.policies import Policy
@@ -174,15 +175,41 @@ def test_accumulated_batches_are_trls(tokenizer: Any, tmp_path: Path) -> None:
 def test_kto_is_trls(loss: str, tokenizer: Any, tmp_path: Path) -> None:
     stock, ours = bases("llama")
     options = options_of("kto", loss=[loss])
-    rows = kto._dataset(labelled(), 4)
+    rows = kto.dataset_of(labelled())
+    collate = kto.label_collator(tokenizer, None)
     config = KTOConfig(
         **arguments(options, tmp_path / "stock"), beta=0.1, loss_type=loss, max_length=None,
         remove_unused_columns=False,
     )  # fmt: skip
-    theirs = PreparedKTO(args=config, model=stock, train_dataset=rows, processing_class=tokenizer)
+    theirs = PreparedKTO(
+        args=config, model=stock, train_dataset=rows, processing_class=tokenizer, data_collator=collate
+    )
     parts = {"model": ours, "train_dataset": rows, "processing_class": tokenizer}
     mine = METHODS["kto"]().trainer(options, arguments(options, tmp_path / "ours"), **parts)
     assert_same_steps(trained(mine), trained(theirs))
+
+
+def test_the_mismatched_answers_of_kto_are_from_the_batch_and_to_other_prompts(tokenizer: Any) -> None:
+    rows = [
+        row for row in kto.dataset_of(labelled()).select(range(6))
+    ]  # good and bad answers to three prompts
+    batch = kto.label_collator(tokenizer, 12)(rows)
+    answers = [row["completion_ids"] for row in rows]
+    for number, row in enumerate(rows):
+        ids = batch["KL_input_ids"][number][batch["KL_attention_mask"][number].bool()].tolist()
+        taken = [
+            a for n, a in enumerate(answers) if (row["prompt_ids"] + a)[:12] == ids and n // 2 != number // 2
+        ]
+        assert taken and len(ids) <= 12
+    assert batch["KL_completion_mask"].sum() > 0
+    one = kto.label_collator(tokenizer, None)(rows[:1])
+    assert torch.equal(one["KL_input_ids"], one["input_ids"])  # there is no other prompt
+
+
+def test_orpo_has_a_gradient_at_certain_answers() -> None:
+    chosen = torch.tensor([0.0, -1e-9, -0.6931, -5.0], requires_grad=True)
+    (grad,) = torch.autograd.grad(orpo_loss(chosen, torch.full((4,), -2.0), 0.1).sum(), chosen)
+    assert grad.isfinite().all()
 
 
 def mean_log_prob(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:

@@ -6,10 +6,12 @@ from random import Random
 
 import pytest
 
+from fettle.data import PreferenceExample
 from fettle.engine.load import load
 from fettle.errors import UserError
 from fettle.events import Message
 from fettle.methods.finetune import train
+from fettle.methods.preference import pair_rows
 from fettle.runs.options import TrainOptions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")
@@ -94,6 +96,24 @@ def test_rows_without_a_second_answer_name_the_method_that_takes_them(labelled: 
     assert not (tmp_path / "out").exists()
 
 
+def test_held_out_pairs_that_are_all_too_long_are_an_error(pairs: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "long.jsonl"
+    held_out.write_text(json.dumps({"prompt": "word " * 200, "chosen": "Yes.", "rejected": "No."}) + "\n")
+    with pytest.raises(UserError, match=r"eval_data.*Nothing is left"):
+        run("dpo", pairs, tmp_path / "out", eval_data=str(held_out), max_length=64)
+
+
+def test_a_loss_may_be_given_as_one_text(pairs: Path, tmp_path: Path) -> None:
+    outcome, _ = run("dpo", pairs, tmp_path / "out", loss="ipo", max_steps=1)
+    assert outcome.before.held_out["loss"] == pytest.approx(25.0)  # (1 / (2 * 0.1)) ^ 2, of equal rewards
+
+
+def test_with_dropout_the_plan_counts_every_prompt_twice() -> None:
+    pair = PreferenceExample([1, 2, 3], [4], [5, 6], "", [4], [5, 6])
+    assert pair_rows(has_dropout=False).lengths(pair) == [4, 2]
+    assert pair_rows(has_dropout=True).lengths(pair) == [4, 5]
+
+
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
@@ -111,6 +131,9 @@ def test_rows_without_a_second_answer_name_the_method_that_takes_them(labelled: 
         ("dpo", {"beta": 0.0}, "beta.* is 0.0; expected a number above 0"),
         ("dpo", {"train_on": "all"}, "train_on.* belongs to .*sft"),
         ("dpo", {"packing": False}, "packing.* belongs to .*sft"),
+        ("kto", {"batch_size": 1}, "batch_size.* is 1, but the loss kto needs an answer to another prompt"),
+        ("dpo", {"loss": [1.0]}, "1.0 is not the name of a loss"),
+        ("ppo", {}, "method.* is 'ppo'; expected sft, dpo"),
         ("kto", {"loss": ["kto", "apo_zero_unpaired"]}, "kto takes one loss"),
         ("simpo", {"margin": -1.0}, "margin.* is -1.0; expected 0 or more"),
         ("orpo", {"margin": 1.0}, "margin.* belongs to .*simpo"),

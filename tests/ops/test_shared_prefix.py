@@ -80,6 +80,15 @@ def test_the_reference_says_the_same(groups: list) -> None:
     torch.testing.assert_close(packed_attention(*parts, layout.documents, scale=0.4), expected)
 
 
+def test_a_window_as_long_as_every_row_hides_nothing_that_is_shared() -> None:
+    """The group, a prompt with two answers, is longer than the window; each row is not."""
+    layout = Layout([(6, 6, [6]), (3, 9, [7])])
+    parts = inputs(layout.tokens, (2, 1, 4), torch.float64)
+    whole = packed_attention(*parts, layout.documents, scale=0.4)
+    for attend in (packed_attention, packed_attention_reference):
+        torch.testing.assert_close(attend(*parts, layout.documents, scale=0.4, window=12), whole)
+
+
 def test_bf16_is_as_exact_as_without_sharing() -> None:
     layout = Layout(GROUPS["long"])
     parts = inputs(layout.tokens, (4, 2, 32), torch.float64)

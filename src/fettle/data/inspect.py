@@ -151,7 +151,8 @@ def inspect_data(
     given = _READ[kind](source, skip_bad_rows=True)
     read, others = _answers(given), None
     if eval_data is not None:
-        others = _main_answers(_READ[kind](eval_data, skip_bad_rows=True))
+        held_out = _READ[kind](eval_data, skip_bad_rows=skip_bad_rows)
+        others = _main_answers(held_out)
     texts = list(_benchmark_texts(benchmark)) if benchmark is not None else None
     options: dict[str, Any] = {"max_length": max_length, "train_on": train_on}
     try:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
 from fettle.events import Report
-from fettle.methods.preference import PAIRS, PairTrainer, held_out_scores, pair_collator
+from fettle.methods.preference import PairTrainer, held_out_scores, pair_collator, pair_rows
 from fettle.runs.defaults import weighted_losses
 from fettle.runs.options import TrainOptions
 from fettle.runs.preference_rows import prepare_preferences
@@ -19,7 +19,8 @@ from fettle.runs.rows import RunData
 
 class DPO:
     def prepare(self, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int) -> RunData:
-        return prepare_preferences(PAIRS, options, tokenizer, longest)
+        rows = pair_rows(has_dropout=options.dropout > 0)
+        return prepare_preferences(rows, options, tokenizer, longest)
 
     def trainer(self, options: TrainOptions, arguments: dict[str, Any], **parts: Any) -> Recovery:
         weights = weighted_losses(options)

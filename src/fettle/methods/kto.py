@@ -1,7 +1,7 @@
 """Kahneman-Tversky optimization (Ethayarajh et al., 2024, arXiv 2402.01306): single answers labelled good or bad.
 
 TRL's trainer; the reference is the model without its adapter. Its estimate of the KL divergence needs each prompt with
-the answer to another one, which comes from the same batch of rows, so a batch has several.
+the answer to another one, which comes from the same batch, so a batch has several rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,6 @@ from fettle.events import Report, progress
 from fettle.methods.preference import ComparingTrainer, answer_scores, as_dataset, padded
 from fettle.models.modes import evaluating
 from fettle.runs.defaults import weighted_losses
-from fettle.runs.method_facts import METHOD_FACTS
 from fettle.runs.options import TrainOptions
 from fettle.runs.preference_rows import RowKind, prepare_preferences
 from fettle.runs.recovery import Recovery
@@ -39,7 +38,7 @@ class KTO:
             tokenize=tokenize_labelled,
             shown=lambda row: row.row if row.is_desirable else None,
             lengths=lambda each: [len(each.prompt_ids) + len(each.completion_ids)],
-            dataset=lambda examples: _dataset(examples, options.batch_size or METHOD_FACTS["kto"].batch_size),
+            dataset=dataset_of,
         )
         return prepare_preferences(kind, options, tokenizer, longest)
 
@@ -53,7 +52,9 @@ class KTO:
             max_length=None,
             remove_unused_columns=False,
         )
-        return LabelledTrainer(args=config, data_collator=_collator(parts["processing_class"]), **parts)
+        return LabelledTrainer(
+            args=config, data_collator=label_collator(parts["processing_class"], options.max_length), **parts
+        )
 
     @torch.no_grad()
     def held_out(self, trainer: Recovery, when: str, report: Report) -> dict[str, float]:
@@ -82,30 +83,29 @@ class KTO:
         return scores_found
 
 
-def _dataset(examples: Sequence[LabelledExample], batch_size: int) -> Dataset:
-    """Return the rows, each with the answer before it in its batch of rows, which the KL estimate is made from."""
-    mismatched = []
-    for start in range(0, len(examples), batch_size):
-        batch = [each.completion_ids for each in examples[start : start + batch_size]]
-        mismatched += [batch[-1], *batch[:-1]]
+def dataset_of(examples: Sequence[LabelledExample]) -> Dataset:
     names = ("prompt_ids", "completion_ids", "completion_labels")
-    rows = as_dataset(examples, names, label=[each.is_desirable for each in examples])
-    return rows.add_column("KL_completion_ids", mismatched)
+    return as_dataset(examples, names, label=[each.is_desirable for each in examples])
 
 
-def _collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Return a function from rows to a batch for TRL's KTO trainer."""
+def label_collator(
+    tokenizer: PreTrainedTokenizerBase, longest: int | None
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """Return a function from rows to a batch for TRL's KTO trainer.
+
+    The KL estimate is made from each prompt with the answer to another one: that of the row before it in the batch
+    whose prompt differs, or its own if there is none, cut to `longest` tokens.
+    """
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        prompts = [(row["prompt_ids"], [NOT_TRAINED] * len(row["prompt_ids"])) for row in rows]
+        own, other = [], []
+        for number, row in enumerate(rows):
+            prompt, hidden = row["prompt_ids"], [NOT_TRAINED] * len(row["prompt_ids"])
+            before = (rows[number - step] for step in range(1, len(rows)))
+            answer = next((each for each in before if each["prompt_ids"] != prompt), row)["completion_ids"]
+            own.append((prompt + row["completion_ids"], hidden + row["completion_labels"]))
+            other.append(((prompt + answer)[:longest], (hidden + answer)[:longest]))
         pad = tokenizer.pad_token_id or 0
-        both = list(zip(prompts, rows, strict=True))
-        own = [
-            (ids + row["completion_ids"], labels + row["completion_labels"]) for (ids, labels), row in both
-        ]
-        other = [
-            (ids + row["KL_completion_ids"], labels + row["KL_completion_ids"]) for (ids, labels), row in both
-        ]
         mismatched = {f"KL_{name}": each for name, each in padded(other, pad).items()}
         return {**padded(own, pad), **mismatched, "label": torch.tensor([row["label"] for row in rows])}
 

@@ -59,11 +59,16 @@ class PairTrainer(ComparingTrainer, DPOTrainer):
 
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
 
+    @property
+    def has_dropout(self) -> bool:
+        return not self.args.disable_dropout
+
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count the prompt of a pair once, as it is computed."""
+        """Count the prompt of a pair once, if it is computed once."""
         real = inputs["attention_mask"].sum(-1)
         prompts = real - inputs["completion_mask"].sum(-1)
-        self.state.num_input_tokens_seen += int(real.sum() - prompts[len(prompts) // 2 :].sum())
+        shared = 0 if self.has_dropout else prompts[len(prompts) // 2 :].sum()
+        self.state.num_input_tokens_seen += int(real.sum() - shared)
 
 
 def answer_scores(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,16 +105,24 @@ def held_out_scores(trainer: Recovery, when: str, report: Report) -> dict[str, f
     return {"loss": loss / max(1, pairs), "preferred": preferred / max(1, pairs)}
 
 
-PAIRS = RowKind(
-    read=read_preferences,
-    tokenize=tokenize_preferences,
-    shown=lambda row: row.chosen,
-    # the second document continues the prompt of the first
-    lengths=lambda pair: [len(pair.prompt_ids) + len(pair.chosen_ids), len(pair.rejected_ids)],
-    dataset=lambda pairs: as_dataset(
-        pairs, ("prompt_ids", "chosen_ids", "chosen_labels", "rejected_ids", "rejected_labels")
-    ),
-)
+def pair_rows(*, has_dropout: bool) -> RowKind:
+    """Return how pairs are read. With dropout a prompt is computed for each answer (see `runs/head.py`)."""
+    copies = 1 if has_dropout else 0
+    return RowKind(
+        read=read_preferences,
+        tokenize=tokenize_preferences,
+        shown=lambda row: row.chosen,
+        lengths=lambda pair: [
+            len(pair.prompt_ids) + len(pair.chosen_ids),
+            copies * len(pair.prompt_ids) + len(pair.rejected_ids),
+        ],
+        dataset=lambda pairs: as_dataset(
+            pairs, ("prompt_ids", "chosen_ids", "chosen_labels", "rejected_ids", "rejected_labels")
+        ),
+    )
+
+
+PAIRS = pair_rows(has_dropout=False)
 
 
 def as_dataset(examples: Sequence[Any], names: Sequence[str], **flags: list[bool]) -> Dataset:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
 from fettle.events import Report
-from fettle.methods.preference import PAIRS, PairTrainer, answer_scores, held_out_scores, pair_collator
+from fettle.methods.preference import PairTrainer, answer_scores, held_out_scores, pair_collator, pair_rows
 from fettle.runs.options import TrainOptions
 from fettle.runs.preference_rows import prepare_preferences
 from fettle.runs.recovery import Recovery
@@ -39,8 +39,8 @@ def simpo_loss(chosen: torch.Tensor, rejected: torch.Tensor, beta: float, margin
 
 def _log_complement(log_prob: torch.Tensor) -> torch.Tensor:
     """Return log(1 - exp(x)) for x < 0, exact for x near 0 (Maechler, 2012)."""
-    near_zero = torch.log(-torch.expm1(log_prob.clamp(max=-1e-7)))
-    return torch.where(log_prob > -0.6931, near_zero, torch.log1p(-log_prob.exp()))
+    log_prob = log_prob.clamp(max=-1e-7)  # below 0, or the other branch's gradient would be NaN
+    return torch.where(log_prob > -0.6931, torch.log(-torch.expm1(log_prob)), torch.log1p(-log_prob.exp()))
 
 
 class ReferenceFreeTrainer(PairTrainer):
@@ -69,7 +69,8 @@ class ReferenceFree:
     """ORPO or SimPO, by the options' method."""
 
     def prepare(self, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int) -> RunData:
-        return prepare_preferences(PAIRS, options, tokenizer, longest)
+        rows = pair_rows(has_dropout=options.dropout > 0)
+        return prepare_preferences(rows, options, tokenizer, longest)
 
     def trainer(self, options: TrainOptions, arguments: dict[str, Any], **parts: Any) -> Recovery:
         is_orpo = options.method == "orpo"

@@ -2,12 +2,13 @@
 
 For a small model, launching kernels from Python takes longer than running them; a graph launches all of its kernels at
 once. Its shapes are fixed, so there are graphs of several lengths, and rows are padded to the next one with an extra
-document of padding. Its addresses are fixed too, so inputs are copied into static buffers, which all graphs share, and
-the adapters' gradients are accumulated inside the graph.
+document of padding. Its addresses are fixed too, so inputs are copied into static buffers, and the adapters' gradients
+are accumulated inside the graph.
 
-Graphs of one kind share their memory, as only one of them runs at a time; the longest is captured first, so that the
-others fit into what it needs. Passes without gradient, such as those of the reference model in preference training, run
-between forward and backward, so they have graphs and memory of their own, a set per state of the adapters.
+Graphs of one kind share their inputs and their memory, as only one of them runs at a time; the longest is captured
+first, so that the others fit into what it needs. Passes without gradient, such as those of the reference model in
+preference training, run between forward and backward, so they have graphs, inputs and memory of their own, a set of
+graphs per state of the adapters.
 
 Shapes: B batch, N tokens per row, E hidden size, T = B * N tokens in all, padded to the graph's length.
 """
@@ -54,7 +55,8 @@ class LayerGraphs:
         """By length."""
         self.without_gradient: dict[Hashable, dict[int, _Forward]] = {}
         """By the state of the adapters, and by length."""
-        self.static: _Static | None = None
+        self.static: dict[bool, _Static] = {}
+        """Of passes with gradient and of those without, as the former's inputs are read again in backward."""
         self.open: Callable[[], Any] = lambda: None
         """Returns the autograd context of a forward pass whose backward has not run yet, if it is still alive."""
 
@@ -82,10 +84,10 @@ class LayerGraphs:
             each.expand(x.shape[0], -1, -1).reshape(1, -1, each.shape[-1]) for each in context.rotation
         )
         flat = PackedDocuments((cos, sin), context.documents)
-        if self.static is None:
-            self.static = _Static(self.tokens, rows, flat, self.trained)
+        if (has_gradient := torch.is_grad_enabled()) not in self.static:
+            self.static[has_gradient] = _Static(self.tokens, rows, flat, self.trained if has_gradient else [])
         graph: _Captured | _Forward
-        if torch.is_grad_enabled():
+        if has_gradient:
             graph = self._graph(self.captured, _Captured, rows, flat)
         else:
             graph = self._graph(self.without_gradient.setdefault(self.state(), {}), _Forward, rows, flat)
@@ -121,7 +123,8 @@ def active_adapters(layers: nn.Module) -> Callable[[], Hashable]:
 
 
 class _Static:
-    """What all graphs read and write at the same place: the longest inputs and outputs, and the adapters' gradients.
+    """What all graphs of a kind read and write at the same place: the longest inputs and outputs, and, for passes with
+    gradient, the adapters' gradients.
 
     sums: the gradients of all trained parameters, flat, fp32; views: the same memory in the parameters' shapes. The
     backward graphs add to them, so they must be the parameters' `grad` when one is captured and when it is replayed.
@@ -130,8 +133,8 @@ class _Static:
     def __init__(
         self, tokens: int, x: torch.Tensor, context: PackedDocuments, trained: list[nn.Parameter]
     ) -> None:
-        device = x.device
-        self.x, self.output, self.grad = (x.new_zeros(1, tokens, x.shape[-1]) for _ in range(3))
+        device, written = x.device, tokens if trained else 0
+        self.x, self.output, self.grad = (x.new_zeros(1, n, x.shape[-1]) for n in (tokens, written, written))
         self.rotation = [each.new_zeros(1, tokens, each.shape[-1]) for each in context.rotation]
         self.starts, self.roots, self.ends = torch.zeros(3, tokens, dtype=torch.int32, device=device)
         self.trained = trained
@@ -160,9 +163,8 @@ class _LayerGraph:
     pool: Any
 
     def __init__(self, owner: LayerGraphs, length: int, bounds: int, has_prefixes: bool) -> None:
-        assert owner.static is not None
-        self.owner, self.static, self.length, self.has_prefixes = owner, owner.static, length, has_prefixes
-        static = owner.static
+        static = owner.static[torch.is_grad_enabled()]
+        self.owner, self.static, self.length, self.has_prefixes = owner, static, length, has_prefixes
         self.x = static.x[:, :length]
         starts = static.starts[:length]
         documents = Documents(

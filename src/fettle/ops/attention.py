@@ -157,10 +157,10 @@ def packed_attention_reference(
     position = torch.arange(len(query), device=query.device)
     i, j = position[:, None], position[None]
     seen = (j <= i) & (j >= documents.starts[:, None])
-    if (prefixes := documents.prefixes) is not None:
-        seen |= (j >= prefixes.roots[:, None]) & (j < prefixes.ends[:, None])
     if window is not None:
         seen &= j > i - window
+    if (prefixes := documents.prefixes) is not None:
+        seen |= (j >= prefixes.roots[:, None]) & (j < prefixes.ends[:, None])
     q, k, v = (x.transpose(0, 1) for x in (query, key, value))
     k, v = (x.repeat_interleave(len(q) // len(k), dim=0) for x in (k, v))
     return softcap_attention(q, k, v, seen, scale=scale, softcap=softcap).transpose(0, 1)

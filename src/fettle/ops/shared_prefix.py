@@ -8,7 +8,7 @@ first tokens (the other answers). Tokens of the latter attend to their own docum
 where out1, l1 are result and logsumexp of attention within the documents, and out2, l2 those of attention to the
 shared tokens, without a causal limit, as all of them come before (Juravsky et al., 2024, arXiv 2402.05099, section 3).
 Backward of either part is that of attention alone, given the merged out and l, as a weight is exp(score - l). A sliding
-window must be longer than every group.
+window does not hide shared tokens, so it must be as long as every document with the tokens that it shares.
 
 Shapes: T tokens in the pack, G groups, H heads, D channels per head.
 """

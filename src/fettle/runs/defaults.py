@@ -98,6 +98,8 @@ def require_held_out(options: LoopOptions, *, has_held_out: bool) -> None:
 
 def _require_for_method(options: TrainOptions) -> None:
     """Raise UserError for an option that the method does not have, or whose value is out of range."""
+    if options.method not in METHOD_FACTS:
+        raise UserError(f"{option('method')} is {options.method!r}; expected {', '.join(METHOD_FACTS)}.")
     facts = METHOD_FACTS[options.method]
     usual = {field.name: field.default for field in dataclasses.fields(options)}
     for name in sorted({name for each in METHOD_FACTS.values() for name in each.options}):
@@ -107,8 +109,12 @@ def _require_for_method(options: TrainOptions) -> None:
                 f"{option(name)} belongs to {option('method')} {' or '.join(methods)}, but the method is "
                 f"{options.method}; leave it out."
             )
-    if facts.losses:
-        weighted_losses(options)
+    losses = weighted_losses(options) if facts.losses else {}
+    if "kto" in losses and options.batch_size == 1:
+        raise UserError(
+            f"{option('batch_size')} is 1, but the loss kto needs an answer to another prompt in the same batch; "
+            "use 2 or more."
+        )
     if options.beta is not None and not 0 < options.beta < LARGEST:
         raise UserError(f"{option('beta')} is {options.beta}; expected a number above 0.")
     if options.margin is not None and not 0 <= options.margin < LARGEST:
@@ -123,7 +129,10 @@ def weighted_losses(options: TrainOptions) -> dict[str, float]:
     """Return the weight of each loss variant. Raises UserError for an unknown one, or a weight that is none."""
     known = METHOD_FACTS[options.method].losses
     weights: dict[str, float] = {}
-    for text in options.loss or known[:1]:
+    given = [options.loss] if isinstance(options.loss, str) else options.loss or known[:1]
+    for text in given:
+        if not isinstance(text, str):
+            raise UserError(f"{option('loss')}: {text!r} is not the name of a loss, such as {known[0]}=0.5.")
         name, _, weight = text.partition("=")
         if name not in known:
             raise UserError(

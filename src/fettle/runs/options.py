@@ -28,10 +28,14 @@ class LoopOptions:
 
     output: str = field(metadata={"help": "output folder; must be new or empty"})
     max_length: int | None = _option("maximum tokens per row (default: the model's context, at most 2048)")
-    packing: bool = _option("pack several short rows into one sequence; each attends only to itself", True)
-    epochs: float | None = _option("passes over the data (default: 3)")
+    packing: bool = _option(
+        "sft: pack several short rows into one sequence; each attends only to itself", True
+    )
+    epochs: float | None = _option("passes over the data (default: 3; of preference methods 1)")
     max_steps: int | None = _option("stop after this many steps; overrides --epochs")
-    batch_size: int | None = _option("packs (or rows, without packing) per batch (default: 1; kto: 4)")
+    batch_size: int | None = _option(
+        "packs, or rows without packing, or pairs, or labelled answers per batch (default: 1; kto: 4)"
+    )
     gradient_accumulation_steps: int | None = _option(
         "batches per step (default: depends on the amount of data)"
     )
@@ -84,19 +88,20 @@ class TrainOptions(LoopOptions):
     )
     method: MethodName = _option(METHOD_HELP, "sft")
     train_on: TrainOn = _option(
-        "compute the loss on the assistant's turns only, or on all tokens", "assistant"
+        "sft: compute the loss on the assistant's turns only, or on all tokens", "assistant"
     )
     beta: float | None = _option(
         "dpo, kto: how strongly to stay near the model before training (default: 0.1); simpo: scale of the reward "
         "(default: 2); orpo: weight of the preference (default: 0.1)"
     )
     loss: list[str] | None = _option(
-        "dpo, kto: loss variants of TRL, with or without a weight, such as sigmoid=1 sft=0.2 (default: sigmoid, kto)"
+        "dpo, kto: loss variants of TRL, each with or without a weight, such as sigmoid=1 sft=0.2 "
+        "(default: sigmoid for dpo, kto for kto)"
     )
     label_smoothing: float | None = _option(
         "dpo: share of the pairs whose labels are assumed to be wrong (default: 0)"
     )
-    margin: float | None = _option("simpo: how much better a chosen answer has to be (default: 1)")
+    margin: float | None = _option("simpo: how much higher a chosen answer's reward has to be (default: 1)")
     chat_template: str | None = _option(
         "format of chats: alpaca, chatml, gemma, llama-3, mistral, phi-3, vicuna, zephyr or a .jinja file (default: "
         "the model's own, or Zephyr's if it has none)"
@@ -157,7 +162,7 @@ class PlanOptions:
     )
     quantization: Quantization | None = _option("store the frozen weights in 4 bits")
     dtype: TrainDtype = _option("dtype of the frozen weights (auto: as stored; never float16)", "auto")
-    batch_size: int | None = _option("rows per batch (default: 1; kto: 4)")
+    batch_size: int | None = _option("rows, pairs or labelled answers per batch (default: 1; kto: 4)")
     gradient_accumulation_steps: int = _option("batches per step", 1)
     device: Device | None = _option("device to run on (default: cuda if available)")
     remeasure: bool = _option("measure the device's speed again instead of using the cached result", False)

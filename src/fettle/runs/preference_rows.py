@@ -7,11 +7,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from fettle.data import SKIP_HINT, BadRows, NothingToTrainOn, Row, RowList, Summary, split_held_out
-from fettle.errors import UserError, option
+from fettle.data import SKIP_HINT, BadRows, NothingToTrainOn, Row, RowList, Rows, Summary, split_held_out
+from fettle.errors import UserError, option, reason_of
 from fettle.evaluation import questions
 from fettle.runs.options import TrainOptions
-from fettle.runs.rows import RunData, keep_questions, read_data, sample
+from fettle.runs.rows import RunData, keep_notes, keep_questions, read_data, sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,11 @@ def prepare_preferences(
     train_rows, held_out_rows = _split(kind, options, rows)
     keep_rows = None if options.keep_data is None else read_data(options.keep_data)
     bad = [] if keep_rows is None else list(keep_rows.reading.bad)
-    total = len(rows) + len(rows.reading.bad) + len(bad)
+    total = sum(
+        len(each) + len(each.reading.bad) for each in (train_rows, held_out_rows, keep_rows or Rows())
+    )
+    if options.eval_data is not None:
+        bad += held_out_rows.reading.bad
     held_out: list[Any] = []
     notes: list[str] = []
     if held_out_rows:
@@ -53,7 +57,10 @@ def prepare_preferences(
             bad += summary.bad
             notes = [f"held out: {line}" for line in (*summary.read, *summary.losses())]
         except NothingToTrainOn as error:
-            bad += error.bad
+            if options.eval_data is not None and not (error.bad and not options.skip_bad_rows):
+                reason = reason_of(error)
+                raise UserError(f"{option('eval_data')} {options.eval_data}: {reason}") from error
+            bad += error.bad  # a few rows of the training data, all too long: do without
     try:
         examples, summary = kind.tokenize(train_rows, tokenizer, max_length=longest, skip_bad_rows=True)
     except NothingToTrainOn as error:
@@ -78,7 +85,7 @@ def prepare_preferences(
         if keep_rows is None
         else sample(keep_questions(options, keep_rows, tokenizer), options),
         summary=summary,
-        notes=notes,
+        notes=notes + ([] if keep_rows is None else keep_notes(keep_rows)),
     )
 
 

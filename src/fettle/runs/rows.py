@@ -171,13 +171,14 @@ def keep_questions(options: LoopOptions, rows: Rows, tokenizer: PreTrainedTokeni
 
 def _notes(held_out: Tokenized | None, keep: Rows) -> list[str]:
     """Remarks on rows that are not trained on: files read, rows left out."""
-    notes = (
-        [f"held out: {line}" for line in (*held_out.summary.read, *held_out.summary.losses())]
-        if held_out
-        else []
-    )
+    lines = (*held_out.summary.read, *held_out.summary.losses()) if held_out else ()
+    return [f"held out: {line}" for line in lines] + keep_notes(keep)
+
+
+def keep_notes(keep: Rows) -> list[str]:
+    """The same on the rows of `keep_data`."""
     left_out = [f"{len(keep.reading.bad):,} rows left out that cannot be used"] if keep.reading.bad else []
-    return notes + [f"old skills: {line}" for line in (*keep.reading.notes, *left_out)]
+    return [f"old skills: {line}" for line in (*keep.reading.notes, *left_out)]
 
 
 def _tokenize(

@@ -17,12 +17,18 @@ CASES = {
     "window": ([25, 8], 2, 1, 32, {"window": 6}),
     "softcap and odd channels": ([19, 4], 2, 1, 24, {"softcap": 2.0}),
 }
-SHARED = {"several answers": [0, 18, 18], "packed and shared": [0, 4, 4, 0, 9], "with softcap": [0, 6]}
+SHARED = {
+    "several answers": [0, 18, 18],
+    "packed and shared": [0, 4, 4, 0, 9],
+    "with softcap": [0, 6],
+    "shared within a window": [0, 4, 4],
+}
 """How many tokens of its root each document continues; for the cases of the same names."""
 CASES |= {
     "several answers": ([20, 25, 6], 2, 2, 32, {}),
     "packed and shared": ([5, 17, 1, 10, 9], 4, 2, 32, {}),
     "with softcap": ([19, 4], 2, 1, 24, {"softcap": 2.0}),
+    "shared within a window": ([24, 20, 20], 2, 1, 32, {"window": 24}),
 }
 
 

@@ -71,7 +71,7 @@ def _score_gradient(
 
 @triton.jit
 def forward_kernel(
-    query, key, value, starts, roots, prefix_ends, out, logsumexp, T, window, scale,
+    query, key, value, starts, roots, prefix_ends, out, logsumexp, T, window, reach, scale,
     query_token, query_head, key_token, key_head, value_token, value_head, out_token, out_head,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, SOFTCAP: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -88,7 +88,7 @@ def forward_kernel(
     total = tl.zeros((QUERIES,), tl.float32)
     result = tl.zeros((QUERIES, PADDED), tl.float32)
     # The first query has the earliest root, so no query of the block attends to a key before `begin`.
-    begin = tl.maximum(tl.load(roots + first), first - window + 1)
+    begin = tl.maximum(tl.load(roots + first), first - reach + 1)
     for block in range(begin, tl.minimum(first + QUERIES, T), KEYS):
         keys = block + tl.arange(0, KEYS)
         k = _load(key + head // GROUP * key_head, keys, key_token, T, D, PADDED)
@@ -116,7 +116,7 @@ def forward_kernel(
 
 @triton.jit
 def query_gradient_kernel(
-    query, key, value, grad, starts, roots, prefix_ends, logsumexp, delta, grad_query, T, window, scale,
+    query, key, value, grad, starts, roots, prefix_ends, logsumexp, delta, grad_query, T, window, reach, scale,
     query_token, query_head, key_token, key_head, value_token, value_head, grad_token, grad_head,
     out_token, out_head,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -133,7 +133,7 @@ def query_gradient_kernel(
     row_logsumexp = tl.load(logsumexp + head * T + queries, mask=queries < T, other=0.0)
     row_delta = tl.load(delta + head * T + queries, mask=queries < T, other=0.0)
     result = tl.zeros((QUERIES, PADDED), tl.float32)
-    begin = tl.maximum(tl.load(roots + first), first - window + 1)
+    begin = tl.maximum(tl.load(roots + first), first - reach + 1)
     for block in range(begin, tl.minimum(first + QUERIES, T), KEYS):
         keys = block + tl.arange(0, KEYS)
         k = _load(key + head // GROUP * key_head, keys, key_token, T, D, PADDED)
@@ -150,7 +150,8 @@ def query_gradient_kernel(
 
 @triton.jit
 def key_value_gradient_kernel(
-    query, key, value, grad, starts, roots, prefix_ends, ends, logsumexp, delta, grad_key, grad_value, T, window, scale,
+    query, key, value, grad, starts, roots, prefix_ends, ends, logsumexp, delta, grad_key, grad_value,
+    T, window, reach, scale,
     query_token, query_head, key_token, key_head, value_token, value_head, grad_token, grad_head,
     out_token, out_head,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -165,7 +166,7 @@ def key_value_gradient_kernel(
     sum_value = tl.zeros((KEYS, PADDED), tl.float32)
     # The last key has the latest end of group and window, so no query from `end` on attends to the block.
     last = tl.minimum(first + KEYS, T) - 1
-    end = tl.minimum(tl.load(ends + last), last + window)
+    end = tl.minimum(tl.load(ends + last), last + reach)
     # All query heads of the shared key head, in one program instead of with atomics.
     for head in range(shared * GROUP, shared * GROUP + GROUP):
         for block in range(first, end, QUERIES):
@@ -230,6 +231,11 @@ def _bounds(
     return (starts, starts, starts) if prefixes is None else (starts, prefixes.roots, prefixes.ends)
 
 
+def _reach(window: int | None, prefixes: Prefixes | None, tokens: int) -> int:
+    """Return how far before a query its first visible key may be: shared tokens are visible beyond a window."""
+    return tokens if prefixes is not None else window or tokens
+
+
 def attention_forward(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -245,17 +251,18 @@ def attention_forward(
     """Return softmax(scale * q k^T) v, (T, H, D), and the natural logsumexp of the scores, fp32 (H, T).
 
     query: (T, H, D); key, value: (T, K, D). starts: int32 (T,), where each token's document begins:
-    token i attends to j with starts[i] <= j <= i and j > i - window, and to the tokens that it shares, if any (a window
-    must be longer than every group then). block: tokens per block, by device if None.
+    token i attends to j with starts[i] <= j <= i and j > i - window, and to the tokens that it shares, if any,
+    whatever the window. block: tokens per block, by device if None.
     """
     query, key, value = _dense_channels(query, key, value)
     tokens, heads, _ = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     logsumexp = torch.empty(heads, tokens, dtype=torch.float32, device=query.device)
     options = _options(query, key, softcap, block)
+    reach = _reach(window, prefixes, tokens)
     with torch.cuda.device_of(query):
         forward_kernel[(triton.cdiv(tokens, options["QUERIES"]), heads)](
-            query, key, value, *_bounds(starts, prefixes), out, logsumexp, tokens, window or tokens, scale,
+            query, key, value, *_bounds(starts, prefixes), out, logsumexp, tokens, window or tokens, reach, scale,
             *_strides(query, key, value, out), **options,
         )  # fmt: skip
     return out, logsumexp
@@ -285,15 +292,16 @@ def attention_backward(
     delta = (grad.float() * out.float()).sum(-1).T.contiguous()  # (H, T), see ops/attention_cpu.py
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
     options = _options(query, key, softcap, block)
+    reach = _reach(window, prefixes, tokens)
     strides = _strides(query, key, value, grad)
     blocks = triton.cdiv(tokens, options["QUERIES"])
     with torch.cuda.device_of(query):
         query_gradient_kernel[(blocks, heads)](
-            query, key, value, grad, *bounds, logsumexp, delta, grads[0], tokens, window or tokens, scale,
+            query, key, value, grad, *bounds, logsumexp, delta, grads[0], tokens, window or tokens, reach, scale,
             *strides, *_strides(grads[0]), **options,
         )  # fmt: skip
         key_value_gradient_kernel[(blocks, key.shape[1])](
             query, key, value, grad, *bounds, ends, logsumexp, delta, grads[1], grads[2], tokens,
-            window or tokens, scale, *strides, *_strides(grads[1]), **options,
+            window or tokens, reach, scale, *strides, *_strides(grads[1]), **options,
         )  # fmt: skip
     return grads[0], grads[1], grads[2]
