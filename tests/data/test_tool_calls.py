@@ -254,6 +254,22 @@ def test_words_before_several_calls_and_an_empty_result(chatml):
     ]
 
 
+NAMED_RESULT = (
+    "{{ '<tool_response>' ~ messages[loop.index0 - 1].tool_calls[0].function.name ~ '\n' ~ m.content }}"
+)
+
+
+def test_a_name_that_is_written_again_before_the_result_is_not_trained_on(chatml):
+    named = AS_OBJECT.replace("{% if m.role == 'tool' %}", "{% if m.role == 'tool' %}" + NAMED_RESULT)
+    row = Row("row 1", "messages", messages=tuple(TURNS))
+    assert trained(chatml(named), row) == [f"{WRITTEN}<|im_end|>", "It is 4.<|im_end|>"] * 2
+    open_ended = named.replace(
+        "{{ '<|im_end|>\n' }}{% endfor %}", "{{ '<|im_end|>\n' if not m.tool_calls }}{% endfor %}"
+    )
+    with pytest.raises(BadRows, match="does not end a call of a tool with the token"):
+        tokenize_rows([row], chatml(open_ended), max_length=4096)
+
+
 def test_weights_and_completions_cover_calls(chatml):
     tokenizer = chatml(AS_OBJECT)
     unweighted = Row("row 1", "messages", messages=(USER, CALLER | {"train": False}, RESULT, ANSWER))
@@ -360,7 +376,7 @@ def test_a_template_without_tools_refuses_them(families, name):
                 "{{ '<|end|>' if m.tool_calls else '<|im_end|>' }}{% endfor %}",
             ),
             CALLER,
-            "ends a call of a tool with another token than an answer",
+            "does not end a call of a tool with the token that ends an answer",
         ),
         (
             AS_OBJECT,

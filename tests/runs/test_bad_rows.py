@@ -21,7 +21,7 @@ ODD = {
     7: [ASSISTANT, USER, ASSISTANT],
 }
 REASONS = {
-    2: "turn 2: has `tool_calls`",
+    2: "turn 2 calls a tool, which the model's chat template does not write",
     4: "turn 2: `content` is null",
     5: 'turn 1: unknown role "developer"',
     7: "Conversation roles must alternate",

@@ -47,7 +47,6 @@ DEFAULT_CHAT_TEMPLATE = (
 
 _OPENING_TAG = re.compile(r"\s*(<[^<>\s]+>)")
 _OPENING_THOUGHT = re.compile(r"(?:<(?:think|reason|thought|scratch)\w*>|\[THINK\])\s*$")
-
 _OPENED_THOUGHT = re.compile(r"<think>\s*(?:</think>\s*)?$")
 _EMPTY_THOUGHT = re.compile(r"^<think>\s*</think>\s*")
 _NOT_LOCATED = (
@@ -131,10 +130,12 @@ def _answer_spans(
         if messages[index]["role"] != "assistant" or (index, name) in order[:number]:
             continue
         if name.startswith(CALL):
-            opening = (
-                "" if index in spans else _call_opening(tokenizer, messages[:index], pieces[number], tools)
-            )
-            is_last = order[number + 1 : number + 2] == [] or order[number + 1][0] != index
+            is_first = index not in spans
+            opening = _call_opening(tokenizer, messages[:index], pieces[number], tools) if is_first else ""
+            if not text[:start].endswith(opening):
+                raise UserError(_NOT_LOCATED)
+            # Some templates write the name again before the result: that is no part of the turn.
+            is_last = all(slot[0] != index or slot in order[: number + 1] for slot in order[number + 1 :])
             closing = _call_ending(pieces[number + 1], template.end_of_turn, is_last)
         else:
             opening = template.lead if name == "content" else _opening(pieces[number], template.tail)
@@ -168,8 +169,8 @@ def _call_ending(after: str, end_of_turn: str | None, is_last: bool) -> str:
         return after[: after.index(end_of_turn) + len(end_of_turn)]
     if is_last:
         raise UserError(
-            "the model's chat template ends a call of a tool with another token than an answer, so its end cannot be "
-            "located for the loss mask; remove the row."
+            "the model's chat template does not end a call of a tool with the token that ends an answer, so its end "
+            "cannot be located for the loss mask; remove the row."
         )
     return ""
 
