@@ -181,6 +181,7 @@ def test_train_leaves_an_adapter_that_learnt_and_a_report(cli, trained, small_mo
     assert unresolved == by_plan | {
         "eval_data",
         "keep_data",
+        *("early_stopping", "report_to"),
         "alpha",
         *("beta", "loss", "label_smoothing", "margin"),
         "chat_template",
