@@ -190,9 +190,7 @@ def test_kto_is_trls(loss: str, tokenizer: Any, tmp_path: Path) -> None:
 
 
 def test_the_mismatched_answers_of_kto_are_from_the_batch_and_to_other_prompts(tokenizer: Any) -> None:
-    rows = [
-        row for row in kto.dataset_of(labelled()).select(range(6))
-    ]  # good and bad answers to three prompts
+    rows = list(kto.dataset_of(labelled()).select(range(6)))  # good and bad answers to three prompts
     batch = kto.label_collator(tokenizer, 12)(rows)
     answers = [row["completion_ids"] for row in rows]
     for number, row in enumerate(rows):
