@@ -46,6 +46,21 @@ def test_a_console_sends_only_its_own_codes(monkeypatch, is_terminal) -> None:
     assert not CONTROLS & set(shown)
 
 
+def test_a_notebook_gets_plain_lines(monkeypatch) -> None:
+    """In one stream: neither an output per line, as rich would make, nor the colours of ipykernel's FORCE_COLOR."""
+
+    class Stream(io.StringIO):
+        __module__ = "ipykernel.iostream"
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys, "stdout", Stream())
+    console = terminal.console()
+    console.print("one", style="bold")
+    console.print("two")
+    assert sys.stdout.getvalue() == "one\ntwo\n"
+    assert not console.is_terminal and not console.is_jupyter
+
+
 def test_no_text_is_read_as_markup() -> None:
     console = terminal.console()
     console.file = io.StringIO()

@@ -43,8 +43,14 @@ def print_result(text: str, *, end: str = "\n") -> None:
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """Return a rich console for messages, tables and progress bars that does not interpret text as markup."""
-    return _clean_console()(stderr=stderr, markup=False, emoji=False, highlight=False)
+    """Return a rich console for messages, tables and progress bars that does not interpret text as markup.
+
+    In a notebook it writes plain lines, as into a pipe: rich would make each line an output of its own.
+    """
+    forced = False if type(sys.stdout).__module__.startswith("ipykernel.") else None  # None: rich finds out
+    return _clean_console()(
+        stderr=stderr, markup=False, emoji=False, highlight=False, force_terminal=forced, force_jupyter=forced
+    )
 
 
 @functools.cache
