@@ -3,6 +3,7 @@
 # make test-all     the same and the slow tests: before a release, and on every push
 # make benchmark    compare with TRL on this machine (a few minutes)
 # make docs         build the documentation site into build/site
+# make notebooks    write the .ipynb files from notebooks/*.py
 #
 # PYTHON=python3.12 picks another Python (3.11 or later); VENV=elsewhere another place for the environment,
 # OUTPUT=again another folder for the quickstart's result.
@@ -18,7 +19,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-all benchmark docs lint format clean
+.PHONY: help quickstart test test-all benchmark docs notebooks lint format clean
 MAKEFLAGS += --no-print-directory
 
 help:
@@ -27,6 +28,7 @@ help:
 	@echo "make test-all     the same and the slow tests: before a release, and on every push"
 	@echo "make benchmark    compare with TRL on this machine (a few minutes)"
 	@echo "make docs         build the documentation site into build/site"
+	@echo "make notebooks    write the .ipynb files from notebooks/*.py"
 	@echo "make lint         style and types only"
 	@echo "make format       apply the common style"
 	@echo "make clean        remove the environment and everything built"
@@ -44,6 +46,9 @@ benchmark: $(VENV)/.runtime
 docs: $(VENV)/.docs
 	@$(BIN)/zensical build --clean --strict
 	@echo "The site is in build/site: open build/site/index.html"
+
+notebooks: $(VENV)/.dev
+	@$(BIN)/python tools/notebooks.py
 
 lint: $(VENV)/.dev
 	@echo "Checking style and types ..."
