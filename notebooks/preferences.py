@@ -142,9 +142,9 @@ quantization = f"--quantization {QUANTIZATION}" if QUANTIZATION else ""
 # %% [markdown]
 # ## Train
 #
-# fettle first shows what it read, with one preferred answer as the model sees it: only the text between ⟦ and ⟧ is
-# compared with the other answer. A tenth of the pairs is held out. The loss starts at 0.69, where the model has moved
-# to neither answer, and should fall. If you stop the cell, `fettle.resume_training(OUTPUT)` continues the run.
+# fettle first shows what it read, with the first pair as the model sees it: only the texts between ⟦ and ⟧ are
+# compared. A tenth of the pairs is held out. The loss starts at 0.69, where the model has moved to neither answer,
+# and should fall. If you stop the cell, `fettle.resume_training(OUTPUT)` continues the run.
 #
 # `beta` says how strongly the model stays near the one before training: with a higher value it changes less.
 

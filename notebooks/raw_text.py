@@ -116,6 +116,8 @@ print("\n".join(data.summary.counts()))
 
 # %% [markdown]
 # This is the first window as the model sees it. The text between ⟦ and ⟧ is trained on: of a plain text, all of it.
+# (Only the first token of a window has nothing before it from which it could be predicted, so it is not counted
+# above.)
 
 # %%
 print("".join(f"⟦{part.text}⟧" if part.is_trained else part.text for part in data.shown[0].segments))

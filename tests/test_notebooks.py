@@ -133,11 +133,11 @@ def test_conversational(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_raw_text(tmp_path: Path) -> None:
-    """The held-out loss falls from 7.3 to 0.5, and the model writes entries of the log."""
+    """The held-out loss falls from 7.5 to 0.55, and the model writes entries of the log."""
     ran = run("raw_text", tmp_path)
     before, after = ran.scores["held-out loss"]
     assert before > 5 and after < 1
-    assert "(100%)" in ran.of("inspect_data")
+    assert "1 text split into windows of 128 tokens" in ran.of("inspect_data")
     written = ran.of("fettle.load(OUTPUT)")
     assert "took the boat out and came back with" in written
     assert "took the boat" in ran.of("fettle.load(gguf)")
