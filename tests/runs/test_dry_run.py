@@ -1,4 +1,4 @@
-"""A dry run takes real steps, on the longest rows, and leaves nothing behind."""
+"""A dry run takes real steps, on the largest batch, and leaves nothing behind."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import tempfile
 import pytest
 
 from fettle.events import Message
+from fettle.methods import finetune
 from fettle.methods.finetune import dry_run
 from fettle.runs.method_facts import METHOD_FACTS
 from fettle.runs.options import TrainOptions
@@ -28,7 +29,7 @@ def row(method: str, n: int) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("method", METHOD_FACTS)
-def test_it_steps_on_the_longest_rows(method, small_model, tmp_path, monkeypatch):
+def test_it_steps_on_the_longest_row(method, small_model, tmp_path, monkeypatch):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row(method, n)) + "\n" for n in range(ROWS)))
     seen, events, step = [], [], Recovery.training_step
@@ -48,6 +49,24 @@ def test_it_steps_on_the_longest_rows(method, small_model, tmp_path, monkeypatch
     assert found.loss > 0 and found.seconds > 0 and found.peak_memory_bytes > 100e6
     assert sorted(tmp_path.iterdir()) == [data]
     assert Message("nothing was written") in events
+
+
+def test_its_batch_is_one_that_the_run_has_and_that_is_planned_for(small_model, tmp_path, monkeypatch):
+    data = tmp_path / "pairs.jsonl"
+    pairs = [row("dpo", n) | {"chosen": "Paris! " * (30 if n < 2 else 1)} for n in range(8)]
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    plans, events = [], []
+    planned = finetune.plan_run
+    monkeypatch.setattr(finetune, "plan_run", lambda *args: plans.append(planned(*args)) or plans[-1])
+    options = TrainOptions(
+        model=str(small_model), data=str(data), method="dpo", output=str(tmp_path / "out"), device="cpu",
+        batch_size=2, eval_fraction=0.0,
+    )  # fmt: skip
+    dry_run(options, report=events.append)
+    tokens = next(
+        event.text for event in events if isinstance(event, Message) and "largest batch" in event.text
+    )
+    assert f"{plans[0].work.tokens:,} tokens each" in tokens  # the two longest rows are never in one batch
 
 
 @pytest.mark.parametrize("command", ["train", "pretrain"])

@@ -17,7 +17,7 @@ def add_resume(command: argparse.ArgumentParser) -> None:
         "--dry-run",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="read the data, plan, load the model and take a few steps on the longest rows; write nothing",
+        help="read the data, plan, load the model and take a few steps on the largest batch; write nothing",
     )
     command.add_argument(
         "--resume",

@@ -56,7 +56,7 @@ def train(options: TrainOptions, *, report: Report = ignore) -> Outcome:
 
 
 def dry_run(options: TrainOptions, *, report: Report = ignore) -> DryRun:
-    """Do all that `train` does up to and including a few steps on the longest rows, in memory; write nothing.
+    """Do all that `train` does up to and including a few steps on the largest batch, in memory; write nothing.
 
     Reports the memory and time of the steps next to the plan. Raises UserError as `train` does.
     """

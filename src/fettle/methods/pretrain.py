@@ -38,7 +38,7 @@ def pretrain(options: PretrainOptions, *, report: Report = ignore) -> Outcome:
 
 
 def dry_run(options: PretrainOptions, *, report: Report = ignore) -> DryRun:
-    """Do all that `pretrain` does up to and including a few steps on the longest rows, in memory; write nothing."""
+    """Do all that `pretrain` does up to and including a few steps on the largest batch, in memory; write nothing."""
     require_valid(options)
     options = dataclasses.replace(options, output=resume.new_output(options.output))
     return try_steps(_prepare(options, {}, report))

@@ -1,4 +1,4 @@
-"""A dry run: a few steps of a run on its longest rows, in memory; what they take, next to the plan."""
+"""A dry run: a few steps on a run's largest batch, in memory; what they take, next to the plan."""
 
 import dataclasses
 import time
@@ -17,6 +17,7 @@ from fettle.models.progress_bars import without_progress_bars
 from fettle.planning.program import peak_memory_bytes, reset_peak_memory
 from fettle.planning.report import rounded_seconds
 from fettle.runs.job import Job, require_disk
+from fettle.runs.memory_plan import largest_batch
 from fettle.runs.trainer import build
 
 STEPS = 3
@@ -25,7 +26,7 @@ STEPS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DryRun:
-    """What a dry run measured on the longest rows: the loss of its first step, the peak memory, and the seconds of a
+    """What a dry run measured on the largest batch: the loss of its first step, the peak memory, and the seconds of a
     step with all its batches."""
 
     loss: float
@@ -46,18 +47,18 @@ class _Clock(TrainerCallback):
 def try_steps(job: Job) -> DryRun:
     """Train for STEPS steps and report what they took. The job's model is changed, nothing is written.
 
-    Each step is one batch of the longest rows, for which the memory is planned.
+    Each step is the run's largest batch, for which the memory is planned.
     """
     require_disk(job)
     assert job.options.batch_size and job.options.gradient_accumulation_steps and job.options.max_steps
     sizes = [sum(lengths) for lengths in job.data.train_lengths]
-    longest = sorted(range(len(sizes)), key=sizes.__getitem__)[-job.options.batch_size :]
-    data = dataclasses.replace(job.data, train=job.data.train.select(longest), held_out=None)
+    largest = largest_batch(job.options, sizes)
+    data = dataclasses.replace(job.data, train=job.data.train.select(largest), held_out=None)
     options = dataclasses.replace(
         job.options, max_steps=STEPS, gradient_accumulation_steps=1, keep_best=False, report_to=None
     )
-    tokens = sum(sizes[index] for index in longest)
-    job.report(Message(f"dry run: {STEPS} steps on the longest rows, {tokens:,} tokens each: {job.method}"))
+    tokens = sum(sizes[index] for index in largest)
+    job.report(Message(f"dry run: {STEPS} steps on the largest batch, {tokens:,} tokens each: {job.method}"))
     with TemporaryDirectory() as folder, without_progress_bars():
         run = build(
             job.training, job.model, job.tokenizer, data, options, Path(folder), job.report, job.run_plan

@@ -28,7 +28,7 @@ from fettle.recompute.allocator import release_unused, restored_heap, set_heap
 from fettle.recompute.policies import Policy
 from fettle.runs.defaults import DEFAULT_MAX_LENGTH, require_valid
 from fettle.runs.method_facts import METHOD_FACTS
-from fettle.runs.options import PlanOptions, TrainOptions
+from fettle.runs.options import LoopOptions, PlanOptions, TrainOptions
 from fettle.runs.single_process import is_single_process
 from fettle.threads import PRIMITIVE_BYTES, PRIMITIVE_CACHE_ENTRIES
 
@@ -252,17 +252,23 @@ def can_use_graphs(model: "DecoderForCausalLM") -> bool:
     )
 
 
-def _largest_batch(options: TrainOptions, lengths: Sequence[int]) -> int:
-    """Return the tokens of the run's largest batch; of packs, which come in random order, the largest there can be."""
+def largest_batch(options: LoopOptions, lengths: Sequence[int]) -> list[int]:
+    """Return the rows of the run's largest batch; of packs, which come in random order, the largest there can be.
+
+    lengths: tokens of each row.
+    """
     assert options.batch_size and options.gradient_accumulation_steps
-    if options.method == "sft":
-        return sum(sorted(lengths)[-options.batch_size :])
+    if not isinstance(options, TrainOptions) or options.method == "sft":
+        return sorted(range(len(lengths)), key=lengths.__getitem__)[-options.batch_size :]
     batches = max(1, -(-len(lengths) // options.batch_size))
     epochs = -(-(options.max_steps or 1) * options.gradient_accumulation_steps // batches)
     return max(
-        sum(lengths[row] for row in batch)
-        for epoch in range(epochs)
-        for batch in balanced_batches(lengths, options.batch_size, seed=options.seed, epoch=epoch)
+        (
+            batch
+            for epoch in range(epochs)
+            for batch in balanced_batches(lengths, options.batch_size, seed=options.seed, epoch=epoch)
+        ),
+        key=lambda batch: sum(lengths[row] for row in batch),
     )
 
 
@@ -283,11 +289,12 @@ def plan_run(
     """
     assert options.batch_size
     free = free_bytes(device)
+    sizes = [sum(pack) for pack in lengths]
     work = _workload(
         options,
         stored,
         device,
-        tokens=_largest_batch(options, [sum(pack) for pack in lengths]),
+        tokens=sum(sizes[row] for row in largest_batch(options, sizes)),
         documents=max(1, round(options.batch_size * sum(map(len, lengths)) / len(lengths))),
     )
     evaluated = options.batch_size * max(held_out_lengths, default=0)
