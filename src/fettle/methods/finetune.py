@@ -94,11 +94,7 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], report: Report) -> Jo
     asked_steps = options.max_steps
     ref = resolve(options.model)
     stored = ref.stored  # first, so that a broken model is reported before the data is read
-    if ref.kind == "adapter":
-        raise UserError(
-            f"{option('model')} {options.model} is an adapter; merge it first (fettle export --model "
-            f"{shell_path(options.model)} --format safetensors --to FOLDER) and train on the merged model."
-        )
+    _require_no_adapter(ref.kind, options.model)
     device = device_of(options.device)
     seen = fingerprints(options)
     seen |= {"model": fingerprint(ref.base), "tokenizer": tokenizer_fingerprint(ref.base)}
@@ -140,8 +136,6 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], report: Report) -> Jo
         base_fingerprint=seen["model"], context_tokens=context, quantization=quantization
     )
     dtype = quantization or name_of(base.dtype)
-    result = Path(options.output)
-    output, merged, gguf = map(shell_path, (result, sibling(result, "-merged"), sibling(result, ".gguf")))
     return Job(
         options=options,
         asked_steps=asked_steps,
@@ -157,16 +151,29 @@ def _prepare(options: TrainOptions, facts: dict[str, Any], report: Report) -> Jo
         begin=lambda: base.set_context(context),
         save=lambda to: _save_adapter(model, tokenizer, ref.name, adapter_facts, to),
         last_file="adapter_config.json",
-        next_commands=[
-            f'fettle generate --model {output} --prompt "..."',
-            f"fettle chat --model {output}",
-            f"fettle export --model {output} --format safetensors --to {merged}",
-            f"fettle export --model {output} --format gguf --to {gguf} --verify --ollama",
-            f"vllm serve {merged}",
-        ],
+        next_commands=_next_commands(Path(options.output)),
         report=report,
         run_plan=run_plan,
     )
+
+
+def _require_no_adapter(kind: str, model: str) -> None:
+    if kind == "adapter":
+        raise UserError(
+            f"{option('model')} {model} is an adapter; merge it first (fettle export --model "
+            f"{shell_path(model)} --format safetensors --to FOLDER) and train on the merged model."
+        )
+
+
+def _next_commands(result: Path) -> list[str]:
+    output, merged, gguf = map(shell_path, (result, sibling(result, "-merged"), sibling(result, ".gguf")))
+    return [
+        f'fettle generate --model {output} --prompt "..."',
+        f"fettle chat --model {output}",
+        f"fettle export --model {output} --format safetensors --to {merged}",
+        f"fettle export --model {output} --format gguf --to {gguf} --verify --ollama",
+        f"vllm serve {merged}",
+    ]
 
 
 def _adapt(base: DecoderForCausalLM, options: TrainOptions) -> PeftModel:
