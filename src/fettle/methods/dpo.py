@@ -5,23 +5,15 @@ The reference is the model without its adapter, so one set of weights serves bot
 
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
-from fettle.events import Report
-from fettle.methods.preference import PairTrainer, held_out_scores, pair_collator, pair_rows
+from fettle.methods.preference import PairMethod, PairTrainer, pair_collator, tokenized_settings
 from fettle.runs.defaults import weighted_losses
 from fettle.runs.options import TrainOptions
-from fettle.runs.preference_rows import prepare_preferences
 from fettle.runs.recovery import Recovery
-from fettle.runs.rows import RunData
 
 
-class DPO:
-    def prepare(self, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int) -> RunData:
-        rows = pair_rows(has_dropout=options.dropout > 0)
-        return prepare_preferences(rows, options, tokenizer, longest)
-
+class DPO(PairMethod):
     def trainer(self, options: TrainOptions, arguments: dict[str, Any], **parts: Any) -> Recovery:
         weights = weighted_losses(options)
         config = DPOConfig(
@@ -30,11 +22,6 @@ class DPO:
             loss_type=list(weights),
             loss_weights=list(weights.values()),
             label_smoothing=options.label_smoothing or 0.0,
-            disable_dropout=options.dropout == 0,
-            max_length=None,
-            remove_unused_columns=False,
+            **tokenized_settings(options),
         )
         return PairTrainer(args=config, data_collator=pair_collator(parts["processing_class"]), **parts)
-
-    def held_out(self, trainer: Recovery, when: str, report: Report) -> dict[str, float]:
-        return held_out_scores(trainer, when, report)

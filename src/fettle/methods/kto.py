@@ -16,7 +16,7 @@ from trl.trainer.utils import use_adapter
 from fettle.data import LabelledExample, read_labelled, tokenize_labelled
 from fettle.data.tokenize import NOT_TRAINED
 from fettle.events import Report, progress
-from fettle.methods.preference import ComparingTrainer, answer_scores, as_dataset, padded
+from fettle.methods.preference import ComparingTrainer, answer_scores, as_dataset, padded, tokenized_settings
 from fettle.models.modes import evaluating
 from fettle.runs.defaults import weighted_losses
 from fettle.runs.options import TrainOptions
@@ -48,9 +48,7 @@ class KTO:
             **arguments,
             beta=0.1 if options.beta is None else options.beta,
             loss_type=loss,
-            disable_dropout=options.dropout == 0,
-            max_length=None,
-            remove_unused_columns=False,
+            **tokenized_settings(options),
         )
         return LabelledTrainer(
             args=config, data_collator=label_collator(parts["processing_class"], options.max_length), **parts

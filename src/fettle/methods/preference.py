@@ -19,8 +19,10 @@ from fettle.data.batches import BalancedSampler
 from fettle.data.tokenize import NOT_TRAINED
 from fettle.events import Report, progress
 from fettle.models.modes import evaluating
-from fettle.runs.preference_rows import RowKind
+from fettle.runs.options import TrainOptions
+from fettle.runs.preference_rows import RowKind, prepare_preferences
 from fettle.runs.recovery import Recovery
+from fettle.runs.rows import RunData
 
 
 class ComparingTrainer(Recovery):
@@ -123,6 +125,26 @@ def pair_rows(*, has_dropout: bool) -> RowKind:
 
 
 PAIRS = pair_rows(has_dropout=False)
+
+
+class PairMethod:
+    """What a method that learns from pairs reads, and how it is scored on held-out pairs (see `runs/method.py`)."""
+
+    def prepare(self, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int) -> RunData:
+        rows = pair_rows(has_dropout=options.dropout > 0)
+        return prepare_preferences(rows, options, tokenizer, longest)
+
+    def held_out(self, trainer: Recovery, when: str, report: Report) -> dict[str, float]:
+        return held_out_scores(trainer, when, report)
+
+
+def tokenized_settings(options: TrainOptions) -> dict[str, Any]:
+    """Return the settings of TRL's configs for rows that are already tokenized and cut to length."""
+    return {
+        "disable_dropout": options.dropout == 0,
+        "max_length": None,
+        "remove_unused_columns": False,
+    }
 
 
 def as_dataset(examples: Sequence[Any], names: Sequence[str], **flags: list[bool]) -> Dataset:

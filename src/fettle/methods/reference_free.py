@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
-from fettle.events import Report
-from fettle.methods.preference import PairTrainer, answer_scores, held_out_scores, pair_collator, pair_rows
+from fettle.methods.preference import (
+    PairMethod,
+    PairTrainer,
+    answer_scores,
+    pair_collator,
+    tokenized_settings,
+)
 from fettle.runs.options import TrainOptions
-from fettle.runs.preference_rows import prepare_preferences
 from fettle.runs.recovery import Recovery
-from fettle.runs.rows import RunData
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From the means (pairs,) of the chosen and of the rejected answers to each pair's loss."""
@@ -65,12 +67,8 @@ class ReferenceFreeTrainer(PairTrainer):
         return self.pair_loss(chosen, rejected).mean()
 
 
-class ReferenceFree:
+class ReferenceFree(PairMethod):
     """ORPO or SimPO, by the options' method."""
-
-    def prepare(self, options: TrainOptions, tokenizer: PreTrainedTokenizerBase, longest: int) -> RunData:
-        rows = pair_rows(has_dropout=options.dropout > 0)
-        return prepare_preferences(rows, options, tokenizer, longest)
 
     def trainer(self, options: TrainOptions, arguments: dict[str, Any], **parts: Any) -> Recovery:
         is_orpo = options.method == "orpo"
@@ -85,12 +83,7 @@ class ReferenceFree:
         config = DPOConfig(
             **arguments,
             beta=beta,
-            disable_dropout=options.dropout == 0,
-            max_length=None,
-            remove_unused_columns=False,
+            **tokenized_settings(options),
         )
         collate = pair_collator(parts["processing_class"])
         return ReferenceFreeTrainer(args=config, pair_loss=loss, data_collator=collate, **parts)
-
-    def held_out(self, trainer: Recovery, when: str, report: Report) -> dict[str, float]:
-        return held_out_scores(trainer, when, report)
