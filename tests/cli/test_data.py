@@ -230,3 +230,8 @@ def test_real_rows_and_a_real_benchmark(cli, small_model, shared_data) -> None:
     ended = cli("data", shared_data / "train" / "alpaca_en_demo.json", "--model", small_model, *words)
     assert ended.code == 0, ended.err
     assert "overlap with the benchmark" in ended.out
+
+
+def test_an_option_of_another_method_is_refused(show) -> None:
+    refused = show("--method", "dpo", "--train-on", "all", rows=PAIRS, code=2)
+    assert "--train-on belongs to --method sft, but the method is dpo; leave it out." in refused.err

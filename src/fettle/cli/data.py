@@ -4,6 +4,7 @@ import argparse
 from typing import Any, get_args
 
 from fettle import terminal
+from fettle.errors import UserError
 from fettle.runs.method_facts import METHOD_FACTS
 from fettle.runs.options import TrainOn
 
@@ -54,12 +55,15 @@ def run(options: dict[str, Any]) -> None:
     from fettle.data.inspect import inspect_data
     from fettle.runs.defaults import row_limit
 
-    as_json, kind = options.pop("json"), METHOD_FACTS[options.pop("method")].rows
+    as_json, method = options.pop("json"), options.pop("method")
+    facts = METHOD_FACTS[method]
+    if options["train_on"] != "assistant" and "train_on" not in facts.options:
+        raise UserError(f"--train-on belongs to --method sft, but the method is {method}; leave it out.")
     ref = resolve(options.pop("model"))
     stored = ref.stored_by_config()
     max_length = row_limit(options.pop("max_length"), stored.config.max_position_embeddings)
     report = displayed(inspect_data, progress_to_stderr=True)(
-        options.pop("file"), ref.tokenizer_for(stored), max_length=max_length, kind=kind, **options
+        options.pop("file"), ref.tokenizer_for(stored), max_length=max_length, kind=facts.rows, **options
     )
     if as_json:
         terminal.print_result(report.as_json())
