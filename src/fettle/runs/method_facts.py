@@ -50,7 +50,8 @@ METHOD_FACTS: dict[MethodName, MethodFacts] = {
         losses=("kto", "apo_zero_unpaired"),
         batch_size=4,
         rows="labelled",
-        forward_passes=3,  # the reference's, and both models' over prompts with the answers to others
+        forward_passes=3,  # the reference's, and both models' over prompts with the answers to others;
+        # apo_zero_unpaired makes only the first, so its plan is on the safe side
     ),
     "orpo": MethodFacts(
         "learn the chosen answers and prefer them to the rejected ones, without a reference",

@@ -1,4 +1,5 @@
-"""What every trainer of fettle adds to TRL's: out-of-memory recovery, and a stop when the loss is NaN or Inf."""
+"""What every trainer of fettle adds to TRL's: fettle's head, recovery when memory runs out, a stop when the loss is NaN
+or Inf, and gradients clipped without walking over the frozen modules."""
 
 import gc
 import math
